@@ -1,0 +1,81 @@
+"""The specification: attention with a dense mask, in the obvious way. Slow on purpose; every backend is held to it.
+
+    visible(q, k) = k <= q  or  segment(q) == segment(k), for bidirectional segments
+
+(MAS, "Segment-Based Attention Masking for GPTs", Katz et al., ACL 2025, arXiv 2412.18487.)
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from attention.segments import Segment
+from attention.step import TreeStep, kv_of
+from attention.tree import Node
+
+
+def block_sequence_ids(segments: Sequence[Segment], num_generated: int = 0) -> Tensor:
+    """`[T]`: the number of the bidirectional segment a token is in, -1 for causal tokens (transformers' convention)."""
+    ids: list[int] = []
+    for number, segment in enumerate(segments):
+        ids.extend([number if segment.bidirectional else -1] * len(segment))
+    return torch.tensor(ids + [-1] * num_generated)
+
+
+def visible(segment_ids: Tensor) -> Tensor:
+    """segment_ids `[T]` -> bool `[T, T]`, `[q, k]`: may query q see key k."""
+    positions = torch.arange(len(segment_ids))
+    is_earlier = positions[None, :] <= positions[:, None]
+    is_same_block = (segment_ids[None, :] == segment_ids[:, None]) & (segment_ids[:, None] >= 0)
+    return is_earlier | is_same_block
+
+
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """query `[H, Q, D]`, key and value `[Hkv, K, D]`, mask bool `[Q, K]` -> `[Q, H, D]`, computed in fp64."""
+    groups = query.shape[0] // key.shape[0]
+    key = key.double().repeat_interleave(groups, dim=0)
+    value = value.double().repeat_interleave(groups, dim=0)
+    scores = query.double() @ key.transpose(-1, -2) * scale
+    scores = scores.masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1) @ value).transpose(0, 1)
+
+
+class ReferenceBackend:
+    """Executes a step one chain at a time: gathers the chain's keys, builds the mask from the rule, ignores the blocks."""
+
+    def attend(self, step: TreeStep, layer: int, query: Tensor, scale: float) -> Tensor:
+        """query `[H, T, D]` -> `[T, H, D]`."""
+        out = torch.empty(query.shape[1], query.shape[0], query.shape[2], dtype=query.dtype)
+        for block in step.blocks.self_blocks:
+            key, value = _chain(block.node, layer)
+            mask = visible(block_sequence_ids(block.node.segments()))[block.node.start :]
+            out[block.start : block.stop] = dense_attention(query[:, block.start : block.stop], key, value, mask, scale)
+        ends = _decode_ends(step)
+        for batch in step.tails:
+            for slot, index in enumerate(batch.query_index.tolist()):
+                keys, values = _chain(ends[index], layer)
+                length = int(batch.lengths[slot])
+                key = torch.cat([keys, batch.keys(layer)[slot, :, :length]], dim=1)
+                value = torch.cat([values, batch.values(layer)[slot, :, :length]], dim=1)
+                mask = torch.ones(1, key.shape[1], dtype=torch.bool)
+                out[index] = dense_attention(query[:, index : index + 1], key, value, mask, scale)[0]
+        return out
+
+
+def _chain(end: Node, layer: int) -> tuple[Tensor, Tensor]:
+    """Keys and values `[Hkv, end.stop, D]` of the whole prompt that ends at `end`."""
+    path = end.path()
+    keys = torch.cat([kv_of(node).keys(layer) for node in path], dim=1)
+    values = torch.cat([kv_of(node).values(layer) for node in path], dim=1)
+    return keys, values
+
+
+def _decode_ends(step: TreeStep) -> dict[int, Node]:
+    """The node each decode query hangs below: the deepest cross block that covers it."""
+    deepest: dict[int, tuple[int, Node]] = {}
+    for block in step.blocks.cross_blocks:
+        for index in step.blocks.decode_index:
+            if block.start <= index < block.stop and block.level >= deepest.get(index, (-1, block.node))[0]:
+                deepest[index] = (block.level, block.node)
+    return {index: node for index, (_, node) in deepest.items()}

@@ -1,0 +1,84 @@
+"""Which nodes own keys and values right now: acquired by rows, kept while memory lasts, evicted leaf first.
+
+A node that no running row needs stays resident, because the next rows of a depth-first order usually want it; it is the
+first to go when memory is short. Knows the tree and the cache; no rows, no scheduler.
+"""
+
+from collections import OrderedDict
+
+from attention.kv_cache import KVCache, KVMemoryExceeded, NodeKV
+from attention.tree import Node, SegmentTree
+
+
+class Residency:
+    """Reference counts and eviction. `keep_idle=False` frees a node as soon as its last row leaves (reuse off)."""
+
+    def __init__(self, tree: SegmentTree, cache: KVCache, *, keep_idle: bool = True) -> None:
+        self.tree = tree
+        self.cache = cache
+        self.keep_idle = keep_idle
+        self._idle: OrderedDict[Node, None] = OrderedDict()  # children stand before their parents
+
+    def acquire(self, end: Node) -> int:
+        """Hold every node of a path, allocating what is missing; returns how many tokens were there already.
+
+        Raises KVMemoryExceeded, holding nothing, if the budget does not allow it even after eviction.
+        """
+        path = end.path()
+        for node in path:
+            node.num_active += 1
+            self._idle.pop(node, None)
+        missing = [node for node in path if node.kv is None]
+        num_missing = sum(len(node) for node in missing)
+        if not self.make_room(num_missing):
+            self.release(end)
+            raise KVMemoryExceeded(f"{num_missing} tokens do not fit into {self.cache.budget_bytes} bytes of KV memory")
+        for node in missing:
+            node.kv = self.cache.allocate_node(len(node))
+        return end.stop - num_missing
+
+    def release(self, end: Node) -> None:
+        """Let go of a path, leaf first."""
+        for node in reversed(end.path()):
+            node.num_active -= 1
+            if node.num_active == 0 and node.kv is not None:
+                self._set_idle(node)
+
+    def make_room(self, num_tokens: int) -> bool:
+        """Evict idle nodes until `num_tokens` fit: first those no waiting row wants, then the rest, oldest first."""
+        if self.cache.has_room(num_tokens):
+            return True
+        for is_expendable in (_is_unwanted, _is_any):
+            for node in [node for node in self._idle if is_expendable(node)]:
+                self._free(node)
+                if self.cache.has_room(num_tokens):
+                    return True
+        return False
+
+    def discard(self, end: Node) -> None:
+        """Forget an idle node and whatever hangs below it: its numbers are not to be trusted."""
+        if end.num_active == 0 and end.kv is not None:
+            self._free(end)
+
+    def _set_idle(self, node: Node) -> None:
+        if self.keep_idle and node.is_computed and node.is_listed:
+            self._idle[node] = None
+        else:
+            self._free(node)
+
+    def _free(self, node: Node) -> None:
+        self._idle.pop(node, None)
+        if isinstance(node.kv, NodeKV):
+            self.cache.free_node(node.kv)
+        node.kv = None
+        node.is_computed = False
+        node.last_hidden = None
+        self.tree.prune(node)
+
+
+def _is_unwanted(node: Node) -> bool:
+    return node.num_rows == 0
+
+
+def _is_any(node: Node) -> bool:
+    return True

@@ -1,0 +1,48 @@
+"""A prompt as a chain of segments: the unit of visibility and of reuse.
+
+Knows token ids only: no text, no model, no tensor.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Consecutive prompt tokens that share one attention rule.
+
+    Inside a bidirectional segment every token sees every other (MAS, arXiv 2412.18487); inside a causal
+    one a token sees itself and what precedes it. Every token sees all earlier segments of its row.
+    """
+
+    token_ids: tuple[int, ...]
+    bidirectional: bool
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+def canonical_segments(segments: Iterable[Segment], *, mask: str) -> tuple[Segment, ...]:
+    """The same visibility in its shortest form: no empty segments, neighbouring causal segments merged.
+
+    `mask="causal"` makes every segment causal, so a prompt becomes a single causal run. A bidirectional
+    segment of one token sees exactly what a causal one does, but stays a segment of its own: its keys
+    are shared as a whole.
+    """
+    if mask not in ("segment", "causal"):
+        raise ValueError(f"mask must be 'segment' or 'causal', got {mask!r}")
+    runs: list[Segment] = []
+    for segment in segments:
+        bidirectional = segment.bidirectional and mask == "segment"
+        if not segment.token_ids:
+            continue
+        if runs and not bidirectional and not runs[-1].bidirectional:
+            runs[-1] = Segment(runs[-1].token_ids + tuple(segment.token_ids), False)
+        else:
+            runs.append(Segment(tuple(segment.token_ids), bidirectional))
+    return tuple(runs)
+
+
+def num_tokens(segments: Sequence[Segment]) -> int:
+    """Tokens of a whole chain."""
+    return sum(len(segment) for segment in segments)

@@ -1,0 +1,142 @@
+"""Everything a job is refused for before any work: its input, its columns, its output folder, its options.
+
+Reads footers and looks at folders; loads no model, starts no Ray. Problems found elsewhere, such as the model's, are
+put beside its own, so that a person sees all of them at once.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fsspec.utils import glob_translate
+
+from pipeline.config import InputConfig, JobConfig, OutputConfig, scheme_of, template_over
+from pipeline.config_file import JobDraft, read_job
+from pipeline.listing import glob_root, has_magic, is_local
+from pipeline.problems import JobRefused, Problem, nearest, shown
+from pipeline.schemas import JobColumns, check_columns
+from pipeline.sources import InputFile, discover
+from workers.prompts import PromptTemplate
+
+
+@dataclass(frozen=True)
+class CheckedJob:
+    """A job that may start."""
+
+    config: JobConfig
+    template: PromptTemplate  # `config.prompt` with the names of `config.input.columns` in it
+    inputs: tuple[InputFile, ...]  # in the order of src_path
+    columns: JobColumns
+
+
+def check_job(config: JobConfig, *, has_gpu: bool = False, others: Sequence[Problem] = ()) -> CheckedJob:
+    """The job with its inputs and columns. `has_gpu`: whether a worker with `num_gpus: auto` will get a GPU.
+
+    Raises JobRefused with `others`, which the caller found, and every problem found here.
+    """
+    draft = JobDraft(config, config.input, config.prompt, config.output, tuple(others))
+    return _check(draft, has_gpu)
+
+
+def check_job_file(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, has_gpu: bool = False) -> CheckedJob:
+    """Like `check_job` for a job file. Sections that are right are checked even if others are wrong."""
+    return _check(read_job(path, overrides), has_gpu)
+
+
+def _check(draft: JobDraft, has_gpu: bool) -> CheckedJob:
+    problems = list(draft.problems)
+    inputs: tuple[InputFile, ...] = ()
+    columns: JobColumns | None = None
+    if draft.config is not None:
+        problems += _check_dtype(draft.config, has_gpu)
+    if draft.input is not None:
+        inputs, found = _check_input(draft.input)
+        problems += found
+    if draft.input is not None and draft.prompt is not None and draft.output is not None and inputs:
+        columns, found = _check_columns(inputs, draft.input, draft.prompt, draft.output)
+        problems += found
+    if draft.output is not None:
+        problems += check_output(draft.output.path, draft.input.path if draft.input else (), inputs)
+    if problems or draft.config is None or columns is None:
+        raise JobRefused(problems)
+    return CheckedJob(draft.config, draft.config.prompt_template(), inputs, columns)
+
+
+def _check_dtype(config: JobConfig, has_gpu: bool) -> list[Problem]:
+    gpus = config.workers.num_gpus
+    if config.model.dtype != "float16" or (has_gpu if gpus == "auto" else gpus > 0):
+        return []
+    return [Problem("model.dtype", "'float16' without a GPU", "auto, bfloat16 or float32", "fp16 is slow on CPUs")]
+
+
+def _check_input(config: InputConfig) -> tuple[tuple[InputFile, ...], list[Problem]]:
+    try:
+        return discover(config.path), []
+    except JobRefused as refused:
+        return (), list(refused.problems)
+
+
+def _check_columns(
+    inputs: Sequence[InputFile], rows: InputConfig, prompt: PromptTemplate, output: OutputConfig
+) -> tuple[JobColumns | None, list[Problem]]:
+    """Columns in every file, and `input.columns` only for what the prompt reads."""
+    template = template_over(prompt, rows.columns)
+    columns, problems = check_columns(inputs, template, output.columns)
+    names = {name for file in inputs for name in file.schema.names}
+    read = template.required_columns(names)
+    for part, column in rows.columns.model_dump(exclude_none=True).items():
+        if column not in read:
+            wanted = f"a column that the prompt reads ({', '.join(sorted(read)) or 'it reads none'})"
+            problems.append(Problem(f"input.columns.{part}", shown(column), wanted, nearest(column, names)))
+    return (None if problems else columns), problems
+
+
+def check_output(output: str, input_paths: Sequence[str], inputs: Sequence[InputFile]) -> list[Problem]:
+    """Whether results can go into the folder `output`, and no later run would read them as input."""
+    if scheme_of(output):
+        return [
+            Problem("output.path", shown(output), "a local folder: only local folders are supported in this version")
+        ]
+    return _check_folder(output) or _check_overlap(output, input_paths, inputs)
+
+
+def _check_folder(output: str) -> list[Problem]:
+    """A folder that is there and writable, or that can be made."""
+    above = output
+    while not os.path.lexists(above):
+        above = os.path.dirname(above)
+    if not os.path.isdir(above):
+        return [Problem("output.path", f"{shown(above)}, which is a file", "a folder, existing or new")]
+    # The effective user is the one who will write.
+    if not os.access(above, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        return [Problem("output.path", f"{shown(above)}, which is not writable", "a folder that can be written to")]
+    return []
+
+
+def _check_overlap(output: str, input_paths: Sequence[str], inputs: Sequence[InputFile]) -> list[Problem]:
+    real = os.path.realpath(output)
+    problems: list[Problem] = []
+    for path in filter(is_local, input_paths):
+        if _reads(os.path.abspath(path), real):
+            got = f"{shown(output)}, where input.path {shown(path)} would read the results"
+            problems.append(Problem("output.path", got, "a folder outside the input"))
+    for file in inputs:
+        if is_local(file.path) and os.path.realpath(file.path).startswith(real.rstrip("/") + "/"):
+            got = f"{shown(output)}, which holds the input file {shown(file.path)}"
+            return problems or [Problem("output.path", got, "a folder without input files")]
+    return problems
+
+
+def _reads(path: str, output: str) -> bool:
+    """Whether an input folder or glob takes in files of the (real) folder `output`."""
+    if os.path.isdir(path):
+        return output == os.path.realpath(path) or output.startswith(os.path.realpath(path).rstrip("/") + "/")
+    if os.path.lexists(path) or not has_magic(path):
+        return False
+    root = glob_root(path)
+    relative = os.path.relpath(output, os.path.realpath(root))
+    if relative.startswith(".."):
+        return False
+    shard = os.path.normpath(os.path.join(root, relative, "part-000000-0.parquet"))
+    return re.match(glob_translate(path), shard) is not None

@@ -1,0 +1,212 @@
+"""What a job file may say: its sections, types, ranges and defaults, as frozen data.
+
+Knows nothing of YAML, of files or of Ray: whether a path exists or a column is there is for `pipeline.checks`.
+Names are vLLM's and Ray's where they have one. `JobConfig.model_json_schema()` is the file's JSON schema.
+"""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
+
+from pipeline.problems import has_credentials
+from workers.prompts import PromptTemplate
+from workers.sampling import SamplingParams
+
+FUTURE_TASKS = ("choose", "loglikelihood", "perplexity")
+DATA_SCHEMES = ("file", "s3")
+MIB = 2**20
+_JOB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+
+
+def scheme_of(path: str) -> str:
+    """The scheme of a URL in lower case, "" for a plain path."""
+    match = _SCHEME.match(path)
+    return match[1].lower() if match else ""
+
+
+def _check_name(name: str) -> str:
+    if not _JOB_NAME.fullmatch(name) or ".." in name:
+        raise PydanticCustomError(
+            "job_name", "1 to 128 letters, digits, '.', '_' or '-', starting with a letter or digit, without '..'"
+        )
+    return name
+
+
+def _check_location(path: str) -> str:
+    """A place that can be named in errors and records: not empty, one line, no secret inside."""
+    if has_credentials(path):
+        raise PydanticCustomError(
+            "credentials", "a URL without credentials; put them into the environment or the usual AWS files"
+        )
+    if not path.strip() or not path.isprintable():
+        raise PydanticCustomError("location", "a path or URL that is not empty and has no control characters")
+    return path
+
+
+def _check_data_location(path: str) -> str:
+    _check_location(path)
+    scheme = scheme_of(path)
+    if (scheme and scheme not in DATA_SCHEMES) or "::" in path:
+        raise PydanticCustomError("scheme", "a local path, a file:/// URL or an s3:// URL")
+    if scheme == "file" and not path[len("file://") :].startswith("/"):
+        raise PydanticCustomError("file_url", "file:/// followed by an absolute path")
+    return path
+
+
+def _check_task(task: object) -> object:
+    if isinstance(task, str) and task in FUTURE_TASKS:
+        raise PydanticCustomError(
+            "future_task", "'generate'; the task {task} is not available yet in this version", {"task": task}
+        )
+    return task
+
+
+def _tuple_of_one_or_many(value: object) -> object:
+    """YAML has lists, not tuples, and a single path is a string."""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _list_to_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _check_distinct(names: object) -> object:
+    if isinstance(names, tuple) and len(set(names)) != len(names):
+        raise PydanticCustomError("distinct", "each name once")
+    return names
+
+
+def _nonempty(paths: tuple[str, ...]) -> tuple[str, ...]:
+    if not paths:
+        raise PydanticCustomError("no_path", "at least one path")
+    return paths
+
+
+Location = Annotated[str, AfterValidator(_check_location)]
+DataLocation = Annotated[str, AfterValidator(_check_data_location)]
+_STRINGS = {"type": "array", "items": {"type": "string"}}
+DataLocations = Annotated[
+    tuple[DataLocation, ...],
+    BeforeValidator(_tuple_of_one_or_many),
+    AfterValidator(_nonempty),
+    WithJsonSchema({"anyOf": [{"type": "string"}, _STRINGS | {"minItems": 1}]}),
+]
+ColumnChoice = Annotated[
+    Literal["all"] | tuple[str, ...],
+    BeforeValidator(_list_to_tuple),
+    AfterValidator(_check_distinct),
+    WithJsonSchema({"anyOf": [{"const": "all"}, _STRINGS | {"uniqueItems": True}]}),
+]
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A part of a job file: unknown keys, loose types and NaN are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """Which weights, and in which precision."""
+
+    source: Location  # a folder, a hub id, s3://, a .gguf file, package://NAME/FILE, or echo
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    adapter: Location | None = None  # a PEFT adapter's folder
+    revision: str | None = None  # a hub id's branch, tag or commit
+
+
+class InputColumns(Section):
+    """Which column of the dataset plays a part that has another name in it."""
+
+    prompt: str | None = None
+    messages: str | None = None
+    instruction: str | None = None
+    input: str | None = None
+
+
+class InputConfig(Section):
+    """Which rows."""
+
+    path: DataLocations  # files, folders or globs; relative paths are relative to the job file's folder
+    columns: InputColumns = InputColumns()  # the short form for templates that name no column
+    limit: Annotated[int, Field(ge=0)] | None = None  # the first rows in (src_path, src_row) order
+
+
+class OutputConfig(Section):
+    """Where results go, and in what pieces."""
+
+    path: DataLocation  # a folder; relative to the job file's folder
+    columns: ColumnChoice = "all"  # input columns passed through
+    max_rows_per_file: PositiveInt = 8192
+    max_bytes_per_file: PositiveInt = 64 * MIB  # of plan data a unit
+
+
+class WorkersConfig(Section):
+    """How many model processes, and what each may use."""
+
+    min_size: PositiveInt = 1
+    max_size: PositiveInt = 1
+    num_gpus: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"  # a worker; auto: one if the cluster has any
+    units_in_flight: PositiveInt = 4  # units a worker holds at once
+    max_num_seqs: PositiveInt | None = None  # rows a step
+    max_num_batched_tokens: PositiveInt | None = None  # tokens a step
+    kv_cache_memory_bytes: PositiveInt | None = None
+    enable_prefix_caching: bool = True
+    threads: PositiveInt | None = None  # CPU threads a worker
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> "WorkersConfig":
+        if self.max_size < self.min_size:
+            raise PydanticCustomError(
+                "sizes",
+                "max_size must be at least min_size ({low}), got {high}",
+                {"low": self.min_size, "high": self.max_size},
+            )
+        return self
+
+
+class LimitsConfig(Section):
+    """What a row, and a job, may cost before it is refused."""
+
+    max_model_len: PositiveInt | None = None  # tokens of prompt and answer; null is the model's own
+    max_error_rate: Annotated[float, Field(ge=0, le=1)] = 0.05  # counts after 1,000 rows
+    max_prompt_bytes: PositiveInt = 4 * MIB
+
+
+class JobConfig(Section):
+    """A whole job file."""
+
+    name: Annotated[str, AfterValidator(_check_name)]
+    task: Annotated[Literal["generate"], BeforeValidator(_check_task)] = "generate"
+    model: ModelConfig
+    mask: Literal["auto", "segment", "causal"] = "auto"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    input: InputConfig
+    prompt: PromptTemplate = PromptTemplate()
+    sampling_params: SamplingParams = SamplingParams()
+    output: OutputConfig
+    workers: WorkersConfig = WorkersConfig()
+    limits: LimitsConfig = LimitsConfig()
+
+    def prompt_template(self) -> PromptTemplate:
+        """`prompt` with the names of `input.columns` put in."""
+        return template_over(self.prompt, self.input.columns)
+
+
+def template_over(prompt: PromptTemplate, columns: InputColumns) -> PromptTemplate:
+    """The template reading the columns that `columns` names instead of those it reads by default."""
+    changes: dict[str, object] = {}
+    if columns.prompt is not None:
+        is_text = prompt.format == "text" and prompt.text is None
+        changes |= {"text": f"{{{columns.prompt}}}"} if is_text else {"prompt_column": columns.prompt}
+    if columns.messages is not None:
+        changes["messages_column"] = columns.messages
+    preset = columns.model_dump(include={"instruction", "input"}, exclude_none=True)
+    if preset:
+        changes["columns"] = prompt.columns.model_copy(update=preset)
+    return prompt.model_copy(update=changes)

@@ -1,0 +1,193 @@
+"""A job file, with `--set` overrides, to a JobConfig: every mistake found, all at once, each on one line.
+
+Relative paths in `input.path`, `output.path`, `model.source`, `model.adapter` and `content_file` are relative to the
+job file's folder, also when they come from an override; absolute paths and URLs stay as they are. Knows nothing of
+data, models or Ray: it opens the job file and the content files it names, nothing else.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from pipeline.config import InputConfig, JobConfig, ModelConfig, OutputConfig, scheme_of
+from pipeline.config_errors import JobPath, Where, problems_of
+from pipeline.problems import JobRefused, Problem, shown
+from pipeline.yaml_file import MAX_YAML_BYTES, YamlDocument, key_of, read_yaml
+from workers.prompts import PromptTemplate
+
+AnySection = TypeVar("AnySection", bound=BaseModel)
+ECHO = "echo"  # the model without weights, never a folder
+
+
+@dataclass(frozen=True)
+class JobDraft:
+    """A job file as far as it could be understood; sections that are refused are None."""
+
+    config: JobConfig | None  # None unless the whole file is right
+    input: InputConfig | None
+    prompt: PromptTemplate | None
+    output: OutputConfig | None
+    problems: tuple[Problem, ...]
+
+
+def load_job(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> JobConfig:
+    """The job in the YAML file `path`, with overrides such as "sampling_params.max_tokens=64" on top.
+
+    Raises JobRefused with every problem of the file and of the overrides.
+    """
+    draft = read_job(path, overrides)
+    if draft.config is None:
+        raise JobRefused(draft.problems)
+    return draft.config
+
+
+def read_job(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> JobDraft:
+    """Like `load_job`, but with what is right beside what is wrong, so that the data can be checked as well.
+
+    Raises JobRefused only if the file cannot be read as a mapping at all.
+    """
+    file = Path(path)
+    document = _document_of(file)
+    values = document.value
+    if not isinstance(values, dict):
+        wanted = "a mapping of keys such as name: and model:"
+        raise JobRefused(document.problems or [Problem("", shown(values), wanted, where=file.name)])
+    overridden, problems = _override(values, overrides)
+    folder = file.parent.absolute()
+
+    def where(path: JobPath) -> str:
+        return _where(path, document, overridden, file.name)
+
+    return _draft(values, folder, where, [*document.problems, *problems])
+
+
+def _document_of(file: Path) -> YamlDocument:
+    try:
+        with file.open("rb") as stream:
+            raw = stream.read(MAX_YAML_BYTES + 1)
+    except OSError as error:
+        raise JobRefused([Problem("", error.strerror or str(error), "a readable job file", where=str(file))]) from None
+    if len(raw) > MAX_YAML_BYTES:
+        wanted = f"at most {MAX_YAML_BYTES:,} bytes; put long texts into a content_file"
+        raise JobRefused([Problem("", "a larger file", wanted, where=file.name)])
+    try:
+        return read_yaml(raw.decode("utf-8-sig"), file.name)
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        problem = Problem("", "bytes that are not UTF-8", "a job file in UTF-8", where=f"{file.name}:{line}")
+        raise JobRefused([problem]) from None
+
+
+def _where(path: JobPath, document: YamlDocument, overridden: Mapping[JobPath, str], name: str) -> str:
+    """The override or the line that a problem at `path` comes from, else the file."""
+    for end in range(len(path), 0, -1):
+        if path[:end] in overridden:
+            return f"--set {overridden[path[:end]]}"
+        if path[:end] in document.lines:
+            return f"{name}:{document.lines[path[:end]]}"
+    return name
+
+
+def _override(values: dict[str, object], overrides: Sequence[str]) -> tuple[dict[JobPath, str], list[Problem]]:
+    """Put each "a.b=value" into `values`; whether the key exists is for the schema to say."""
+    overridden: dict[JobPath, str] = {}
+    problems: list[Problem] = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not all(key.split(".")):
+            problems.append(Problem("", shown(override), "key=value, such as seed=1", where="--set"))
+            continue
+        document = read_yaml(text, f"--set {key}")
+        problems += document.problems
+        if not document.problems:
+            try:
+                overridden[_set(values, key, document.value)] = key
+            except ValueError as error:
+                problems.append(Problem(key, str(error), "a key of the job file", where="--set"))
+    return overridden, problems
+
+
+def _set(values: dict[str, object], key: str, value: object) -> JobPath:
+    """Set the value at a dotted key, making sections on the way; raises ValueError where the way is barred."""
+    *parents, last = key.split(".")
+    node: object = values
+    path: JobPath = ()
+    for part in parents:
+        step = _step(node, part, key_of(path))
+        if isinstance(node, dict) and node.get(part) is None:
+            node[part] = {}
+        node = node[step]  # type: ignore[index]
+        path = (*path, step)
+    step = _step(node, last, key_of(path))
+    node[step] = value  # type: ignore[index]
+    return (*path, step)
+
+
+def _step(node: object, part: str, at: str) -> str | int:
+    """The dict key or list position that `part` is in `node`."""
+    if isinstance(node, dict):
+        return part
+    if isinstance(node, list) and part.isdecimal() and int(part) < len(node):
+        return int(part)
+    raise ValueError(f"no {part!r} below {at}, which is {shown(node)}")
+
+
+def _draft(values: dict[str, object], folder: Path, where: Where, problems: list[Problem]) -> JobDraft:
+    config: JobConfig | None = None
+    try:
+        config = JobConfig.model_validate(values)
+    except ValidationError as error:
+        problems = problems + problems_of(error, values, JobConfig, where)
+    rows = config.input if config else _section(InputConfig, values.get("input"))
+    output = config.output if config else _section(OutputConfig, values.get("output"))
+    prompt = config.prompt if config else _section(PromptTemplate, values.get("prompt", {}))
+    rows = rows and rows.model_copy(update={"path": tuple(_data_path(path, folder) for path in rows.path)})
+    output = output and output.model_copy(update={"path": _data_path(output.path, folder)})
+    try:
+        prompt = prompt and prompt.resolve(folder)
+    except (ValueError, OSError) as error:
+        problems = [*problems, Problem("prompt", "", str(error), where=where(("prompt",)))]
+        prompt = None
+    if config is None or problems:
+        return JobDraft(None, rows, prompt, output, tuple(problems))
+    sections = {"input": rows, "output": output, "prompt": prompt, "model": _resolved_model(config.model, folder)}
+    return JobDraft(config.model_copy(update=sections), rows, prompt, output, ())
+
+
+def _section(section: type[AnySection], values: object) -> AnySection | None:
+    """The section if it is right on its own."""
+    try:
+        return section.model_validate(values)
+    except ValidationError:
+        return None
+
+
+def _data_path(path: str, folder: Path) -> str:
+    if scheme_of(path) == "file":
+        return path[len("file://") :]
+    return path if scheme_of(path) else _local_path(path, folder)
+
+
+def _local_path(path: str, folder: Path) -> str:
+    path = os.path.expanduser(path)
+    return path if os.path.isabs(path) else os.path.normpath(folder / path)
+
+
+def _resolved_model(model: ModelConfig, folder: Path) -> ModelConfig:
+    """Sources that are local become absolute; hub ids, which look like relative paths, stay unless such a path exists."""
+    places = {
+        "source": _model_path(model.source, folder),
+        "adapter": model.adapter and _model_path(model.adapter, folder),
+    }
+    return model.model_copy(update=places)
+
+
+def _model_path(source: str, folder: Path) -> str:
+    if source == ECHO or scheme_of(source):
+        return source if scheme_of(source) != "file" else _data_path(source, folder)
+    local = _local_path(source, folder)
+    return local if source.startswith((".", "~")) or os.path.exists(local) else source

@@ -1,0 +1,169 @@
+"""Whether the columns a job needs are in every file, with types that fit: decided from footers, before any work.
+
+Knows Arrow schemas and the prompt template's column names; reads no rows. Readers that merge schemas turn a missing
+column into nulls and a number into text without a word; here each of these is a problem that names the file.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import pyarrow as pa
+from pyarrow import types
+
+from pipeline.problems import Problem, nearest, shown
+from pipeline.results import RESULT_COLUMNS
+from pipeline.sources import InputFile
+from workers.prompts import PromptTemplate
+
+_STRING_LIKE = "string, large_string, string_view or dictionary of string"
+
+
+@dataclass(frozen=True, slots=True)
+class JobColumns:
+    """The columns a job reads from every file."""
+
+    prompt: tuple[str, ...]  # the prompt template reads these
+    passed: tuple[str, ...]  # these go into the results unchanged, in the order they are in there
+    schema: pa.Schema  # of both together: one type a column for all files
+
+
+def check_columns(
+    files: Sequence[InputFile], template: PromptTemplate, passed: Literal["all"] | Sequence[str]
+) -> tuple[JobColumns | None, list[Problem]]:
+    """The columns of a job and what is wrong with them; None if there is anything wrong."""
+    names = list(dict.fromkeys(name for file in files for name in file.schema.names))
+    through = names if passed == "all" else list(passed)
+    needed = _needed(template, names)
+    problems = _collisions(through)
+    wanted = list(dict.fromkeys([*sorted(needed), *through]))
+    for name in wanted:
+        key = "prompt" if name in needed else "output.columns"
+        problems += _missing(files, name, key) or _repeated(files, name) or _unfit(files, name, needed.get(name))
+    if problems:
+        return None, problems
+    order = [name for name in names if name in wanted]
+    schema = pa.schema([pa.field(name, unified(_types(files, name))) for name in order])
+    return JobColumns(tuple(sorted(needed)), tuple(through), schema), []
+
+
+def unified(kinds: Iterable[pa.DataType]) -> pa.DataType | None:
+    """The type that holds the values of all `kinds` unchanged, None if they do not agree.
+
+    Null agrees with everything, the string types with each other; numbers of different widths do not agree: widening
+    them would change what the results look like depending on which files a job reads.
+    """
+    distinct = list(dict.fromkeys(kind for kind in kinds if not types.is_null(kind)))
+    if len(distinct) <= 1:
+        return distinct[0] if distinct else pa.null()
+    if all(is_text(kind) for kind in distinct):
+        return pa.large_string() if pa.large_string() in distinct else pa.string()
+    if all(_is_list(kind) for kind in distinct):
+        value = unified(kind.value_type for kind in distinct)
+        is_large = any(types.is_large_list(kind) for kind in distinct)
+        return value and (pa.large_list(value) if is_large else pa.list_(value))
+    if all(types.is_struct(kind) for kind in distinct):
+        return _unified_struct(distinct)
+    return None
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether values are strings, or all null."""
+    if types.is_dictionary(kind):
+        return is_text(kind.value_type)
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind) or types.is_null(kind)
+
+
+def is_messages(kind: pa.DataType) -> bool:
+    """Whether values are chat messages: lists of structs with `role` and `content`, a text or a list of parts."""
+    if types.is_null(kind):
+        return True
+    if not _is_list(kind) or not types.is_struct(kind.value_type):
+        return False
+    fields = {field.name: field.type for field in kind.value_type}
+    content = fields.get("content", pa.int8())
+    return is_text(fields.get("role", pa.int8())) and (
+        is_text(content) or (_is_list(content) and types.is_struct(content.value_type))
+    )
+
+
+def _is_scalar(kind: pa.DataType) -> bool:
+    return is_text(kind) or types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+
+
+def _unified_struct(kinds: Sequence[pa.DataType]) -> pa.DataType | None:
+    names = [field.name for field in kinds[0]]
+    if any([field.name for field in kind] != names for kind in kinds):
+        return None
+    values = [unified(kind.field(i).type for kind in kinds) for i in range(len(names))]
+    return None if None in values else pa.struct(list(zip(names, values, strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Use:
+    """What the prompt does with a column."""
+
+    fits: Callable[[pa.DataType], bool]
+    wanted: str
+
+
+_MESSAGES = _Use(is_messages, "list<struct<role: string, content: string>>")
+_TEXT = _Use(is_text, _STRING_LIKE)
+_PLACEHOLDER = _Use(_is_scalar, f"{_STRING_LIKE}, or int, float, bool")
+
+
+def _needed(template: PromptTemplate, names: Sequence[str]) -> dict[str, _Use]:
+    """The columns that the template reads, and how."""
+    required = template.required_columns(names)
+    if template.messages is not None or template.text is not None:
+        return dict.fromkeys(required, _PLACEHOLDER)
+    is_chat = template.format == "chat"
+    return {name: _MESSAGES if is_chat and name == template.messages_column else _TEXT for name in required}
+
+
+def _collisions(through: Iterable[str]) -> list[Problem]:
+    taken = [name for name in through if name in RESULT_COLUMNS]
+    wanted = "no passed-through column with the name of a result"
+    hint = "list the columns to pass through in output.columns, or rename it in the input"
+    return [Problem("output.columns", f"the input column {shown(name)}", wanted, hint) for name in taken]
+
+
+def _missing(files: Sequence[InputFile], name: str, key: str) -> list[Problem]:
+    lacking = [file for file in files if name not in file.schema.names]
+    if not lacking:
+        return []
+    got = f"{lacking[0].path} without column {shown(name)}"
+    wanted = f"it in every file ({len(lacking)} of {len(files)} lack it)"
+    return [Problem(key, got, wanted, nearest(name, lacking[0].schema.names))]
+
+
+def _repeated(files: Sequence[InputFile], name: str) -> list[Problem]:
+    for file in files:
+        times = Counter(file.schema.names)[name]
+        if times > 1:
+            return [Problem("input.path", f"{file.path} with {times} columns {shown(name)}", "each column name once")]
+    return []
+
+
+def _unfit(files: Sequence[InputFile], name: str, use: _Use | None) -> list[Problem]:
+    """The first file whose type is not what the prompt can use, or not what the files before it have."""
+    seen: list[pa.DataType] = []
+    for file in files:
+        kind = file.schema.field(name).type
+        if use is not None and not use.fits(kind):
+            return [Problem("prompt", f"{file.path} with column {shown(name)} of type {kind}", use.wanted)]
+        if unified([*seen, kind]) is None:
+            wanted = f"one type in all files ({unified(seen)} in {files[0].path})"
+            return [Problem("input.path", f"{file.path} with column {shown(name)} of type {kind}", wanted)]
+        if kind not in seen:
+            seen.append(kind)
+    return []
+
+
+def _types(files: Sequence[InputFile], name: str) -> list[pa.DataType]:
+    return [file.schema.field(name).type for file in files]

@@ -1,0 +1,148 @@
+"""Which Parquet files a job reads: listed, opened by their footers, and identified.
+
+Partition folders (`k=v`) are read like any others: no column is made of them. Knows nothing of prompts or of Ray.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.core import url_to_fs
+
+from pipeline.listing import KEY, ListedFile, Listing, is_local, list_files
+from pipeline.problems import JobRefused, Problem, shown
+
+MAX_FOOTER_BYTES = 64 * 2**20
+_TAIL_BYTES = 64 * 2**10  # most footers fit: one read a file
+_FOOTER_THREADS = 8  # footers of remote files are latency, not work
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """One Parquet file of the input, as it was when it was found."""
+
+    path: str  # absolute path or URL
+    src_path: str  # below the common input root, with "/"; unique in a job
+    size: int  # bytes
+    version: str  # changes when the file does: mtime in ns, or the store's etag
+    footer: str  # sha256 of the footer, which holds the schema and where every page lies
+    num_rows: int
+    row_groups: tuple[int, ...]  # rows of each
+    row_group_bytes: tuple[int, ...]  # of each, decompressed, all columns
+    schema: pa.Schema = field(compare=False, repr=False)  # without metadata
+
+    @property
+    def schema_sha(self) -> str:
+        """Equal for files with the same column names and types in the same order."""
+        return hashlib.sha256(self.schema.serialize()).hexdigest()
+
+    def identity(self) -> dict[str, str | int]:
+        """What a plan records of the file, and compares before it reads it again."""
+        return {"src_path": self.src_path, "size": self.size, "version": self.version, "footer": self.footer}
+
+
+def discover(paths: Sequence[str]) -> tuple[InputFile, ...]:
+    """The files that `paths` name, in the order of `src_path`.
+
+    A path is a file, a folder or a glob (`*`, `?`, `[..]`, `**`), local or of any fsspec file system. `src_path` is
+    relative to the deepest folder above all of them. Raises JobRefused with one problem for each path that names
+    nothing and for each file that is no readable Parquet file.
+    """
+    listings, problems = _list_all(paths)
+    if not problems and len({is_local(listing.root) or listing.root.split("://")[0] for listing in listings}) > 1:
+        problems.append(Problem(KEY, "paths of several file systems", "all input in one file system"))
+    if problems:
+        raise JobRefused(problems)
+    root = os.path.commonpath([_bare(listing.root) for listing in listings])
+    files = _distinct(file for listing in listings for file in listing.files)
+    named = [(os.path.relpath(_bare(file.path), root), file) for file in files]
+    return _open_all(sorted(named, key=lambda pair: pair[0]))
+
+
+def limit_rows(files: Sequence[InputFile], limit: int | None) -> tuple[int, ...]:
+    """How many rows of each file a job reads: the first `limit` in (src_path, src_row) order, all for None."""
+    left = sum(file.num_rows for file in files) if limit is None else limit
+    taken: list[int] = []
+    for file in files:
+        taken.append(min(file.num_rows, left))
+        left -= taken[-1]
+    return tuple(taken)
+
+
+def _list_all(paths: Sequence[str]) -> tuple[list[Listing], list[Problem]]:
+    listings: list[Listing] = []
+    problems: list[Problem] = []
+    for path in paths:
+        try:
+            listings.append(list_files(path))
+        except JobRefused as refused:
+            problems += refused.problems
+    return listings, problems
+
+
+def _bare(path: str) -> str:
+    """A path or URL as an absolute path in its file system."""
+    return path if is_local(path) else "/" + path.split("://", 1)[1].strip("/")
+
+
+def _distinct(files: Iterable[ListedFile]) -> list[ListedFile]:
+    """Each file once: under its own name if it was listed by that, else under the first link to it."""
+    by_target: dict[str, ListedFile] = {}
+    for file in sorted(files, key=lambda file: file.path):
+        target = os.path.realpath(file.path) if is_local(file.path) else file.path
+        if target not in by_target or file.path == target:
+            by_target[target] = file
+    return list(by_target.values())
+
+
+def _open_all(named: Sequence[tuple[str, ListedFile]]) -> tuple[InputFile, ...]:
+    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
+        opened = list(pool.map(lambda pair: _open(*pair), named))
+    problems = [each for each in opened if isinstance(each, Problem)]
+    if problems:
+        raise JobRefused(problems)
+    schemas: dict[str, pa.Schema] = {}  # thousands of files mostly share one schema: keep one copy
+    files = [each for each in opened if isinstance(each, InputFile)]
+    return tuple(replace(file, schema=schemas.setdefault(file.schema_sha, file.schema)) for file in files)
+
+
+def _open(src_path: str, listed: ListedFile) -> InputFile | Problem:
+    """Read a file's footer; anything wrong with it is a problem that names the file."""
+    try:
+        footer = _footer_of(listed)
+        parquet = pq.ParquetFile(pa.BufferReader(footer))
+        metadata, schema = parquet.metadata, parquet.schema_arrow.remove_metadata()
+    except (OSError, ValueError, NotImplementedError) as error:  # ArrowInvalid is a ValueError
+        return Problem(KEY, f"{shown(listed.path)} ({error})", "a readable Parquet file")
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    return InputFile(
+        path=listed.path,
+        src_path=src_path,
+        size=listed.size,
+        version=listed.version,
+        footer=hashlib.sha256(footer).hexdigest(),
+        num_rows=metadata.num_rows,
+        row_groups=tuple(group.num_rows for group in groups),
+        row_group_bytes=tuple(group.total_byte_size for group in groups),
+        schema=schema,
+    )
+
+
+def _footer_of(listed: ListedFile) -> bytes:
+    """The footer with its length and magic. Raises ValueError for what is not a whole Parquet file."""
+    if listed.size < 12:
+        raise ValueError(f"{listed.size} bytes, not a Parquet file")
+    fs, name = url_to_fs(listed.path)
+    tail = fs.cat_file(name, start=max(0, listed.size - _TAIL_BYTES), end=listed.size)
+    if tail[-4:] == b"PARE":
+        raise ValueError("encrypted")
+    if tail[-4:] != b"PAR1":
+        raise ValueError("truncated or not a Parquet file: it does not end in PAR1")
+    length = int.from_bytes(tail[-8:-4], "little") + 8
+    if length > min(listed.size - 4, MAX_FOOTER_BYTES):
+        raise ValueError(f"a footer of {length:,} bytes in a file of {listed.size:,}")
+    return tail[-length:] if length <= len(tail) else fs.cat_file(name, start=listed.size - length, end=listed.size)

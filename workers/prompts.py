@@ -1,0 +1,147 @@
+"""The job's `prompt:` section: how the columns of a row become a prompt.
+
+Data only: checked when the job is loaded, printed, fingerprinted. Does not know tokenizers, templates of models
+or rows; `workers/prompt_encoder.py` carries it out.
+"""
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
+
+from workers.conversation import Role
+from workers.placeholders import columns_in
+
+_FORMATS_OF = {
+    "messages": ("chat",),
+    "messages_column": ("chat",),
+    "prompt_column": ("chat",),
+    "chat_template": ("chat",),
+    "chat_template_kwargs": ("chat",),
+    "continue_final_message": ("chat",),
+    "segment_by": ("chat",),
+    "text": ("text",),
+    "columns": ("alpaca", "commonsense"),
+}
+_RENDERERS_OWN = frozenset({"messages", "add_generation_prompt", "strftime_now", "raise_exception"})
+
+
+class TextPart(BaseModel):
+    """One part of a message's content, in OpenAI's form; `type` may be left out."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    type: Literal["text"] = "text"
+    text: str  # with {column} placeholders
+
+
+class MessageTemplate(BaseModel):
+    """One chat message of a prompt template: exactly one of `content` and `content_file`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    role: Role
+    content: str | tuple[TextPart, ...] | None = None  # with {column} placeholders
+    content_file: str | None = None  # path of a text file, relative to the job file
+
+    @model_validator(mode="after")
+    def _check_content(self) -> "MessageTemplate":
+        if (self.content is None) == (self.content_file is None):
+            raise ValueError("a message needs exactly one of content and content_file")
+        if self.content == ():
+            raise ValueError("content must have at least one part, got an empty list")
+        for text in self.texts:
+            columns_in(text)
+        return self
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The template text of each part; empty while `content_file` is not read."""
+        if isinstance(self.content, tuple):
+            return tuple(part.text for part in self.content)
+        return () if self.content is None else (self.content,)
+
+    def resolve(self, base_dir: Path) -> "MessageTemplate":
+        """With the text of `content_file` as `content`. Raises ValueError if it cannot be read as UTF-8."""
+        if self.content_file is None:
+            return self
+        try:
+            text = (base_dir / self.content_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8"
+            raise ValueError(f"content_file {self.content_file!r} cannot be read ({reason}); want a text file") from None
+        return MessageTemplate(role=self.role, content=text)
+
+
+class PresetColumns(BaseModel):
+    """Which columns the alpaca and commonsense presets read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    instruction: str = "instruction"
+    input: str = "input"  # may be missing, null or blank: the preset has wording for that
+
+
+class PromptTemplate(BaseModel):
+    """How a row becomes a prompt. Frozen; equal templates give equal prompts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal["chat", "text", "alpaca", "commonsense"] = "chat"
+    segment_by: Literal["message", "part"] = "message"  # part: borders between content parts too
+    messages: Annotated[tuple[MessageTemplate, ...], Field(min_length=1)] | None = None
+    messages_column: str = "messages"  # read as it is if `messages` is not given and the dataset has it
+    prompt_column: str = "prompt"  # else this column is one user message
+    text: str | None = None  # template of format text; "{prompt}" if not given
+    columns: PresetColumns = PresetColumns()
+    chat_template: str | None = None  # Jinja, in place of the model's own
+    chat_template_kwargs: dict[str, Any] = {}
+    continue_final_message: StrictBool = False  # the last message is the beginning of the answer
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "PromptTemplate":
+        for name in sorted(self.model_fields_set & _FORMATS_OF.keys()):
+            wanted = _FORMATS_OF[name]
+            if self.format not in wanted and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} means nothing to format {self.format}; want format {' or '.join(wanted)}")
+        if reserved := sorted(_RENDERERS_OWN & self.chat_template_kwargs.keys()):
+            raise ValueError(f"chat_template_kwargs must not have {', '.join(reserved)}: the renderer sets them")
+        if self.continue_final_message and self.messages and self.messages[-1].role != "assistant":
+            raise ValueError(f"continue_final_message wants a last message of role assistant, got {self.messages[-1].role}")
+        columns_in(self.text_template)
+        return self
+
+    @property
+    def text_template(self) -> str:
+        return "{prompt}" if self.text is None else self.text
+
+    def resolve(self, base_dir: Path | str) -> "PromptTemplate":
+        """The same template with every `content_file`, relative to `base_dir`, read. Raises ValueError."""
+        if self.messages is None:
+            return self
+        messages = tuple(message.resolve(Path(base_dir)) for message in self.messages)
+        if messages == self.messages:
+            return self
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        return PromptTemplate(**given | {"messages": messages})
+
+    def required_columns(self, available: Collection[str]) -> frozenset[str]:
+        """The columns that a prompt reads, given those that the dataset has.
+
+        A column of the result that is not in `available` is an error of the job: a misspelt placeholder,
+        or a dataset without a prompt.
+        """
+        return frozenset(self._columns_read(available))
+
+    def _columns_read(self, available: Collection[str]) -> Iterator[str]:
+        if self.format == "text":
+            yield from columns_in(self.text_template)
+        elif self.format != "chat":
+            yield self.columns.instruction
+            yield from {self.columns.input} & set(available)
+        elif self.messages is not None:
+            for message in self.messages:
+                yield from (column for text in message.texts for column in columns_in(text))
+        else:
+            yield self.messages_column if self.messages_column in available else self.prompt_column

@@ -1,0 +1,94 @@
+"""A row in the engine: what was asked, what was drawn so far, and what comes out.
+
+Outputs have vLLM's shape and names. Knows tokens and parameters; no tensor, no text, no scheduler.
+"""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from attention.kv_cache import Tail
+from attention.segments import Segment, num_tokens
+from attention.tree import Node
+from workers.row_errors import RowError
+from workers.sampling import SamplingParams
+
+FinishReason = Literal["stop", "length", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one generated token, under the model's own distribution (before temperature)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # the most likely tokens, best first
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One sample of a row."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    stop_reason: str | int | None = None  # the stop string or stop token id that ended it; None for end-of-sequence
+    logprobs: list[TokenLogprobs] | None = None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """The answer to one row. `error` is set, and `outputs` empty, when there is none."""
+
+    request_id: Hashable
+    prompt_token_ids: list[int]
+    num_cached_tokens: int  # prompt tokens whose keys were there, or were being made by another row
+    outputs: list[CompletionOutput] = field(default_factory=list)
+    error: RowError | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One row. `random_key` and the seed, not the batch, decide what it draws."""
+
+    request_id: Hashable
+    segments: tuple[Segment, ...]  # canonical
+    params: SamplingParams
+    random_key: bytes
+    order: int  # arrival; earlier rows are never preempted for later ones
+    root: Node | None = None  # a tree of its own, when reuse is off
+    num_cached_tokens: int | None = None  # known once admitted
+    samples: list["Sample"] = field(default_factory=list)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return num_tokens(self.segments)
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        return [token for segment in self.segments for token in segment.token_ids]
+
+    @property
+    def is_finished(self) -> bool:
+        return all(sample.finish_reason for sample in self.samples)
+
+
+@dataclass(eq=False, slots=True)
+class Sample:
+    """One answer being drawn. Its tokens since `end` live in `tail`; the last one is not fed yet."""
+
+    request: Request
+    index: int
+    end: Node  # prompt, and after preemption also the tokens generated until then
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    tail: Tail | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    text: str | None = None  # set when a stop string cut it
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and generated tokens."""
+        return self.request.num_prompt_tokens + len(self.token_ids)

@@ -1,0 +1,69 @@
+"""How a row's answer is drawn: sampling parameters under vLLM's names, and the drawing itself.
+
+Knows logits and parameters; nothing of trees, models or text.
+"""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from workers.row_errors import RowError, RowErrorCode
+
+
+class SamplingParams(BaseModel):
+    """One row's sampling parameters; names, ranges and defaults are vLLM's, except that
+    `temperature` defaults to 0 (greedy): an offline job should be repeatable unless asked otherwise.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    n: Annotated[int, Field(ge=1, le=1024)] = 1  # samples a row
+    temperature: Annotated[float, Field(ge=0.0)] = 0.0  # 0 is greedy
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_k: Annotated[int, Field(ge=-1)] = 0  # 0 and -1 mean all tokens
+    min_p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    max_tokens: Annotated[int, Field(ge=1)] = 16
+    min_tokens: Annotated[int, Field(ge=0)] = 0  # no end-of-sequence or stop before this many
+    seed: int | None = None  # replaces the job's seed for this row
+    stop: tuple[str, ...] = ()  # the text ends before the first of these
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None  # top alternatives a token, beside the drawn one
+    repetition_penalty: Annotated[float, Field(gt=0.0)] = 1.0
+    presence_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
+    skip_special_tokens: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_lists(cls, value: object) -> object:
+        """YAML and JSON have lists, not tuples, and integers where a float is meant; a single stop is a string."""
+        if not isinstance(value, dict):
+            return value
+        fields = dict(value)
+        if isinstance(fields.get("stop"), str):
+            fields["stop"] = (fields["stop"],)
+        for name in ("stop", "stop_token_ids"):
+            if isinstance(fields.get(name), list):
+                fields[name] = tuple(fields[name])
+        return fields
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "SamplingParams":
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}")
+        if "" in self.stop:
+            raise ValueError("stop must not contain an empty string")
+        return self
+
+    def with_row(self, overrides: dict[str, object] | None) -> "SamplingParams":
+        """These parameters with a row's own on top. Raises RowError(BAD_PARAMS)."""
+        if not overrides:
+            return self
+        try:
+            return SamplingParams.model_validate(self.model_dump() | overrides)
+        except ValueError as error:
+            first = error.errors()[0] if hasattr(error, "errors") else {"loc": (), "msg": str(error)}  # type: ignore[attr-defined]
+            key = ".".join(str(part) for part in first["loc"])
+            raise RowError(RowErrorCode.BAD_PARAMS, f"sampling_params.{key}: {first['msg']}") from None

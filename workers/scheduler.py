@@ -1,0 +1,284 @@
+"""Which rows run, which nodes and tokens the next step computes, and who gives way when KV memory is short.
+
+Rows run in the order given, which a plan makes depth-first. Every running sample decodes in every step; the rest of the
+token budget goes to prefill, whole bidirectional segments at a time. Knows the tree and its memory; no model, no logits.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from attention.kv_cache import TAIL_CAPACITIES, KVCache, KVMemoryExceeded, next_capacity
+from attention.residency import Residency
+from attention.segments import Segment
+from attention.tree import Node, SegmentTree
+from workers.request import Request, Sample
+from workers.row_errors import RowError, RowErrorCode
+
+MIN_PIECE_TOKENS = 64  # a causal run is not cut for less: every cut is one more block in each later step
+
+
+@dataclass(eq=False, slots=True)
+class Prefill:
+    """Samples that wait for the prompt ending at `end`: all of a new row's, or one that was preempted."""
+
+    request: Request
+    samples: list[Sample]
+    end: Node
+
+    @property
+    def num_tail_tokens(self) -> int:
+        """Memory to keep free for the first generated tokens."""
+        return TAIL_CAPACITIES[0] * len(self.samples) if self.request.params.max_tokens > 1 else 0
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """What one forward pass computes."""
+
+    new_nodes: list[Node] = field(default_factory=list)
+    decoding: list[Sample] = field(default_factory=list)
+    ready: list[Prefill] = field(default_factory=list)  # prompts complete after this step: their samples draw
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.new_nodes or self.decoding or self.ready)
+
+
+class Scheduler:
+    """Queues of rows over one tree. `max_num_batched_tokens` bounds a step, save for a longer atomic segment."""
+
+    def __init__(
+        self, tree: SegmentTree, cache: KVCache, *, max_num_seqs: int, max_num_batched_tokens: int, keep_idle: bool
+    ) -> None:
+        if max_num_batched_tokens < max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens must be at least max_num_seqs ({max_num_seqs}), got {max_num_batched_tokens}"
+            )
+        self.tree = tree
+        self.cache = cache
+        self.residency = Residency(tree, cache, keep_idle=keep_idle)
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.waiting: deque[Prefill] = deque()
+        self.prefilling: list[Prefill] = []
+        self.running: list[Sample] = []
+        self.failed: list[tuple[Request, RowError]] = []  # taken by the engine after each plan
+        self.num_preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.prefilling or self.running)
+
+    @property
+    def num_active(self) -> int:
+        """Samples that hold KV memory."""
+        return len(self.running) + sum(len(prefill.samples) for prefill in self.prefilling)
+
+    def add(self, request: Request) -> None:
+        """Queue a new row behind the others."""
+        end = self.tree.insert(request.segments, request.root)
+        request.samples = [Sample(request, index, end) for index in range(request.params.n)]
+        self.waiting.append(self._prefill(request, request.samples, end))
+
+    def plan_step(self) -> StepPlan:
+        """Grow tails, admit rows, fill the token budget. Rows that can never fit are put into `failed`."""
+        plan = StepPlan()
+        self._grow_tails()
+        self._admit()
+        plan.decoding = list(self.running)
+        self._fill(plan)
+        plan.ready = [p for p in self.prefilling if _is_complete(p.end, set(plan.new_nodes))]
+        return plan
+
+    def start_decoding(self, prefill: Prefill) -> None:
+        """The prompt is computed and every sample has drawn; what is unfinished goes on."""
+        self.prefilling.remove(prefill)
+        for sample in prefill.samples:
+            if sample.finish_reason:
+                self._leave(sample.end)
+            elif self._open_tail(sample):
+                self.running.append(sample)
+
+    def finish(self, sample: Sample) -> None:
+        """A running sample is done: free what only it needed."""
+        self.running.remove(sample)
+        self._close(sample)
+        self._leave(sample.end)
+
+    def abort(self, request: Request) -> None:
+        """Take every sample of a row out, wherever it is."""
+        for prefill in [p for p in (*self.waiting, *self.prefilling) if p.request is request]:
+            held = prefill in self.prefilling
+            (self.prefilling if held else self.waiting).remove(prefill)
+            self._drop(prefill, held=held)
+        for sample in [s for s in self.running if s.request is request]:
+            self.finish(sample)
+
+    # -- memory
+
+    def _admit(self) -> None:
+        while self.waiting and self.num_active + len(self.waiting[0].samples) <= max(self.max_num_seqs, self._floor()):
+            if not self._try_admit(self.waiting[0]):
+                if self.num_active:
+                    return
+                self._fail(self.waiting.popleft())
+                continue
+            self.prefilling.append(self.waiting.popleft())
+
+    def _floor(self) -> int:
+        """A row with more samples than `max_num_seqs` may still run, alone."""
+        return 0 if self.num_active else len(self.waiting[0].samples)
+
+    def _try_admit(self, prefill: Prefill) -> bool:
+        if prefill.end.is_computed and prefill.end.last_hidden is None:
+            self._fork_end(prefill)
+        try:
+            num_cached = self.residency.acquire(prefill.end)
+        except KVMemoryExceeded:
+            return False
+        promised = sum(p.num_tail_tokens for p in self.prefilling) + prefill.num_tail_tokens
+        if not self.residency.make_room(promised):
+            self.residency.release(prefill.end)
+            return False
+        for _ in prefill.samples[1:]:
+            self.residency.acquire(prefill.end)
+        if prefill.request.num_cached_tokens is None:
+            prefill.request.num_cached_tokens = num_cached
+        return True
+
+    def _fork_end(self, prefill: Prefill) -> None:
+        """The prompt ends inside a longer run that is already computed: its last token is computed again."""
+        forked = self.tree.fork_last_token(prefill.end)
+        for sample in prefill.samples:
+            self.tree.add_row(forked)
+            self.tree.remove_row(sample.end)
+            sample.end = forked
+        prefill.end = forked
+
+    def _fail(self, prefill: Prefill) -> None:
+        """Alone, with everything else evicted, the row does not fit."""
+        wanted = prefill.end.stop + prefill.num_tail_tokens
+        room = self.cache.budget_bytes // self.cache.shape.bytes_per_token
+        self._drop(prefill, held=False)
+        message = f"the row needs {wanted} tokens of KV memory, the limit is {room} tokens (workers.kv_cache_memory_bytes)"
+        self.failed.append((prefill.request, RowError(RowErrorCode.ROW_OOM, message)))
+
+    def _grow_tails(self) -> None:
+        """Room for one more token a running sample; the latest rows give way to the earliest."""
+        for sample in sorted(self.running, key=_age):
+            while sample.tail is not None and sample.finish_reason is None:
+                try:
+                    self.cache.grow_tail(sample.tail)
+                    break
+                except KVMemoryExceeded:
+                    self._relieve(sample, next_capacity(sample.tail.capacity))
+
+    def _open_tail(self, sample: Sample) -> bool:
+        """False if the sample had to give way and waits again."""
+        if not self.residency.make_room(TAIL_CAPACITIES[0]):
+            self._requeue(sample)
+            return False
+        sample.tail = self.cache.open_tail()
+        return True
+
+    def _relieve(self, sample: Sample, num_tokens: int) -> None:
+        """Free memory for `sample`: trim and evict, else preempt the latest row, else give up on this one."""
+        self.cache.trim()
+        if self.residency.make_room(num_tokens):
+            return
+        latest = max([*self.running, *(s for p in self.prefilling for s in p.samples)], key=_age)
+        self._preempt(latest)
+        if not self.num_active:
+            self._fail(self._take_waiting(sample))
+
+    def _preempt(self, sample: Sample) -> None:
+        for prefill in [p for p in self.prefilling if sample in p.samples]:
+            self.prefilling.remove(prefill)
+            for _ in prefill.samples:
+                self.residency.release(prefill.end)
+            self.waiting.appendleft(prefill)
+            self.num_preemptions += 1
+            return
+        self.running.remove(sample)
+        self._close(sample)
+        self._requeue(sample)
+
+    def _requeue(self, sample: Sample) -> None:
+        """Wait again, to recompute what was generated, causally."""
+        self.num_preemptions += 1
+        request, old_end = sample.request, sample.end
+        chain = _with_generated(request.segments, sample.token_ids)
+        end = self.tree.insert(chain, request.root)
+        sample.end = end
+        self.waiting.appendleft(self._prefill(request, [sample], end))
+        self._leave(old_end)
+
+    def _take_waiting(self, sample: Sample) -> Prefill:
+        prefill = next(p for p in self.waiting if sample in p.samples)
+        self.waiting.remove(prefill)
+        return prefill
+
+    # -- bookkeeping
+
+    def _prefill(self, request: Request, samples: list[Sample], end: Node) -> Prefill:
+        for _ in samples:
+            self.tree.add_row(end)
+        return Prefill(request, samples, end)
+
+    def _drop(self, prefill: Prefill, *, held: bool) -> None:
+        for _ in prefill.samples:
+            if held:
+                self.residency.release(prefill.end)
+            self.tree.remove_row(prefill.end)
+
+    def _leave(self, end: Node) -> None:
+        self.residency.release(end)
+        self.tree.remove_row(end)
+
+    def _close(self, sample: Sample) -> None:
+        if sample.tail is not None:
+            self.cache.close_tail(sample.tail)
+            sample.tail = None
+
+    # -- the step
+
+    def _fill(self, plan: StepPlan) -> None:
+        """Prefill in row order until the budget is spent."""
+        budget = self.max_num_batched_tokens - len(plan.decoding)
+        chosen: set[Node] = set()
+        for prefill in self.prefilling:
+            for node in prefill.end.path():
+                if node.is_computed or node in chosen:
+                    continue
+                piece = self._piece(node, budget, is_first=not chosen)
+                if piece is None:
+                    return
+                plan.new_nodes.append(piece)
+                chosen.add(piece)
+                budget -= len(piece)
+                if piece is not node:
+                    return
+
+    def _piece(self, node: Node, budget: int, *, is_first: bool) -> Node | None:
+        """The node, or as much of a causal one as the budget holds. An atomic segment may exceed it when it is first."""
+        if len(node) <= budget or (node.bidirectional and is_first):
+            return node
+        if node.bidirectional or budget < (1 if is_first else MIN_PIECE_TOKENS):
+            return None
+        return self.tree.split(node, budget)
+
+
+def _is_complete(end: Node, in_step: set[Node]) -> bool:
+    return all(node.is_computed or node in in_step for node in end.path())
+
+
+def _age(sample: Sample) -> tuple[int, int]:
+    return (sample.request.order, sample.index)
+
+
+def _with_generated(segments: Sequence[Segment], token_ids: Sequence[int]) -> tuple[Segment, ...]:
+    """Generated tokens are causal, also when they follow a causal prompt as one run."""
+    if segments and not segments[-1].bidirectional:
+        return (*segments[:-1], Segment(segments[-1].token_ids + tuple(token_ids), False))
+    return (*segments, Segment(tuple(token_ids), False))

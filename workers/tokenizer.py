@@ -1,0 +1,209 @@
+"""Token ids of a prompt in which only its author may write control tokens.
+
+The prompt's text is split at the control tokens; each run of text between them is encoded by the same tokenizer
+with its control tokens taken out, so no text, wherever it came from, can spell one. Knows text, ids and character
+offsets. Does not know messages, templates or rows.
+"""
+
+import json
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_RUN = "\U000f0000run"  # what the splitter calls everything that is no control token
+_CANARIES = (
+    "Hello, world!",
+    " leading and trailing ",
+    "\n\nparagraph\n\n",
+    "two  spaces\tand a tab",
+    "1234 + 5.6e-7 = x_1",
+    "Grüße, 你好, こんにちは 👋🏽",
+    "system\nYou are kind.",
+    "don't </b> {x} [y] ### #!",
+    "\n",
+    "a",
+)
+_MAX_CANARY_TOKENS = 48
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A control token, or a run of text that is encoded as nothing but text."""
+
+    text: str
+    control_id: int | None = None
+
+
+class RunTokenizer:
+    """A tokenizer's ids for pieces of text and control tokens.
+
+    Control tokens are its added tokens, except those of white space alone (Gemma's, GPT-NeoX's), which are how
+    those tokenizers write ordinary text. Raises ValueError if the tokenizer is not a fast one, if text can spell
+    a control token's id, or if run by run it does not give the ids of the whole text.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(f"want a fast tokenizer (tokenizer.json), got {type(tokenizer).__name__}")
+        serialised = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+        added = serialised["added_tokens"]
+        self.control_ids: dict[str, int] = {token["content"]: token["id"] for token in added if not _is_blank(token)}
+        self._splitter = _splitter(serialised, self.control_ids)
+        self._first = _bare(serialised, self.control_ids, at_start=True)
+        self._later = _bare(serialised, self.control_ids, at_start=False)
+        self._real_ids = _real_ids(self._later, added)
+        self.prefix_ids, self.suffix_ids = _added_around(tokenizer)
+        self._check(tokenizer)
+
+    def split(self, text: str) -> list[Piece]:
+        """The control tokens in `text` and the runs between them, as the tokenizer itself would find them."""
+        pieces, position = [], 0
+        for start, end, content in self._control_spans(text):
+            pieces.append(Piece(text[position:start]))
+            pieces.append(Piece(text[start:end], self.control_ids[content]))
+            position = end
+        pieces.append(Piece(text[position:]))
+        return [piece for piece in pieces if piece.text]
+
+    def control_starts(self, text: str) -> list[int]:
+        """Where in `text` a control token begins, white space that it swallows left out."""
+        spans = self._control_spans(text)
+        return [end - len(text[start:end].lstrip()) if text[start:end].strip() else start for start, end, _ in spans]
+
+    def encode(self, pieces: Iterable[Piece], borders: Sequence[int] = ()) -> list[tuple[int, ...]]:
+        """Token ids between `borders`, ascending character offsets into the joined text of `pieces`.
+
+        Returns len(borders) + 1 tuples. A token that straddles a border comes after it.
+        """
+        ids: list[int] = []
+        ends: list[int] = []
+        offset = 0
+        for piece in pieces:
+            if piece.control_id is not None:
+                ids.append(piece.control_id)
+                ends.append(offset + len(piece.text))
+            else:
+                self._encode_run(piece.text, offset, ids, ends)
+            offset += len(piece.text)
+        ends = list(accumulate(ends, max))
+        cuts = [0, *(bisect_right(ends, border) for border in borders), len(ids)]
+        return [tuple(ids[start:stop]) for start, stop in zip(cuts, cuts[1:], strict=False)]
+
+    def _encode_run(self, text: str, offset: int, ids: list[int], ends: list[int]) -> None:
+        encoding = (self._later if offset else self._first).encode(text, add_special_tokens=False)
+        ids += [self._real_ids.get(token, token) for token in encoding.ids] if self._real_ids else encoding.ids
+        ends += [offset + end for _, end in encoding.offsets]
+
+    def _control_spans(self, text: str) -> list[tuple[int, int, str]]:
+        encoding = self._splitter.encode(text, add_special_tokens=False)
+        return [
+            (start, end, content)
+            for content, (start, end) in zip(encoding.tokens, encoding.offsets, strict=True)
+            if content != _RUN
+        ]
+
+    def _check(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Refuse a tokenizer for which the ids would not be those of the whole text, or not safe."""
+        unknown = getattr(tokenizer, "unk_token_id", None)
+        forbidden = set(self.control_ids.values()) - {unknown}
+        for content in self.control_ids:
+            if forbidden & set(self.encode([Piece(content)])[0]):
+                raise ValueError(f"this tokenizer spells the control token {content!r} from plain text; it is not supported")
+        for text in self._canary_texts():
+            whole = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            if list(self.encode(self.split(text))[0]) != whole:
+                raise ValueError(
+                    f"this tokenizer encodes {text!r} otherwise as a whole than run by run between control tokens; "
+                    "prompts from rows cannot be kept apart safely: use another tokenizer.json for this model"
+                )
+
+    def _canary_texts(self) -> list[str]:
+        controls = list(self.control_ids)[:_MAX_CANARY_TOKENS] or [""]
+        texts = list(_CANARIES)
+        for number, control in enumerate(controls):
+            before, after = _CANARIES[number % len(_CANARIES)], _CANARIES[(number * 3 + 1) % len(_CANARIES)]
+            texts += [before + control + after, control + before + controls[number - 1] + control + after]
+        return texts + [control + text for text in _CANARIES for control in controls[:3]]
+
+
+def _is_blank(added_token: dict[str, Any]) -> bool:
+    return not added_token["special"] and not added_token["content"].replace("\u2581", " ").strip()
+
+
+def _splitter(serialised: dict[str, Any], control_ids: dict[str, int]) -> Tokenizer:
+    """The tokenizer's own search for added tokens, with a model that calls all other text one token."""
+    added = [token for token in serialised["added_tokens"] if token["content"] in control_ids]
+    vocabulary = {token["content"]: number for number, token in enumerate(added)} | {_RUN: len(added)}
+    renumbered = [token | {"id": number} for number, token in enumerate(added)]
+    return _tokenizer(
+        serialised,
+        added_tokens=renumbered,
+        pre_tokenizer=None,
+        decoder=None,
+        model={"type": "WordLevel", "vocab": vocabulary, "unk_token": _RUN},
+    )
+
+
+def _bare(serialised: dict[str, Any], control_ids: dict[str, int], *, at_start: bool) -> Tokenizer:
+    """The same tokenizer without control tokens, for a run at the start of a text or for a later one."""
+    model = _without_vocabulary(serialised["model"], control_ids)
+    blank = [token for token in serialised["added_tokens"] if token["content"] not in control_ids]
+    pre_tokenizer = serialised["pre_tokenizer"] if at_start else _never_first(serialised["pre_tokenizer"])
+    try:
+        return _tokenizer(serialised, added_tokens=blank, pre_tokenizer=pre_tokenizer, model=model)
+    except Exception as error:
+        raise ValueError(f"this tokenizer does not work without its control tokens ({error}); it is not supported") from None
+
+
+def _tokenizer(serialised: dict[str, Any], **changes: Any) -> Tokenizer:
+    # Post-processors trim offsets and add tokens: neither is wanted for runs.
+    parts = serialised | {"truncation": None, "padding": None, "post_processor": None} | changes
+    return Tokenizer.from_str(json.dumps(parts))
+
+
+def _without_vocabulary(model: dict[str, Any], control_ids: dict[str, int]) -> dict[str, Any]:
+    """The model with its control tokens renamed beyond the reach of text; a model may spell them by itself."""
+    unknown = model.get("unk_token")
+    renamed = {content: f"{_RUN}{number}" for content, number in control_ids.items() if content != unknown}
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, dict):
+        return model | {"vocab": {renamed.get(token, token): number for token, number in vocabulary.items()}}
+    spared = model.get("unk_id")
+    pieces = [
+        [piece if number == spared else renamed.get(piece, piece), score]
+        for number, (piece, score) in enumerate(vocabulary)
+    ]
+    return model | {"vocab": pieces}
+
+
+def _never_first(pre_tokenizer: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Metaspace with `prepend_scheme: first` prepends its space at the start of the whole text only."""
+    if pre_tokenizer is None:
+        return None
+    text = json.dumps(pre_tokenizer)
+    return json.loads(re.sub(r'("prepend_scheme": )"first"', r'\1"never"', text))
+
+
+def _real_ids(bare: Tokenizer, added: list[dict[str, Any]]) -> dict[int, int]:
+    """White-space tokens are numbered anew when control tokens before them are taken out."""
+    real = {token["content"]: token["id"] for token in added}
+    decoder = bare.get_added_tokens_decoder()
+    return {number: real[token.content] for number, token in decoder.items() if number != real[token.content]}
+
+
+def _added_around(tokenizer: "PreTrainedTokenizerBase") -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What the tokenizer puts before and after a plain text by default: BOS, mostly."""
+    with_added = tuple(tokenizer("a").input_ids)
+    plain = tuple(tokenizer("a", add_special_tokens=False).input_ids)
+    for start in range(len(with_added) - len(plain) + 1):
+        if with_added[start : start + len(plain)] == plain:
+            return with_added[:start], with_added[start + len(plain) :]
+    raise ValueError("this tokenizer's special tokens change the ids of the text itself; it is not supported")
