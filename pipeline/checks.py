@@ -7,7 +7,7 @@ put beside its own, so that a person sees all of them at once.
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fsspec.utils import glob_translate
 
@@ -35,17 +35,17 @@ def check_job(config: JobConfig, *, has_gpu: bool = False, others: Sequence[Prob
 
     Raises JobRefused with `others`, which the caller found, and every problem found here.
     """
-    draft = JobDraft(config, config.input, config.prompt, config.output, tuple(others))
-    return _check(draft, has_gpu)
+    return check_draft(JobDraft(config, config.input, config.prompt, config.output, ()), has_gpu=has_gpu, others=others)
 
 
 def check_job_file(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, has_gpu: bool = False) -> CheckedJob:
-    """Like `check_job` for a job file. Sections that are right are checked even if others are wrong."""
-    return _check(read_job(path, overrides), has_gpu)
+    """`check_job` for a job file: mistakes of the file and of the data at once."""
+    return check_draft(read_job(path, overrides), has_gpu=has_gpu)
 
 
-def _check(draft: JobDraft, has_gpu: bool) -> CheckedJob:
-    problems = list(draft.problems)
+def check_draft(draft: JobDraft, *, has_gpu: bool = False, others: Sequence[Problem] = ()) -> CheckedJob:
+    """`check_job` for a job file as read: sections that are right are checked even if others are wrong."""
+    problems = [*draft.problems, *others]
     inputs: tuple[InputFile, ...] = ()
     columns: JobColumns | None = None
     if draft.config is not None:
@@ -59,8 +59,13 @@ def _check(draft: JobDraft, has_gpu: bool) -> CheckedJob:
     if draft.output is not None:
         problems += check_output(draft.output.path, draft.input.path if draft.input else (), inputs)
     if problems or draft.config is None or columns is None:
-        raise JobRefused(problems)
+        raise JobRefused(_placed(problem, draft) for problem in problems)
     return CheckedJob(draft.config, draft.config.prompt_template(), inputs, columns)
+
+
+def _placed(problem: Problem, draft: JobDraft) -> Problem:
+    """The problem with the line of its key, if it does not have a place already."""
+    return problem if problem.where else replace(problem, where=draft.where(tuple(problem.key.split("."))))
 
 
 def _check_dtype(config: JobConfig, has_gpu: bool) -> list[Problem]:

@@ -202,11 +202,10 @@ def template_over(prompt: PromptTemplate, columns: InputColumns) -> PromptTempla
     """The template reading the columns that `columns` names instead of those it reads by default."""
     changes: dict[str, object] = {}
     if columns.prompt is not None:
-        is_text = prompt.format == "text" and prompt.text is None
-        changes |= {"text": f"{{{columns.prompt}}}"} if is_text else {"prompt_column": columns.prompt}
+        changes["prompt_column"] = columns.prompt
     if columns.messages is not None:
         changes["messages_column"] = columns.messages
     preset = columns.model_dump(include={"instruction", "input"}, exclude_none=True)
     if preset:
-        changes["columns"] = prompt.columns.model_copy(update=preset)
+        changes["columns"] = prompt.columns | preset
     return prompt.model_copy(update=changes)

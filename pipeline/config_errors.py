@@ -36,17 +36,17 @@ def problems_of(
 ) -> list[Problem]:
     """One problem for each key of `values` that `error` is about, in the order of the errors."""
     by_path: dict[JobPath, list[ErrorDetails]] = {}
-    is_branch: set[JobPath] = set()  # paths where pydantic tried the members of a union
+    superseded: set[JobPath] = set()  # what failed further inside tells more than these
     for details in error.errors(include_url=False):
         path = _written_path(details, values)
         by_path.setdefault(path, []).append(details)
-        if len(path) < len(details["loc"]):
-            is_branch.add(path)
+        # The location is longer where pydantic tried the members of a union; lists lose their wrong items.
+        if len(path) < len(details["loc"]) or details["type"] == "too_short":
+            superseded.add(path)
     return [
         _problem(path, group, model, where)
         for path, group in by_path.items()
-        # A union member that got further tells more than one that failed at once.
-        if not (path in is_branch and any(other[: len(path)] == path and other != path for other in by_path))
+        if not (path in superseded and any(other[: len(path)] == path and other != path for other in by_path))
     ]
 
 
@@ -54,10 +54,9 @@ def _written_path(details: ErrorDetails, values: object) -> JobPath:
     """The error's location without what pydantic adds to it: names of union members, tuples made of a string."""
     path: JobPath = ()
     for part in details["loc"]:
-        if isinstance(values, dict) and part in values:
-            values, path = values[part], (*path, part)
-        elif isinstance(values, list) and isinstance(part, int) and part < len(values):
-            values, path = values[part], (*path, part)
+        is_position = isinstance(values, list) and isinstance(part, int) and part < len(values)
+        if is_position or (isinstance(values, dict) and part in values):
+            values, path = values[part], (*path, part)  # type: ignore[index]
     if details["type"] == "missing":
         path = (*path, details["loc"][-1])
     return path
@@ -67,8 +66,9 @@ def _problem(path: JobPath, group: list[ErrorDetails], model: type[BaseModel], w
     key, first = ".".join(str(part) for part in path), group[0]
     if first["type"] == "extra_forbidden":
         known = sorted(_keys_at(model, path[:-1]))
-        wanted = f"one of {', '.join(known)}" if known else "a known key"
-        return Problem(key, "an unknown key", wanted, nearest(str(path[-1]), known), where(path))
+        hint = nearest(str(path[-1]), known)
+        wanted = "a known key" if hint or not known else f"one of {', '.join(known)}"
+        return Problem(key, "an unknown key", wanted, hint, where(path))
     if first["type"] == "missing":
         return Problem(key, "nothing", _WANTED["missing"], where=where(path[:-1]))
     wanted = " or ".join(dict.fromkeys(_wanted(details) for details in group))

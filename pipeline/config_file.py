@@ -6,7 +6,7 @@ data, models or Ray: it opens the job file and the content files it names, nothi
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -20,6 +20,7 @@ from pipeline.yaml_file import MAX_YAML_BYTES, YamlDocument, key_of, read_yaml
 from workers.prompts import PromptTemplate
 
 AnySection = TypeVar("AnySection", bound=BaseModel)
+OVERRIDE = "--set"  # where a problem is that no line of the file has
 ECHO = "echo"  # the model without weights, never a folder
 
 
@@ -32,6 +33,7 @@ class JobDraft:
     prompt: PromptTemplate | None
     output: OutputConfig | None
     problems: tuple[Problem, ...]
+    where: Where = lambda path: ""  # the place in the file that a key comes from
 
 
 def load_job(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> JobConfig:
@@ -82,32 +84,33 @@ def _document_of(file: Path) -> YamlDocument:
         raise JobRefused([problem]) from None
 
 
-def _where(path: JobPath, document: YamlDocument, overridden: Mapping[JobPath, str], name: str) -> str:
+def _where(path: JobPath, document: YamlDocument, overridden: Collection[JobPath], name: str) -> str:
     """The override or the line that a problem at `path` comes from, else the file."""
     for end in range(len(path), 0, -1):
         if path[:end] in overridden:
-            return f"--set {overridden[path[:end]]}"
+            return OVERRIDE
         if path[:end] in document.lines:
             return f"{name}:{document.lines[path[:end]]}"
-    return name
+    # A section that only an override made has no line of its own.
+    return OVERRIDE if path and any(made[: len(path)] == path for made in overridden) else name
 
 
-def _override(values: dict[str, object], overrides: Sequence[str]) -> tuple[dict[JobPath, str], list[Problem]]:
+def _override(values: dict[str, object], overrides: Sequence[str]) -> tuple[set[JobPath], list[Problem]]:
     """Put each "a.b=value" into `values`; whether the key exists is for the schema to say."""
-    overridden: dict[JobPath, str] = {}
+    overridden: set[JobPath] = set()
     problems: list[Problem] = []
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not all(key.split(".")):
-            problems.append(Problem("", shown(override), "key=value, such as seed=1", where="--set"))
+            problems.append(Problem("", shown(override), "key=value, such as seed=1", where=OVERRIDE))
             continue
-        document = read_yaml(text, f"--set {key}")
+        document = read_yaml(text, f"{OVERRIDE} {key}")
         problems += document.problems
         if not document.problems:
             try:
-                overridden[_set(values, key, document.value)] = key
+                overridden.add(_set(values, key, document.value))
             except ValueError as error:
-                problems.append(Problem(key, str(error), "a key of the job file", where="--set"))
+                problems.append(Problem(key, str(error), "a key of the job file", where=OVERRIDE))
     return overridden, problems
 
 
@@ -153,9 +156,9 @@ def _draft(values: dict[str, object], folder: Path, where: Where, problems: list
         problems = [*problems, Problem("prompt", "", str(error), where=where(("prompt",)))]
         prompt = None
     if config is None or problems:
-        return JobDraft(None, rows, prompt, output, tuple(problems))
+        return JobDraft(None, rows, prompt, output, tuple(problems), where)
     sections = {"input": rows, "output": output, "prompt": prompt, "model": _resolved_model(config.model, folder)}
-    return JobDraft(config.model_copy(update=sections), rows, prompt, output, ())
+    return JobDraft(config.model_copy(update=sections), rows, prompt, output, (), where)
 
 
 def _section(section: type[AnySection], values: object) -> AnySection | None:
@@ -178,7 +181,7 @@ def _local_path(path: str, folder: Path) -> str:
 
 
 def _resolved_model(model: ModelConfig, folder: Path) -> ModelConfig:
-    """Sources that are local become absolute; hub ids, which look like relative paths, stay unless such a path exists."""
+    """Local sources become absolute; a hub id looks like a relative path and stays, unless such a path exists."""
     places = {
         "source": _model_path(model.source, folder),
         "adapter": model.adapter and _model_path(model.adapter, folder),

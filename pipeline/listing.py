@@ -101,7 +101,10 @@ def _list_local(path: str) -> Listing:
 
 def _missing(path: str) -> Problem:
     folder, name = os.path.split(path)
-    hint = nearest(name, os.listdir(folder)) if os.path.isdir(folder) else ""
+    try:
+        hint = nearest(name, os.listdir(folder))
+    except OSError:
+        hint = ""
     return Problem(KEY, f"{shown(path)}, which does not exist", "an existing file or folder, or a glob", hint)
 
 
@@ -190,7 +193,7 @@ def _list_remote(url: str) -> Listing:
         raise JobRefused(
             [Problem(KEY, f"{shown(url)}, which does not exist", "an existing object or prefix")]
         ) from None
-    except Exception as error:  # noqa: BLE001 - every store has errors of its own; all mean the input cannot be listed
+    except Exception as error:  # every store has errors of its own; all mean that it cannot be listed
         detail = f"{shown(url)} ({type(error).__name__}: {error})"
         raise JobRefused([Problem(KEY, detail, "a place that can be listed with the credentials at hand")]) from None
     files = [

@@ -49,6 +49,8 @@ def shown(value: object) -> str:
         return "a list"
     if value is None:
         return "null"
+    if isinstance(value, int) and value.bit_length() > 256:
+        return "a huge number"  # Python refuses to print more than 4,300 digits
     text = repr(value) if isinstance(value, str | int | float) else f"the {type(value).__name__} {value}"
     return text if len(text) <= MAX_SHOWN_CHARS else f"{text[: MAX_SHOWN_CHARS - 3]}..."
 

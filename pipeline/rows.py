@@ -41,8 +41,8 @@ class RowRange:
 class ParquetRowsSource(Datasource):
     """The first `limit` rows of `files`, in (src_path, src_row) order, each once.
 
-    The rows and their provenance depend on the files alone, not on row groups, parallelism or blocks. Ray keeps no order
-    of blocks unless told to.
+    The rows and their provenance depend on the files alone, not on row groups, parallelism or blocks. Ray keeps
+    no order of blocks unless told to.
     """
 
     def __init__(self, files: Sequence[InputFile], schema: pa.Schema, limit: int | None = None) -> None:
@@ -64,14 +64,20 @@ class ParquetRowsSource(Datasource):
         """One task a range, whatever parallelism is asked for; for no rows, one that gives an empty block."""
         if not self._ranges:
             empty = block_of(self._schema.empty_table(), "", 0)
-            return [ReadTask(lambda: [empty], BlockMetadata(0, 0, None, None), empty.schema)]
+            return [ReadTask(lambda: [empty], _metadata(0, 0, ()), empty.schema)]
         return [self._task(file, rows, per_task_row_limit) for file, rows in self._ranges]
 
     def _task(self, file: InputFile, rows: RowRange, row_limit: int | None) -> ReadTask:
-        metadata = BlockMetadata(rows.stop - rows.start, rows.num_bytes, None, (file.path,))
+        metadata = _metadata(rows.stop - rows.start, rows.num_bytes, (file.path,))
         schema = block_of(self._schema.empty_table(), "", 0).schema
         read = partial(_read_blocks, file, rows.start, rows.stop, self._schema)
         return ReadTask(read, metadata, schema, row_limit)
+
+
+def _metadata(num_rows: int, num_bytes: int, files: tuple[str, ...]) -> BlockMetadata:
+    return BlockMetadata(
+        num_rows=num_rows, size_bytes=num_bytes, exec_stats=None, task_exec_stats=None, input_files=files
+    )
 
 
 def row_ranges(file: InputFile, num_rows: int, task_bytes: int = TASK_BYTES) -> list[RowRange]:
@@ -116,20 +122,22 @@ def _batches(file: InputFile, start: int, stop: int, columns: pa.Schema) -> Iter
     """Rows [start, stop) in batches of at most BLOCK_ROWS, decoding only the row groups that hold them."""
     if not 0 <= start <= stop <= file.num_rows:
         raise ValueError(f"rows must lie within 0 to {file.num_rows} of {file.path}, got {start} to {stop}")
-    groups, skipped = _groups_of(file, start, stop)
     left = stop - start
+    if not left:
+        return
     _check_unchanged(file)
     with _opened(file.path) as parquet:
-        for batch in parquet.iter_batches(BLOCK_ROWS, row_groups=groups, columns=columns.names) if left else ():
-            rows = batch.slice(skipped, left)
-            skipped = max(0, skipped - batch.num_rows)
-            left -= rows.num_rows
-            if rows.num_rows:
-                yield _cast(rows, columns)
-            if not left:
-                return
-    if left:
-        raise InputChanged(f"{file.path} must have the {file.num_rows} rows its footer states, got {left} fewer")
+        for group, first in _groups_from(file, start):
+            # One group a call: over several, Arrow cannot read dictionaries nested in structs.
+            for batch in parquet.iter_batches(BLOCK_ROWS, row_groups=[group], columns=columns.names):
+                rows = batch.slice(max(0, start - first), left)
+                first += batch.num_rows
+                left -= rows.num_rows
+                if rows.num_rows:
+                    yield _cast(rows, columns)
+                if not left:
+                    return
+    raise InputChanged(f"{file.path} must have the {file.num_rows} rows its footer states, got {left} fewer")
 
 
 @contextmanager
@@ -152,16 +160,13 @@ def _check_unchanged(file: InputFile) -> None:
         )
 
 
-def _groups_of(file: InputFile, start: int, stop: int) -> tuple[list[int], int]:
-    """The row groups with rows of [start, stop), and how many rows of the first lie before `start`."""
-    groups: list[int] = []
-    skipped = first = 0
-    for index, num_rows in enumerate(file.row_groups):
-        if first < stop and first + num_rows > start:
-            skipped = skipped if groups else start - first
-            groups.append(index)
+def _groups_from(file: InputFile, start: int) -> Iterator[tuple[int, int]]:
+    """Each row group that ends after row `start`, with the number of its first row."""
+    first = 0
+    for group, num_rows in enumerate(file.row_groups):
+        if first + num_rows > start:
+            yield group, first
         first += num_rows
-    return groups, skipped
 
 
 def _cast(rows: pa.RecordBatch, columns: pa.Schema) -> pa.RecordBatch:

@@ -12,7 +12,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, DocumentStartEvent, NodeEvent
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
-from pipeline.problems import Problem, one_line
+from pipeline.problems import Problem, one_line, shown
 
 MAX_YAML_BYTES = 1_000_000
 MAX_DEPTH = 32
@@ -103,7 +103,7 @@ class _Builder:
         try:
             return self.constructor.construct_object(node, deep=True)
         except ValueError:  # looks like a number or a date and is none, e.g. 2020-13-45
-            self._refuse(path, node, repr(str(node.value)), "a value YAML can read, or a quoted string")
+            self._refuse(path, node, shown(str(node.value)), "a value YAML can read, or a quoted string")
             return None
 
     def _mapping(self, node: MappingNode, path: Path) -> dict[str, object]:

@@ -7,7 +7,6 @@ import datetime
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from workers.conversation import Role
 from workers.row_errors import RowError, RowErrorCode
 
 
@@ -30,7 +29,7 @@ class ChatTemplate:
         self._variables = {"tools": None, "documents": None, **special_tokens, **kwargs}
         self._compiled = _compile(source, date)
 
-    def render(self, messages: Sequence[tuple[Role, str]], *, add_generation_prompt: bool) -> str:
+    def render(self, messages: Sequence[tuple[str, str]], *, add_generation_prompt: bool) -> str:
         """The rendered text of (role, content) pairs. Raises RowError(TEMPLATE_ERROR) if the template raises."""
         conversation = [{"role": role, "content": content} for role, content in messages]
         try:
@@ -56,6 +55,6 @@ def _compile(source: str, date: datetime.date) -> Any:
     return compiled
 
 
-def _roles(messages: Sequence[tuple[Role, str]]) -> str:
+def _roles(messages: Sequence[tuple[str, str]]) -> str:
     shown = ", ".join(role for role, _ in messages[:8])
     return shown if len(messages) <= 8 else f"{shown} and {len(messages) - 8} more"

@@ -23,7 +23,8 @@ from attention.step import Backend, TreeStep, tail_batches
 from attention.tree import SegmentTree
 from workers.generate import Finisher
 from workers.model import TreeModel, load_model
-from workers.prompts import PromptEncoder, PromptTemplate
+from workers.prompt_encoder import PromptEncoder
+from workers.prompts import PromptTemplate
 from workers.request import Request, RequestOutput, Sample
 from workers.row_errors import RowError, RowErrorCode
 from workers.sampler import draw
@@ -43,6 +44,8 @@ class EngineStats:
     num_computed_tokens: int = 0  # prompt tokens that went through the model
     num_generated_tokens: int = 0
     num_rows: int = 0
+    num_finished_rows: int = 0
+    num_finished_tokens: int = 0  # prompt tokens of finished rows, as requested
     num_errors: int = 0
     num_preemptions: int = 0
     max_kv_bytes: int = 0
@@ -146,11 +149,11 @@ class Engine:
         done, self._refused = self._refused, []
         plan = self.scheduler.plan_step()
         done += self._take_failed()
-        if plan.is_empty:
-            return done
-        decode_hidden = self._compute(plan)
-        done += self._draw(plan, decode_hidden)
-        self._count(plan)
+        if not plan.is_empty:
+            done += self._draw(plan, self._compute(plan))
+            self._count(plan)
+        self.stats.num_finished_rows += len(done)
+        self.stats.num_finished_tokens += sum(len(output.prompt_token_ids) for output in done)
         return done
 
     def _compute(self, plan: StepPlan) -> Tensor:

@@ -51,7 +51,9 @@ def _piece_of(match: re.Match[str], text: str) -> str | Placeholder:
     name = match.group(1)
     if name is None:
         line = text.count("\n", 0, match.start()) + 1
-        raise ValueError(f"lone {match.group()!r} on line {line} of a prompt template; write it twice for a literal brace")
+        raise ValueError(
+            f"lone {match.group()!r} on line {line} of a prompt template; write it twice for a literal brace"
+        )
     if not _COLUMN_NAME.fullmatch(name):
         raise ValueError(
             f"placeholder {match.group()!r} is not a plain column name: want {{name}} without dots, brackets, "

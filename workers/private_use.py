@@ -58,7 +58,9 @@ class PrivateUse:
     def _take(self) -> str:
         for character in self._fresh:
             return character
-        raise RowError(RowErrorCode.TEMPLATE_ERROR, "the prompt uses up all characters of Unicode's private use plane 15")
+        raise RowError(
+            RowErrorCode.TEMPLATE_ERROR, "the prompt uses up all characters of Unicode's private use plane 15"
+        )
 
 
 def _unused(avoid: Sequence[str]) -> Iterator[str]:

@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 
 from workers.conversation import Role
-from workers.placeholders import columns_in
+from workers.placeholders import Placeholder, columns_in, parse_placeholders
 
 _FORMATS_OF = {
     "messages": ("chat",),
     "messages_column": ("chat",),
-    "prompt_column": ("chat",),
+    "prompt_column": ("chat", "text"),
     "chat_template": ("chat",),
     "chat_template_kwargs": ("chat",),
     "continue_final_message": ("chat",),
@@ -70,17 +70,10 @@ class MessageTemplate(BaseModel):
             text = (base_dir / self.content_file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8"
-            raise ValueError(f"content_file {self.content_file!r} cannot be read ({reason}); want a text file") from None
+            raise ValueError(
+                f"content_file {self.content_file!r} cannot be read ({reason}); want a text file"
+            ) from None
         return MessageTemplate(role=self.role, content=text)
-
-
-class PresetColumns(BaseModel):
-    """Which columns the alpaca and commonsense presets read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    instruction: str = "instruction"
-    input: str = "input"  # may be missing, null or blank: the preset has wording for that
 
 
 class PromptTemplate(BaseModel):
@@ -93,8 +86,8 @@ class PromptTemplate(BaseModel):
     messages: Annotated[tuple[MessageTemplate, ...], Field(min_length=1)] | None = None
     messages_column: str = "messages"  # read as it is if `messages` is not given and the dataset has it
     prompt_column: str = "prompt"  # else this column is one user message
-    text: str | None = None  # template of format text; "{prompt}" if not given
-    columns: PresetColumns = PresetColumns()
+    text: str | None = None  # template of format text; the prompt column alone if not given
+    columns: dict[Literal["instruction", "input"], str] = {}  # what the presets read, if named otherwise
     chat_template: str | None = None  # Jinja, in place of the model's own
     chat_template_kwargs: dict[str, Any] = {}
     continue_final_message: StrictBool = False  # the last message is the beginning of the answer
@@ -108,13 +101,25 @@ class PromptTemplate(BaseModel):
         if reserved := sorted(_RENDERERS_OWN & self.chat_template_kwargs.keys()):
             raise ValueError(f"chat_template_kwargs must not have {', '.join(reserved)}: the renderer sets them")
         if self.continue_final_message and self.messages and self.messages[-1].role != "assistant":
-            raise ValueError(f"continue_final_message wants a last message of role assistant, got {self.messages[-1].role}")
-        columns_in(self.text_template)
+            raise ValueError(
+                f"continue_final_message wants a last message of role assistant, got {self.messages[-1].role}"
+            )
+        columns_in(self.text or "")
         return self
 
     @property
-    def text_template(self) -> str:
-        return "{prompt}" if self.text is None else self.text
+    def text_pieces(self) -> tuple[str | Placeholder, ...]:
+        """Format text: literal text and placeholders, in order."""
+        return (Placeholder(self.prompt_column),) if self.text is None else parse_placeholders(self.text)
+
+    @property
+    def instruction_column(self) -> str:
+        return self.columns.get("instruction", "instruction")
+
+    @property
+    def input_column(self) -> str:
+        """May be missing, null or blank: the presets have wording for that."""
+        return self.columns.get("input", "input")
 
     def resolve(self, base_dir: Path | str) -> "PromptTemplate":
         """The same template with every `content_file`, relative to `base_dir`, read. Raises ValueError."""
@@ -123,8 +128,7 @@ class PromptTemplate(BaseModel):
         messages = tuple(message.resolve(Path(base_dir)) for message in self.messages)
         if messages == self.messages:
             return self
-        given = {name: getattr(self, name) for name in self.model_fields_set}
-        return PromptTemplate(**given | {"messages": messages})
+        return PromptTemplate.model_validate(self.model_dump(exclude_unset=True) | {"messages": messages})
 
     def required_columns(self, available: Collection[str]) -> frozenset[str]:
         """The columns that a prompt reads, given those that the dataset has.
@@ -136,10 +140,10 @@ class PromptTemplate(BaseModel):
 
     def _columns_read(self, available: Collection[str]) -> Iterator[str]:
         if self.format == "text":
-            yield from columns_in(self.text_template)
+            yield from (piece.column for piece in self.text_pieces if isinstance(piece, Placeholder))
         elif self.format != "chat":
-            yield self.columns.instruction
-            yield from {self.columns.input} & set(available)
+            yield self.instruction_column
+            yield from {self.input_column} & set(available)
         elif self.messages is not None:
             for message in self.messages:
                 yield from (column for text in message.texts for column in columns_in(text))

@@ -7,10 +7,11 @@ offsets. Does not know messages, templates or rows.
 
 import json
 import re
+import secrets
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
@@ -18,7 +19,7 @@ from tokenizers import Tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_RUN = "\U000f0000run"  # what the splitter calls everything that is no control token
+_RUN = f"run-{secrets.token_hex(16)}"  # what the splitter calls all that is no control token; text cannot guess it
 _CANARIES = (
     "Hello, world!",
     " leading and trailing ",
@@ -57,6 +58,8 @@ class RunTokenizer:
         added = serialised["added_tokens"]
         self.control_ids: dict[str, int] = {token["content"]: token["id"] for token in added if not _is_blank(token)}
         self._splitter = _splitter(serialised, self.control_ids)
+        found = self._splitter.get_added_tokens_decoder()
+        self._control_of = {number: self.control_ids[token.content] for number, token in found.items()}
         self._first = _bare(serialised, self.control_ids, at_start=True)
         self._later = _bare(serialised, self.control_ids, at_start=False)
         self._real_ids = _real_ids(self._later, added)
@@ -66,17 +69,16 @@ class RunTokenizer:
     def split(self, text: str) -> list[Piece]:
         """The control tokens in `text` and the runs between them, as the tokenizer itself would find them."""
         pieces, position = [], 0
-        for start, end, content in self._control_spans(text):
+        for start, end, control_id in self._control_spans(text):
             pieces.append(Piece(text[position:start]))
-            pieces.append(Piece(text[start:end], self.control_ids[content]))
+            pieces.append(Piece(text[start:end], control_id))
             position = end
         pieces.append(Piece(text[position:]))
         return [piece for piece in pieces if piece.text]
 
     def control_starts(self, text: str) -> list[int]:
         """Where in `text` a control token begins, white space that it swallows left out."""
-        spans = self._control_spans(text)
-        return [end - len(text[start:end].lstrip()) if text[start:end].strip() else start for start, end, _ in spans]
+        return [start + _indent(text[start:end]) for start, end, _ in self._control_spans(text)]
 
     def encode(self, pieces: Iterable[Piece], borders: Sequence[int] = ()) -> list[tuple[int, ...]]:
         """Token ids between `borders`, ascending character offsets into the joined text of `pieces`.
@@ -95,19 +97,19 @@ class RunTokenizer:
             offset += len(piece.text)
         ends = list(accumulate(ends, max))
         cuts = [0, *(bisect_right(ends, border) for border in borders), len(ids)]
-        return [tuple(ids[start:stop]) for start, stop in zip(cuts, cuts[1:], strict=False)]
+        return [tuple(ids[start:stop]) for start, stop in pairwise(cuts)]
 
     def _encode_run(self, text: str, offset: int, ids: list[int], ends: list[int]) -> None:
         encoding = (self._later if offset else self._first).encode(text, add_special_tokens=False)
         ids += [self._real_ids.get(token, token) for token in encoding.ids] if self._real_ids else encoding.ids
         ends += [offset + end for _, end in encoding.offsets]
 
-    def _control_spans(self, text: str) -> list[tuple[int, int, str]]:
+    def _control_spans(self, text: str) -> list[tuple[int, int, int]]:
         encoding = self._splitter.encode(text, add_special_tokens=False)
         return [
-            (start, end, content)
-            for content, (start, end) in zip(encoding.tokens, encoding.offsets, strict=True)
-            if content != _RUN
+            (start, end, self._control_of[number])
+            for number, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
+            if number in self._control_of
         ]
 
     def _check(self, tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -116,7 +118,9 @@ class RunTokenizer:
         forbidden = set(self.control_ids.values()) - {unknown}
         for content in self.control_ids:
             if forbidden & set(self.encode([Piece(content)])[0]):
-                raise ValueError(f"this tokenizer spells the control token {content!r} from plain text; it is not supported")
+                raise ValueError(
+                    f"this tokenizer spells the control token {content!r} from plain text; it is not supported"
+                )
         for text in self._canary_texts():
             whole = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             if list(self.encode(self.split(text))[0]) != whole:
@@ -134,6 +138,15 @@ class RunTokenizer:
         return texts + [control + text for text in _CANARIES for control in controls[:3]]
 
 
+def control_ids(pieces: Iterable[Piece]) -> tuple[int, ...]:
+    """The control tokens among `pieces`, in order."""
+    return tuple(piece.control_id for piece in pieces if piece.control_id is not None)
+
+
+def _indent(text: str) -> int:
+    return len(text) - len(text.lstrip()) if text.strip() else 0
+
+
 def _is_blank(added_token: dict[str, Any]) -> bool:
     return not added_token["special"] and not added_token["content"].replace("\u2581", " ").strip()
 
@@ -141,14 +154,13 @@ def _is_blank(added_token: dict[str, Any]) -> bool:
 def _splitter(serialised: dict[str, Any], control_ids: dict[str, int]) -> Tokenizer:
     """The tokenizer's own search for added tokens, with a model that calls all other text one token."""
     added = [token for token in serialised["added_tokens"] if token["content"] in control_ids]
-    vocabulary = {token["content"]: number for number, token in enumerate(added)} | {_RUN: len(added)}
-    renumbered = [token | {"id": number} for number, token in enumerate(added)]
+    renumbered = [token | {"id": number} for number, token in enumerate(added, start=1)]
     return _tokenizer(
         serialised,
         added_tokens=renumbered,
         pre_tokenizer=None,
         decoder=None,
-        model={"type": "WordLevel", "vocab": vocabulary, "unk_token": _RUN},
+        model={"type": "WordLevel", "vocab": {_RUN: 0}, "unk_token": _RUN},
     )
 
 
@@ -160,7 +172,9 @@ def _bare(serialised: dict[str, Any], control_ids: dict[str, int], *, at_start: 
     try:
         return _tokenizer(serialised, added_tokens=blank, pre_tokenizer=pre_tokenizer, model=model)
     except Exception as error:
-        raise ValueError(f"this tokenizer does not work without its control tokens ({error}); it is not supported") from None
+        raise ValueError(
+            f"this tokenizer does not work without its control tokens ({error}); it is not supported"
+        ) from None
 
 
 def _tokenizer(serialised: dict[str, Any], **changes: Any) -> Tokenizer:

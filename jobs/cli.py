@@ -1,0 +1,178 @@
+"""The `segue` command. stdout is for results, its last line JSON; stderr is for people.
+
+Exit codes: 0 done, row errors within the limit included; 2 refused before start; 3 finished with units missing or over the
+error limit; 4 workers cannot work; 5 storage; 130 and 143 interrupted, drained and resumable.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+REFUSED, WORKERS, STORAGE = 2, 4, 5
+
+app = typer.Typer(
+    name="segue", help="Batch inference over datasets, each shared prompt segment computed once.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+)  # fmt: skip
+
+JobFile = Annotated[str, typer.Argument(metavar="JOB.yaml", help="the job file")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. sampling_params.max_tokens=64")
+]
+Limit = Annotated[int | None, typer.Option(help="only the first rows of the input; short for --set input.limit=N")]
+Output = Annotated[str | None, typer.Option(help="write here; short for --set output.path=FOLDER")]
+AsJson = Annotated[bool, typer.Option("--json", help="only the JSON line on stdout")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="no progress on stderr")]
+
+
+@app.command()
+def run(
+    job: JobFile,
+    overrides: Overrides = None,
+    limit: Limit = None,
+    output: Output = None,
+    show: Annotated[int, typer.Option(help="print this many answers")] = 0,
+    json_only: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Plan the job if needed, run what is missing, and complete its output folder."""
+    with _exit_codes():
+        from jobs.show import show_answers, show_summary
+        from pipeline.job import prepare
+        from pipeline.run import run_job
+
+        ready = prepare(job, _overrides(overrides, limit, output))
+        if ready.warns_of_unadapted_mask:
+            _say("warning: mask segment on a model that was not adapted to it: expect worse answers, often garbage")
+        summary = run_job(ready, _silent if quiet else _say, quiet=quiet)
+        if not json_only:
+            show_answers(ready.config.output.path, show)
+            show_summary(summary)
+        _json(asdict(summary))
+    raise typer.Exit(summary.exit_code)
+
+
+@app.command()
+def plan(
+    job: JobFile,
+    overrides: Overrides = None,
+    limit: Limit = None,
+    output: Output = None,
+    json_only: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Render, tokenise and order all prompts; show the tree they share; stop before any model runs."""
+    with _exit_codes():
+        from jobs.show import show_plan
+        from pipeline.job import prepare
+        from pipeline.run import plan_job
+
+        ready = prepare(job, _overrides(overrides, limit, output))
+        manifest = plan_job(ready, _silent if quiet else _say)
+        if not json_only:
+            show_plan(manifest, ready)
+        _json({"output": ready.config.output.path, "rows": manifest.num_rows, "units": len(manifest.units), **manifest.stats})
+
+
+@app.command()
+def validate(job: JobFile, overrides: Overrides = None, limit: Limit = None, output: Output = None) -> None:
+    """Check job file, data, output folder and model without starting anything; every problem at once."""
+    with _exit_codes():
+        from pipeline.job import existing_manifest, prepare
+        from pipeline.run import check_unused
+
+        ready = prepare(job, _overrides(overrides, limit, output))
+        manifest = existing_manifest(ready)
+        if manifest is None:
+            check_unused(ready.store)
+        rows = sum(file.num_rows for file in ready.checked.inputs)
+        _say(f"{job}: valid ({rows:,} rows in {len(ready.checked.inputs)} files, mask {ready.mask}, dtype {ready.facts.dtype})")
+        _json({"valid": True, "rows": rows, "mask": ready.mask, "dtype": ready.facts.dtype, "planned": manifest is not None})
+
+
+@app.command()
+def schema() -> None:
+    """The job file's JSON schema, for editors."""
+    from pipeline.config import JobConfig
+
+    print(json.dumps(JobConfig.model_json_schema(), indent=2))
+
+
+@app.command()
+def errors(
+    output: Annotated[str, typer.Argument(metavar="OUT", help="an output folder, finished or not")],
+    limit: Annotated[int, typer.Option(help="show at most this many rows")] = 50,
+    json_only: AsJson = False,
+) -> None:
+    """The rows that have an error, and how many of each kind."""
+    with _exit_codes():
+        from jobs.show import show_errors
+        from pipeline.output import error_counts, error_rows
+
+        counts = error_counts(output)
+        if not json_only:
+            show_errors(error_rows(output, limit), sum(counts.values()))
+        _json({"output": output, "errors": counts})
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Expected failures as one line each and their exit code; a bug keeps its traceback."""
+    from pipeline.cluster import ClusterUnavailable
+    from pipeline.manifest import ForeignOutput
+    from pipeline.problems import JobRefused
+    from pipeline.rows import InputChanged
+    from pipeline.run import WorkersFailed
+    from pipeline.shards import ForeignShard
+    from pipeline.store import OutputStorageError
+
+    try:
+        yield
+    except (JobRefused, ForeignOutput, ForeignShard, InputChanged) as error:
+        _fail(error, REFUSED)
+    except (WorkersFailed, ClusterUnavailable) as error:
+        _fail(error, WORKERS)
+    except OutputStorageError as error:
+        _fail(error, STORAGE)
+
+
+def _fail(error: Exception, code: int) -> None:
+    _say(str(error))
+    raise typer.Exit(code) from None
+
+
+def _overrides(overrides: list[str] | None, limit: int | None, output: str | None) -> list[str]:
+    """`--limit` and `--output` as overrides; a path given on the command line is relative to where one stands."""
+    from pathlib import Path
+
+    found = list(overrides or [])
+    if limit is not None:
+        found.append(f"input.limit={limit}")
+    if output is not None:
+        found.append(f"output.path={json.dumps(output if '://' in output else str(Path(output).absolute()))}")
+    return found
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+_silent: Callable[[str], None] = lambda line: None  # noqa: E731
+
+
+def _json(value: object) -> None:
+    print(json.dumps(value, default=str), flush=True)
+
+
+def main() -> None:
+    """The entry point of the installed command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""What commands print for people: the plan's tree, a sample of answers, the summary, the errors.
+
+Text of rows is shown escaped: it may hold control sequences of a terminal.
+"""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pipeline.job import ReadyJob
+from pipeline.manifest import Manifest
+from pipeline.output import iter_rows
+from pipeline.results import RESULT_COLUMNS
+from pipeline.run import RunSummary
+
+MAX_CELL_CHARS = 160
+SAMPLE_SEED = 0
+
+
+def show_plan(manifest: Manifest, job: ReadyJob) -> None:
+    """The tree: what is shared, by how many rows, and what that saves."""
+    out, stats = _console(), manifest.stats
+    requested, distinct = stats["tokens_requested"], stats["tokens_distinct"]
+    saved = 1 - distinct / requested if requested else 0.0
+    num_workers = job.config.workers.max_size
+    out.print(f"{manifest.num_rows:,} rows in {len(manifest.units)} units, mask {job.mask}, dtype {job.facts.dtype}")
+    out.print(f"prompt tokens: {requested:,} requested, {distinct:,} distinct: {saved:.1%} need not be computed")
+    if num_workers > 1:
+        bound = distinct + stats["extra_tokens_bound"]
+        out.print(f"with {num_workers} workers at most {bound:,}: each may compute a shared root once")
+    _print_shared(out, stats["top_shared"])
+    _print_undeclared(out, stats["undeclared"])
+    longest = ", ".join(f"{tokens:,} ({row})" for tokens, row in stats["longest"][:3])
+    out.print(f"longest prompts, in tokens: {longest or 'none'}; limit {job.max_model_len:,}")
+
+
+def _print_shared(out: Console, nodes: Sequence[dict[str, Any]]) -> None:
+    table = Table(title="most saving shared segments", title_justify="left", box=None, pad_edge=False)
+    for name in ("tokens", "at", "rows", "saved", "kind", "first row"):
+        table.add_column(name, justify="left" if name in ("kind", "first row") else "right")
+    for node in nodes[:10]:
+        kind = "segment" if node["bidirectional"] else "causal"
+        cells = (node["num_tokens"], node["start"], node["num_rows"], node["tokens_saved"])
+        table.add_row(*(f"{cell:,}" for cell in cells), kind, _plain(node["first_row"]))
+    if nodes:
+        out.print(table)
+
+
+def _print_undeclared(out: Console, prefixes: Sequence[dict[str, Any]]) -> None:
+    for prefix in prefixes[:3]:
+        out.print(
+            f"{prefix['num_rows']:,} rows share {prefix['num_tokens']:,} tokens inside one message (first {_plain(prefix['first_row'])}): "
+            "a bidirectional segment is shared as a whole only; give that text a message or, with prompt.segment_by: part, "
+            "a part of its own"
+        )
+
+
+def show_answers(output: str, count: int) -> None:
+    """A fixed sample of rows with their answers."""
+    if count <= 0:
+        return
+    out, rows = _console(), list(iter_rows(output))
+    for row in random.Random(SAMPLE_SEED).sample(rows, min(count, len(rows))):
+        out.print(f"[bold]{_plain(row['src_path'])}:{row['src_row']}[/bold]")
+        for name, value in row.items():
+            if name not in RESULT_COLUMNS and isinstance(value, str):
+                out.print(f"  {_plain(name)}: {_plain(value)}")
+        answer = row["generated_text"] if row["error"] is None else f"{row['error']['code']}: {row['error']['message']}"
+        out.print(f"  -> {_plain(answer)}\n")
+
+
+def show_summary(summary: RunSummary) -> None:
+    """The run in a few lines."""
+    out = _console()
+    errors = ", ".join(f"{count} {code}" for code, count in summary.errors.items()) or "none"
+    out.print(f"{summary.status.replace('_', ' ')}: {summary.rows:,} rows in {summary.shards} shards in {_plain(summary.output)}")
+    out.print(f"row errors: {errors}")
+    out.print(
+        f"prompt tokens: {summary.tokens_requested:,} requested, {summary.tokens_distinct:,} distinct, "
+        f"{summary.tokens_computed:,} computed ({summary.share_reused:.1%} reused); {summary.tokens_generated:,} generated"
+    )
+    if summary.rows_this_run:
+        out.print(f"this run: {summary.rows_this_run:,} rows in {summary.seconds:.1f} s, {summary.rows_per_second:.1f} rows/s")
+
+
+def show_errors(rows: Sequence[dict[str, Any]], total: int) -> None:
+    """One line a row."""
+    out = _console()
+    for row in rows:
+        out.print(f"{_plain(row['src_path'])}:{row['src_row']} {row['code']}: {_plain(row['message'])}")
+    if total > len(rows):
+        out.print(f"... and {total - len(rows):,} more")
+    if not total:
+        out.print("no row has an error")
+
+
+def _plain(text: str) -> str:
+    """One line without control characters or markup."""
+    line = "".join(char if char.isprintable() else " " for char in text).strip()
+    return escape(line if len(line) <= MAX_CELL_CHARS else f"{line[: MAX_CELL_CHARS - 3]}...")
+
+
+def _console() -> Console:
+    return Console(highlight=False, soft_wrap=True)

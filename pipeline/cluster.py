@@ -1,0 +1,103 @@
+"""Starts a local Ray, or joins the cluster it is told of; never one that happens to be recorded on the machine.
+
+A Ray started here needs a token, kept in a private file for as long as it lives: without one, whoever reaches a Ray port
+runs code. Knows Ray; nothing of jobs.
+"""
+
+import atexit
+import functools
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import ray
+from ray.data import DataContext
+
+QUIET_LOGGERS = ("ray", "ray.data", "ray.serve")
+
+
+class ClusterUnavailable(RuntimeError):
+    """Ray could not be started or joined."""
+
+
+@contextmanager
+def ray_session(num_cpus: int | None = None) -> Iterator[None]:
+    """Ray for the time of the block: RAY_ADDRESS if set, else a local one with token auth and no dashboard.
+
+    Leaves a Ray that is already initialised in this process as it is.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        _start(num_cpus)
+        _quieten()
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start(num_cpus: int | None) -> None:
+    """Ray puts the driver's working directory on its workers' path, where a folder of the user's named `workers` or
+    `jobs` would shadow ours: so it is started from an empty one."""
+    address = os.environ.get("RAY_ADDRESS")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    here, scratch = os.getcwd(), _scratch_folder()
+    try:
+        os.chdir(scratch)
+        if address:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            return
+        os.environ["RAY_AUTH_TOKEN_PATH"] = _private_token(scratch)
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise ClusterUnavailable(f"Ray at {address or 'a local address'} cannot be used: {error}") from error
+    finally:
+        os.chdir(here)
+
+
+@functools.cache
+def _scratch_folder() -> str:
+    """Private, empty, and there until the process ends; Ray keeps the token it read first for as long."""
+    folder = tempfile.mkdtemp(prefix="segue-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _private_token(folder: str) -> str:
+    """The path of a token file of mode 0600. A local Ray (2.60) turns token auth on when it finds one; its own default
+    would be world-readable."""
+    path = os.path.join(folder, "ray-token")
+    with suppress(FileExistsError):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(32))
+    return path
+
+
+def _quieten() -> None:
+    """Our progress is in tokens; Ray's bars and plans would drown it."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    for name in QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def num_cluster_cpus() -> int:
+    """CPUs of the whole cluster, at least one."""
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def num_cluster_gpus() -> float:
+    """GPUs of the whole cluster."""
+    return float(ray.cluster_resources().get("GPU", 0))

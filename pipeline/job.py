@@ -1,0 +1,169 @@
+"""A checked job made ready to plan or run: model looked at, mask and precision resolved, fingerprint computed.
+
+Everything that can be refused before work is refused here, all problems at once. Starts no Ray.
+"""
+
+import datetime
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.checks import CheckedJob, check_draft
+from pipeline.config import JobConfig
+from pipeline.config_file import read_job
+from pipeline.manifest import Manifest, check_same_job, code_version, load_manifest
+from pipeline.problems import JobRefused, Problem
+from pipeline.render import ROW_PARAMS_COLUMN, RenderSpec, encoder_of
+from pipeline.shards import PROTOCOL
+from pipeline.store import Store
+from pipeline.unit_worker import WorkerSpec
+from workers.model_facts import ModelFacts, inspect_model
+from workers.model_source import ModelRefused
+
+
+@dataclass(frozen=True)
+class ReadyJob:
+    """A job that may be planned and run."""
+
+    checked: CheckedJob
+    facts: ModelFacts
+    mask: str  # resolved: segment or causal
+    fields: dict[str, Any]  # the fingerprint's
+
+    @property
+    def config(self) -> JobConfig:
+        return self.checked.config
+
+    @property
+    def store(self) -> Store:
+        return Store(self.config.output.path)
+
+    @property
+    def max_model_len(self) -> int:
+        return min(self.config.limits.max_model_len or self.facts.max_model_len, self.facts.max_model_len)
+
+    @property
+    def warns_of_unadapted_mask(self) -> bool:
+        """Whether the segment mask was asked for on a model that, as far as is known, never saw it."""
+        return self.mask == "segment" and self.facts.adapter_mask != "segment" and self.config.model.source != "echo"
+
+    @property
+    def has_row_params(self) -> bool:
+        return ROW_PARAMS_COLUMN in self.checked.columns.schema.names
+
+    def render_spec(self, date: str) -> RenderSpec:
+        """For the plan's tasks."""
+        return RenderSpec(
+            source=self.config.model.source,
+            revision=self.config.model.revision,
+            template=self.checked.template,
+            date=date,
+            mask=self.mask,
+            max_model_len=self.max_model_len,
+            window=self.facts.window,
+            max_prompt_bytes=self.config.limits.max_prompt_bytes,
+            prompt_columns=self.checked.columns.prompt,
+            passed_columns=self.checked.columns.passed,
+            params=self.config.sampling_params,
+        )
+
+    def worker_spec(self, manifest: Manifest, threads: int) -> WorkerSpec:
+        """For the pool's actors."""
+        workers = self.config.workers
+        given = workers.model_dump(
+            include={"max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes", "enable_prefix_caching"},
+            exclude_none=True,
+        )
+        return WorkerSpec(
+            output=self.config.output.path,
+            fingerprint=manifest.fingerprint,
+            source=self.config.model.source,
+            revision=self.config.model.revision,
+            adapter=self.config.model.adapter,
+            dtype=self.facts.dtype,
+            mask=self.mask,
+            params=self.config.sampling_params,
+            has_row_params=self.has_row_params,
+            engine={**given, "seed": self.config.seed, "max_model_len": self.max_model_len},
+            threads=threads,
+        )
+
+
+def prepare(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> ReadyJob:
+    """Read and check a job file. Raises JobRefused with every problem of file, data, output and model."""
+    draft = read_job(path, overrides)
+    facts, problems = _look_at_model(draft.config) if draft.config else (None, [])
+    checked = check_draft(draft, others=problems)
+    if facts is None:
+        raise JobRefused(problems)
+    mask = facts.adapter_mask or "causal" if checked.config.mask == "auto" else checked.config.mask
+    ready = ReadyJob(checked, facts, mask, fingerprint_fields(checked, facts, mask))
+    try:
+        encoder_of(ready.render_spec(today()))
+    except ValueError as error:
+        raise JobRefused([Problem("prompt", "", str(error))]) from error
+    return ready
+
+
+def existing_manifest(job: ReadyJob) -> Manifest | None:
+    """The plan in the output folder, if there is one. Raises ForeignOutput if it is another job's."""
+    manifest = load_manifest(job.store)
+    if manifest is not None:
+        check_same_job(manifest, job.fields, job.config.output.path)
+    return manifest
+
+
+def today() -> str:
+    """The date a new plan is frozen at."""
+    return datetime.date.today().isoformat()
+
+
+def _look_at_model(config: JobConfig) -> tuple[ModelFacts | None, list[Problem]]:
+    model = config.model
+    problems = []
+    if config.workers.num_gpus not in ("auto", 0.0):
+        wanted = "auto or 0: GPU workers are not available in this version"
+        problems.append(Problem("workers.num_gpus", str(config.workers.num_gpus), wanted))
+    try:
+        facts = inspect_model(model.source, dtype=model.dtype, adapter=model.adapter, revision=model.revision)
+    except ModelRefused as refused:
+        return None, [*problems, Problem("model", "", str(refused))]
+    wanted_length = config.limits.max_model_len
+    if wanted_length is not None and wanted_length > facts.max_model_len:
+        limit = f"at most the model's own {facts.max_model_len}"
+        problems.append(Problem("limits.max_model_len", str(wanted_length), limit))
+    return facts, problems
+
+
+def fingerprint_fields(checked: CheckedJob, facts: ModelFacts, mask: str) -> dict[str, Any]:
+    """Everything that changes results, under the names of the job file."""
+    config = checked.config
+    return {
+        "protocol": PROTOCOL,
+        "code": code_version(),
+        "task": config.task,
+        "model": facts.identity,
+        "model.adapter": facts.adapter_identity,
+        "model.dtype": facts.dtype,
+        "mask": mask,
+        "seed": config.seed,
+        "prompt": checked.template.model_dump(mode="json"),
+        "sampling_params": config.sampling_params.model_dump(mode="json"),
+        "limits.max_model_len": config.limits.max_model_len,
+        "limits.max_prompt_bytes": config.limits.max_prompt_bytes,
+        "input.limit": config.input.limit,
+        "input.files": _input_identity(checked),
+        "output.columns": list(checked.columns.passed),
+        "output.max_rows_per_file": config.output.max_rows_per_file,
+        "output.max_bytes_per_file": config.output.max_bytes_per_file,
+    }
+
+
+def _input_identity(checked: CheckedJob) -> str:
+    """One digest for all files: there may be thousands."""
+    total = hashlib.sha256()
+    for file in checked.inputs:
+        total.update(repr(sorted(file.identity().items())).encode())
+    return f"{len(checked.inputs)} files, sha256 {total.hexdigest()[:16]}"

@@ -1,0 +1,110 @@
+"""A dataset to a persisted plan: rows rendered and tokenised, ordered depth-first, cut into units.
+
+Ray Data reads, renders and sorts; the sorted rows stream through the driver once, which counts the tree and cuts units.
+The plan is content-addressed, and complete only when its manifest is there.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import ray.data
+
+from pipeline.chains import decode_chain
+from pipeline.checks import CheckedJob
+from pipeline.manifest import MANIFEST, Manifest, check_same_job, load_manifest, versions
+from pipeline.render import RenderSpec, render_block
+from pipeline.rows import ParquetRowsSource
+from pipeline.shards import PROTOCOL
+from pipeline.store import Store
+from pipeline.tree_stats import TreeCounter
+from pipeline.units import UnitSpec, serialize_unit
+
+ORDER = ["chain", "src_path", "src_row"]  # a total order: equal prompts stay in the order of the input
+STREAM_ROWS = 4096
+
+
+def make_plan(
+    job: CheckedJob, fields: dict[str, Any], spec: RenderSpec, store: Store, report: Callable[[int], None]
+) -> Manifest:
+    """Write units and manifest; `report` gets the number of rows planned so far. Two planners at once end with one plan."""
+    cutter = _UnitCutter(job, store, report)
+    for batch in _sorted_rows(job, spec):
+        cutter.add(batch)
+    units = cutter.finish()
+    manifest = Manifest(
+        protocol=PROTOCOL,
+        name=job.config.name,
+        date=spec.date,
+        fields=fields,
+        stats=asdict(cutter.counter.finish()),
+        units=tuple(units),
+        versions=versions(),
+    )
+    store.create(MANIFEST, manifest.to_bytes())
+    found = load_manifest(store)
+    if found is None:
+        raise FileNotFoundError(f"{store.path(MANIFEST)} was written and is not there")
+    check_same_job(found, fields, store.path(""))
+    return found
+
+
+def _sorted_rows(job: CheckedJob, spec: RenderSpec) -> Iterator[pa.Table]:
+    source = ParquetRowsSource(job.inputs, job.columns.schema, job.config.input.limit)
+    rows = ray.data.read_datasource(source)
+    rows = rows.map_batches(partial(render_block, spec=spec), batch_format="pyarrow", batch_size=None)
+    yield from rows.sort(ORDER).iter_batches(batch_size=STREAM_ROWS, batch_format="pyarrow", prefetch_batches=1)
+
+
+class _UnitCutter:
+    """Collects sorted rows into units and publishes each as soon as it is full."""
+
+    def __init__(self, job: CheckedJob, store: Store, report: Callable[[int], None]) -> None:
+        self.counter = TreeCounter(job.config.workers.max_size)
+        self._max_rows = job.config.output.max_rows_per_file
+        self._max_bytes = job.config.output.max_bytes_per_file
+        self._store = store
+        self._report = report
+        self._units: list[UnitSpec] = []
+        self._pieces: list[pa.Table] = []
+        self._num_rows = self._num_bytes = self._num_tokens = 0
+
+    def add(self, batch: pa.Table) -> None:
+        """Rows in depth-first order."""
+        row_bytes = max(1, batch.nbytes // max(1, batch.num_rows))
+        start = 0
+        for index, tokens in enumerate(self._count(batch)):
+            if self._num_rows and (self._num_rows >= self._max_rows or self._num_bytes + row_bytes > self._max_bytes):
+                self._pieces.append(batch.slice(start, index - start))
+                self._flush()
+                start = index
+            self._num_rows += 1
+            self._num_bytes += row_bytes
+            self._num_tokens += tokens
+        self._pieces.append(batch.slice(start))
+        self._report(self.counter.stats.num_rows)
+
+    def finish(self) -> list[UnitSpec]:
+        self._flush()
+        return self._units
+
+    def _count(self, batch: pa.Table) -> Iterator[int]:
+        """Each row's prompt tokens, counted into the tree when the row's unit is known."""
+        columns = (batch[name].to_pylist() for name in ORDER)
+        for chain, src_path, src_row in zip(*columns, strict=True):
+            segments = decode_chain(chain)
+            yield sum(len(segment) for segment in segments)
+            self.counter.add(segments, f"{src_path}:{src_row}")
+
+    def _flush(self) -> None:
+        if not self._num_rows:
+            return
+        table = pa.concat_tables(self._pieces).combine_chunks()
+        unit_id, content = serialize_unit(table)
+        unit = UnitSpec(len(self._units), unit_id, self._num_rows, self._num_tokens)
+        self._store.create(unit.unit_name, content)
+        self._units.append(unit)
+        self._pieces, self._num_rows, self._num_bytes, self._num_tokens = [], 0, 0, 0
+        self.counter.end_unit()

@@ -1,0 +1,138 @@
+"""How far a run is, in tokens: an actor that workers tell, and lines or a live bar on stderr that show it.
+
+Droppable: nothing about correctness depends on it. The same channel tells workers that the run is being drained.
+"""
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import ray
+
+from workers.engine import EngineStats
+
+REPORT_SECONDS = 0.5
+PLAIN_LINE_SECONDS = 10.0
+
+
+@ray.remote(num_cpus=0)
+class ProgressActor:
+    """The last counters of each worker."""
+
+    def __init__(self) -> None:
+        self._workers: dict[str, dict[str, int]] = {}
+        self._draining = False
+
+    def report(self, worker: str, stats: dict[str, int]) -> bool:
+        """Remember a worker's counters; True if it should stop."""
+        self._workers[worker] = stats
+        return self._draining
+
+    def totals(self) -> dict[str, int]:
+        """Counters summed over workers."""
+        names = {name for stats in self._workers.values() for name in stats}
+        return {name: sum(stats.get(name, 0) for stats in self._workers.values()) for name in names}
+
+    def drain(self) -> None:
+        """Tell the workers to stop."""
+        self._draining = True
+
+
+class Reporter:
+    """A worker's end: sends counters now and then, and never waits for an answer."""
+
+    def __init__(self, actor: Any, worker: str, on_drain: Callable[[], None]) -> None:
+        self._actor = actor
+        self._worker = worker
+        self._on_drain = on_drain
+        self._pending: Any = None
+        self._sent = 0.0
+        self.is_draining = False
+
+    def __call__(self, stats: EngineStats) -> None:
+        if time.monotonic() - self._sent < REPORT_SECONDS:
+            return
+        if self._pending is not None and not self._collect():
+            return
+        self._sent = time.monotonic()
+        self._pending = self._actor.report.remote(self._worker, asdict(stats))
+
+    def _collect(self) -> bool:
+        """Whether the last report was answered."""
+        done, _ = ray.wait([self._pending], timeout=0)
+        if not done:
+            return False
+        with suppress(ray.exceptions.RayError):  # the actor died: progress is lost, work is not
+            if ray.get(done[0]) and not self.is_draining:
+                self.is_draining = True
+                self._on_drain()
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What the run has to do, from the plan and the listing."""
+
+    num_rows: int
+    num_tokens: int  # requested prompt tokens of missing units
+
+
+class ProgressDisplay:
+    """A thread that shows the actor's totals: a live line on a terminal, else a plain line every ten seconds."""
+
+    def __init__(self, actor: Any, totals: Totals, *, quiet: bool = False) -> None:
+        self._actor = actor
+        self._totals = totals
+        self._started = time.monotonic()
+        self._done = threading.Event()
+        self._is_terminal = sys.stderr.isatty()
+        self._thread = threading.Thread(target=self._run, name="segue-progress", daemon=True)
+        if not quiet:
+            self._thread.start()
+
+    def __enter__(self) -> "ProgressDisplay":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        wait = 1.0 if self._is_terminal else PLAIN_LINE_SECONDS
+        while not self._done.wait(wait):
+            with suppress(ray.exceptions.RayError):
+                self._show(ray.get(self._actor.totals.remote(), timeout=wait))
+        if self._is_terminal:
+            print(file=sys.stderr)  # noqa: T201
+
+    def _show(self, totals: dict[str, int]) -> None:
+        line = progress_line(totals, self._totals, time.monotonic() - self._started)
+        end, start = ("", "\r\x1b[2K") if self._is_terminal else ("\n", "")
+        print(start + line, end=end, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def progress_line(totals: dict[str, int], wanted: Totals, seconds: float) -> str:
+    """One line: rows, share of tokens, rate, time left, reuse, errors."""
+    rows, tokens = totals.get("num_finished_rows", 0), totals.get("num_finished_tokens", 0)
+    if not totals:
+        return f"0/{wanted.num_rows:,} rows | loading the model"
+    generated, computed = totals.get("num_generated_tokens", 0), totals.get("num_computed_tokens", 0)
+    requested = totals.get("num_prompt_tokens", 0)
+    share = tokens / wanted.num_tokens if wanted.num_tokens else 1.0
+    left = f"{_clock(seconds * (1 - share) / share)} left" if share else "estimating"
+    reused = 1 - computed / requested if requested else 0.0
+    return (
+        f"{rows:,}/{wanted.num_rows:,} rows | {share:.0%} of {wanted.num_tokens:,} prompt tokens, "
+        f"{(computed + generated) / seconds:,.0f} tokens/s computed | {left} | "
+        f"{max(0.0, reused):.0%} reused | {totals.get('num_errors', 0)} errors"
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"

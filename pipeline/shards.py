@@ -1,0 +1,71 @@
+"""A shard of the output: made in memory, checked, published once. Its appearance is the commit of its unit.
+
+Knows Parquet and the store; no model, no Ray.
+"""
+
+import io
+import json
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.store import Store
+from pipeline.units import UnitSpec
+
+PROTOCOL = 1
+FOOTER_KEY = b"segue"
+
+
+class ForeignShard(ValueError):
+    """A file stands where a shard belongs, and it is not that shard."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFooter:
+    """What a shard says of itself."""
+
+    protocol: int
+    fingerprint: str
+    unit_id: str
+    num_rows: int
+    errors: dict[str, int]  # rows by error code
+    num_input_tokens: int  # prompt tokens of answered rows, as requested
+    num_computed_tokens: int  # of these, what went through the model
+    num_generated_tokens: int
+
+
+def serialize_shard(table: pa.Table, footer: ShardFooter) -> bytes:
+    """The whole file, read back and checked: a shard that is short or has another schema is never published."""
+    text = json.dumps({name: getattr(footer, name) for name in ShardFooter.__slots__})
+    sink = io.BytesIO()
+    stamped = table.replace_schema_metadata({FOOTER_KEY: text})
+    pq.write_table(stamped, sink, compression="zstd", write_page_checksum=True)
+    content = sink.getvalue()
+    read = pq.read_table(io.BytesIO(content), page_checksum_verification=True)
+    if read.num_rows != footer.num_rows or not read.schema.equals(table.schema):
+        raise ValueError(f"a shard read back as {read.num_rows} rows, wanted {footer.num_rows} in the same schema")
+    return content
+
+
+def commit_shard(store: Store, unit: UnitSpec, content: bytes, fingerprint: str) -> bool:
+    """Publish; False if another attempt was first. Raises ForeignShard if what is there is neither."""
+    if store.create(unit.shard_name, content):
+        return True
+    read_footer(store, unit, fingerprint)
+    return False
+
+
+def read_footer(store: Store, unit: UnitSpec, fingerprint: str) -> ShardFooter:
+    """The footer of a committed shard. Raises ForeignShard if it is not this job's shard of this unit, whole."""
+    name = unit.shard_name
+    try:
+        metadata = pq.read_metadata(store.path(name))
+        footer = ShardFooter(**json.loads((metadata.metadata or {})[FOOTER_KEY]))
+    except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
+        raise ForeignShard(f"{store.path(name)} is not a shard of Segue: {error}") from error
+    wanted = (PROTOCOL, fingerprint, unit.unit_id, unit.num_rows)
+    got = (footer.protocol, footer.fingerprint, footer.unit_id, footer.num_rows)
+    if got != wanted or metadata.num_rows != unit.num_rows:
+        raise ForeignShard(f"{store.path(name)} is a shard of another job or unit: got {got}, wanted {wanted}")
+    return footer

@@ -1,0 +1,193 @@
+"""What the segment tree of a whole dataset looks like, counted in one pass over rows in depth-first order.
+
+Holds one path of the tree at a time, so memory does not grow with the rows. Knows token ids; no text, no Ray.
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from attention.segments import Segment, num_tokens
+
+TOP_NODES = 20
+LONGEST_ROWS = 10
+MIN_UNDECLARED_TOKENS = 64  # a shorter beginning in common is not worth telling
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class SharedNode:
+    """Consecutive tokens that several rows have at the same place, after the same beginning."""
+
+    tokens_saved: int
+    num_rows: int
+    num_tokens: int
+    start: int  # position of the first token
+    bidirectional: bool
+    first_row: str  # src_path:src_row of the first row that has it
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class UndeclaredPrefix:
+    """Rows whose bidirectional segments begin alike but are not equal: nothing of it can be shared as it is."""
+
+    tokens_lost: int
+    num_rows: int
+    num_tokens: int
+    first_row: str
+
+
+@dataclass(slots=True)
+class TreeStats:
+    """Totals of a plan."""
+
+    num_rows: int = 0
+    tokens_requested: int = 0  # sum of all prompts
+    tokens_distinct: int = 0  # what one worker computes
+    extra_tokens_bound: int = 0  # what `num_workers` may compute beside that, if units land anywhere
+    top_shared: list[SharedNode] = field(default_factory=list)
+    undeclared: list[UndeclaredPrefix] = field(default_factory=list)
+    longest: list[tuple[int, str]] = field(default_factory=list)  # tokens, row
+
+
+@dataclass(slots=True)
+class _Open:
+    """A stretch of the current path that all rows since `first_row` have."""
+
+    start: int
+    stop: int
+    bidirectional: bool
+    num_rows: int
+    first_row: str
+
+
+class TreeCounter:
+    """Feed rows in depth-first order with `add`, unit borders with `end_unit`; read with `finish`."""
+
+    def __init__(self, num_workers: int = 1) -> None:
+        self.stats = TreeStats()
+        self._num_workers = num_workers
+        self._previous: tuple[Segment, ...] = ()
+        self._open: list[_Open] = []
+        self._top: list[SharedNode] = []
+        self._undeclared: list[UndeclaredPrefix] = []
+        self._run: tuple[int, int, str] | None = None  # tokens in common, rows, first row
+        self._crossings: list[int] = []  # for each position of the path, the unit borders it has crossed
+        self._border_pending = False
+
+    def add(self, segments: tuple[Segment, ...], row: str) -> int:
+        """Count a row; returns the tokens it adds to those before it."""
+        length, common = num_tokens(segments), common_tokens(self._previous, segments)
+        self._count_undeclared(segments, row)
+        self._close(common)
+        for part in self._open:
+            part.num_rows += 1
+        self._open += _parts_beyond(segments, common, row)
+        del self._crossings[common:]
+        if self._border_pending:
+            self._cross(common)
+        self._previous, self._border_pending = segments, False
+        stats = self.stats
+        stats.num_rows += 1
+        stats.tokens_requested += length
+        stats.tokens_distinct += length - common
+        _keep_largest(stats.longest, (length, row), LONGEST_ROWS)
+        return length - common
+
+    def end_unit(self) -> None:
+        """The next row belongs to another unit, which another worker may get."""
+        self._border_pending = True
+
+    def finish(self) -> TreeStats:
+        """The totals; no row may follow."""
+        self._close(0)
+        self._end_run()
+        self.stats.top_shared = sorted(self._top, reverse=True)
+        self.stats.undeclared = sorted(self._undeclared, reverse=True)
+        self.stats.longest.sort(reverse=True)
+        return self.stats
+
+    def _cross(self, common: int) -> None:
+        """Each worker computes a stretch once at most, and each unit that has it may land on another worker."""
+        self._crossings += [0] * (common - len(self._crossings))
+        for position in range(common):
+            self._crossings[position] += 1
+            self.stats.extra_tokens_bound += self._crossings[position] < self._num_workers
+
+    def _close(self, common: int) -> None:
+        """End what reaches beyond `common`, cutting a stretch there if it must be cut."""
+        while self._open and self._open[-1].stop > common:
+            part = self._open.pop()
+            start = max(part.start, common)
+            if part.num_rows > 1:
+                length = part.stop - start
+                saved = (part.num_rows - 1) * length
+                node = SharedNode(saved, part.num_rows, length, start, part.bidirectional, part.first_row)
+                _keep_largest(self._top, node, TOP_NODES)
+            if part.start < common:
+                self._open.append(_Open(part.start, common, part.bidirectional, part.num_rows, part.first_row))
+                return
+
+    def _count_undeclared(self, segments: tuple[Segment, ...], row: str) -> None:
+        shared = _undeclared_tokens(self._previous, segments)
+        if shared < MIN_UNDECLARED_TOKENS:
+            if self._previous != segments:
+                self._end_run()
+        elif self._run is None:
+            self._run = (shared, 2, row)
+        else:
+            self._run = (min(shared, self._run[0]), self._run[1] + 1, self._run[2])
+
+    def _end_run(self) -> None:
+        if self._run is not None:
+            tokens, rows, first = self._run
+            _keep_largest(self._undeclared, UndeclaredPrefix((rows - 1) * tokens, rows, tokens, first), TOP_NODES)
+        self._run = None
+
+
+def common_tokens(one: Sequence[Segment], other: Sequence[Segment]) -> int:
+    """How many leading tokens two chains share: whole bidirectional segments, single tokens of causal runs."""
+    shared = 0
+    for a, b in zip(one, other, strict=False):
+        if a.bidirectional != b.bidirectional:
+            return shared
+        if a.token_ids == b.token_ids:
+            shared += len(a)
+            continue
+        return shared if a.bidirectional else shared + _common_prefix(a.token_ids, b.token_ids)
+    return shared
+
+
+def _undeclared_tokens(one: Sequence[Segment], other: Sequence[Segment]) -> int:
+    """Tokens with which the first differing segments of two chains begin alike, if both are bidirectional."""
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            return _common_prefix(a.token_ids, b.token_ids) if a.bidirectional and b.bidirectional else 0
+    return 0
+
+
+def _common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    """By halving: comparing slices runs at the speed of C."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _parts_beyond(segments: Sequence[Segment], common: int, row: str) -> list[_Open]:
+    parts, start = [], 0
+    for segment in segments:
+        stop = start + len(segment)
+        if stop > common:
+            parts.append(_Open(max(start, common), stop, segment.bidirectional, 1, row))
+        start = stop
+    return parts
+
+
+def _keep_largest(heap: list, item, size: int) -> None:
+    heapq.heappush(heap, item)
+    if len(heap) > size:
+        heapq.heappop(heap)

@@ -1,0 +1,96 @@
+"""A unit of work: one file of the plan, which becomes exactly one shard of the output.
+
+It holds all that a worker needs: token ids, segments, provenance, the columns passed through, and the rows that already
+have an error. Knows Parquet; no model, no Ray.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from attention.segments import Segment
+from pipeline.chains import decode_chain
+from pipeline.results import ERROR_TYPE
+from workers.row_errors import RowError, RowErrorCode
+from workers.sampling import SamplingParams
+
+PASSED = "in:"  # prefix of passed-through columns inside the plan, so that none can collide
+PLANNED_FIELDS = [
+    pa.field("chain", pa.large_binary()),  # pipeline.chains; empty for a row with an error
+    pa.field("src_path", pa.string()),
+    pa.field("src_row", pa.int64()),
+    pa.field("sampling_params", pa.string()),  # JSON, the row's own; null for the job's
+    pa.field("error", ERROR_TYPE),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class UnitSpec:
+    """A unit as the manifest lists it. Names follow from these fields alone, never from an attempt."""
+
+    ordinal: int
+    unit_id: str  # sha256 of its file, 16 hex digits
+    num_rows: int
+    num_tokens: int  # sum of its prompts
+
+    @property
+    def unit_name(self) -> str:
+        return f"_job/units/unit-{self.ordinal:06d}-{self.unit_id}.parquet"
+
+    @property
+    def shard_name(self) -> str:
+        return f"part-{self.ordinal:06d}-{self.unit_id}.parquet"
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "UnitSpec":
+        return cls(**json.loads(text))
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRow:
+    """One row of a unit."""
+
+    segments: tuple[Segment, ...]
+    src_path: str
+    src_row: int
+    params: SamplingParams
+    error: RowError | None
+
+    @property
+    def random_key(self) -> bytes:
+        """Names the row for its draws: the same in every unit, batch and attempt."""
+        return f"{self.src_path}:{self.src_row}".encode()
+
+
+def serialize_unit(table: pa.Table) -> tuple[str, bytes]:
+    """(unit id, file content) of a table with PLANNED_FIELDS and passed-through columns."""
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    content = sink.getvalue()
+    return hashlib.sha256(content).hexdigest()[:16], content
+
+
+def load_unit(path: str, unit: UnitSpec) -> pa.Table:
+    """The unit's table. Raises ValueError if the file is not the one that was planned."""
+    with open(path, "rb") as file:
+        content = file.read()
+    if hashlib.sha256(content).hexdigest()[:16] != unit.unit_id:
+        raise ValueError(f"{path} is not the unit that was planned: its content has another sha256")
+    return pq.read_table(io.BytesIO(content), page_checksum_verification=True)
+
+
+def planned_rows(table: pa.Table, params: SamplingParams) -> Iterator[PlannedRow]:
+    """The rows of a unit, `params` being the job's."""
+    columns = (table[field.name].to_pylist() for field in PLANNED_FIELDS)
+    for chain, src_path, src_row, own, error in zip(*columns, strict=True):
+        row_params = params.with_row(json.loads(own)) if own else params
+        row_error = RowError(RowErrorCode(error["code"]), error["message"]) if error else None
+        yield PlannedRow(decode_chain(chain), src_path, src_row, row_params, row_error)

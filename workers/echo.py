@@ -1,0 +1,81 @@
+"""An engine without weights: the same contract as `workers.engine.Engine`, and answers that can be computed by hand.
+
+A row's answer is its own prompt's last tokens. Prompts are bytes: a token is a byte of UTF-8, and the chat template is
+ChatML with three control tokens. For tests of everything around a model, and for dry runs of a job (`source: echo`).
+"""
+
+from collections import deque
+from collections.abc import Hashable, Sequence
+from typing import Any, Literal
+
+from attention.segments import Segment, canonical_segments
+from workers.engine import EngineStats
+from workers.request import CompletionOutput, RequestOutput
+from workers.sampling import SamplingParams
+
+SOURCE = "echo"
+CONTROL_TOKENS = ("<|start|>", "<|end|>", "<|pad|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+MAX_MODEL_LEN = 1 << 20
+ROWS_PER_STEP = 256
+
+
+def echo_tokenizer() -> Any:
+    """A byte-level tokenizer (256 bytes and three control tokens) with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(CONTROL_TOKENS))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=CONTROL_TOKENS[1], pad_token=CONTROL_TOKENS[2])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+class EchoEngine:
+    """Answers each row with the end of its own prompt, control tokens left out."""
+
+    def __init__(self, mask: Literal["segment", "causal"] = "causal") -> None:
+        self.mask = mask
+        self.tokenizer = echo_tokenizer()
+        self.stats = EngineStats()
+        self._queue: deque[tuple[Hashable, tuple[Segment, ...], SamplingParams]] = deque()
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._queue)
+
+    def add(
+        self,
+        request_id: Hashable,
+        segments: Sequence[Segment],
+        params: SamplingParams | None = None,
+        *,
+        random_key: bytes | None = None,
+    ) -> None:
+        """Queue a row."""
+        self._queue.append((request_id, canonical_segments(segments, mask=self.mask), params or SamplingParams()))
+        self.stats.num_rows += 1
+
+    def step(self) -> list[RequestOutput]:
+        """Answer up to ROWS_PER_STEP rows."""
+        self.stats.num_steps += 1
+        return [self._answer(*self._queue.popleft()) for _ in range(min(len(self._queue), ROWS_PER_STEP))]
+
+    def _answer(self, request_id: Hashable, segments: tuple[Segment, ...], params: SamplingParams) -> RequestOutput:
+        prompt = [token for segment in segments for token in segment.token_ids]
+        text = self.tokenizer.decode(prompt, skip_special_tokens=True)[-params.max_tokens :]
+        answer = self.tokenizer(text, add_special_tokens=False).input_ids[-params.max_tokens :]
+        self.stats.num_finished_rows += 1
+        self.stats.num_finished_tokens += len(prompt)
+        self.stats.num_prompt_tokens += len(prompt)
+        self.stats.num_computed_tokens += len(prompt)
+        self.stats.num_generated_tokens += len(answer) * params.n
+        samples = [CompletionOutput(index, text, list(answer), "length") for index in range(params.n)]
+        return RequestOutput(request_id, prompt, 0, samples)

@@ -1,0 +1,197 @@
+"""From a row to the segments of its prompt: where a prompt template meets a model's tokenizer.
+
+Runs in plan tasks, and in process below `Engine`. Does not know the model's weights, masks or where rows come from.
+"""
+
+import datetime
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+from os import PathLike
+from typing import TYPE_CHECKING
+
+from attention.segments import Segment
+from workers.chat import ChatRenderer, SegmentedText
+from workers.chat_template import ChatTemplate
+from workers.conversation import Message, Role, check_texts, column_text, parse_messages
+from workers.placeholders import Placeholder, fill
+from workers.presets import Author, Row, alpaca_blocks, commonsense_blocks, segmented, text_blocks
+from workers.prompts import PromptTemplate
+from workers.row_errors import RowError
+from workers.tokenizer import RunTokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEFAULT_MAX_PROMPT_BYTES = 4 * 1024 * 1024
+
+
+class PromptEncoder:
+    """Turns rows into segments of token ids.
+
+    `date` is the plan's: what dated chat templates print. Raises ValueError if the tokenizer or the chat template
+    cannot be used safely, or cannot show the template's messages. Can be pickled; made by `from_directory` it is
+    pickled as the path.
+    """
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        template: PromptTemplate,
+        *,
+        date: datetime.date,
+        max_prompt_bytes: int = DEFAULT_MAX_PROMPT_BYTES,
+    ) -> None:
+        self._rebuild: Callable[[], PromptEncoder] = partial(
+            PromptEncoder, tokenizer, template, date=date, max_prompt_bytes=max_prompt_bytes
+        )
+        self._hf_tokenizer = tokenizer
+        self._template = template
+        self._date = date
+        self._max_prompt_bytes = max_prompt_bytes
+        self._tokenizer = RunTokenizer(tokenizer)
+        self._check_template()
+
+    @classmethod
+    def from_directory(
+        cls,
+        path: str | PathLike[str],
+        template: PromptTemplate,
+        *,
+        date: datetime.date,
+        max_prompt_bytes: int = DEFAULT_MAX_PROMPT_BYTES,
+        gguf_file: str | None = None,
+    ) -> "PromptEncoder":
+        """With the tokenizer of a local model directory; `gguf_file` names a GGUF file in it. No network."""
+        from transformers import AutoTokenizer
+
+        options = {} if gguf_file is None else {"gguf_file": gguf_file}
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, **options)
+        encoder = cls(tokenizer, template, date=date, max_prompt_bytes=max_prompt_bytes)
+        encoder._rebuild = partial(
+            cls.from_directory, path, template, date=date, max_prompt_bytes=max_prompt_bytes, gguf_file=gguf_file
+        )
+        return encoder
+
+    def __reduce__(self) -> tuple[Callable[[], "PromptEncoder"], tuple[()]]:
+        return (self._rebuild, ())
+
+    def encode(self, row: Mapping[str, object]) -> tuple[Segment, ...]:
+        """The row's prompt as segments, none empty. Raises RowError."""
+        if self._template.format == "chat":
+            return self._encode_chat(*self._messages_of(row))
+        if self._template.format == "text":
+            return self._encode_text(row)
+        return self._encode_preset(row)
+
+    def encode_prompt(self, prompt: str | Sequence[Mapping[str, object]]) -> tuple[Segment, ...]:
+        """A string is plain text, one causal segment; a list is chat messages. Raises RowError.
+
+        In both, control tokens in the text are text, as they are in rows: a rendered chat is given as messages.
+        """
+        if not isinstance(prompt, str):
+            messages = parse_messages(prompt)
+            return self._encode_chat(messages, [part for message in messages for part in message.parts])
+        self._check([prompt], [prompt])
+        return self._encode_plain(segmented(text_blocks([Row(prompt)]), self._tokenizer.split))
+
+    @cached_property
+    def _renderer(self) -> ChatRenderer:
+        source = self._template.chat_template or self._own_chat_template()
+        template = ChatTemplate(
+            source,
+            special_tokens=self._hf_tokenizer.special_tokens_map,
+            kwargs=self._template.chat_template_kwargs,
+            date=self._date,
+        )
+        return ChatRenderer(
+            template,
+            self._tokenizer,
+            bos=str(self._hf_tokenizer.bos_token or ""),
+            segment_by=self._template.segment_by,
+            continue_final_message=self._template.continue_final_message,
+        )
+
+    def _own_chat_template(self) -> str:
+        try:
+            return self._hf_tokenizer.get_chat_template()
+        except ValueError:
+            raise ValueError(
+                "prompt.format chat needs a chat template and this model has none: "
+                "set prompt.chat_template, or use format text, alpaca or commonsense"
+            ) from None
+
+    def _check_template(self) -> None:
+        """Refuse, before the first row, what would fail in every row."""
+        messages = self._template.messages or ()
+        if any(message.content_file is not None for message in messages):
+            raise ValueError("the template still names a content_file: call PromptTemplate.resolve(folder) first")
+        if self._template.format != "chat":
+            return
+        roles: tuple[Role, ...] = tuple(message.role for message in messages)
+        usual: tuple[Role, ...] = ("user", "assistant") if self._template.continue_final_message else ("user",)
+        try:
+            self._renderer.check_roles(roles or usual)
+        except RowError as error:
+            raise ValueError(f"this model's chat template cannot be used: {error.message}") from None
+
+    def _messages_of(self, row: Mapping[str, object]) -> tuple[tuple[Message, ...], list[str]]:
+        """A row's messages, and the texts among them that the row itself supplied."""
+        if self._template.messages is not None:
+            columns = sorted(self._template.required_columns(()))
+            values = {column: column_text(row, column) for column in columns}
+            filled = (
+                Message(message.role, tuple(fill(text, values) for text in message.texts))
+                for message in self._template.messages
+            )
+            return tuple(filled), list(values.values())
+        if self._template.messages_column in row:
+            messages = parse_messages(row[self._template.messages_column])
+            return messages, [part for message in messages for part in message.parts]
+        prompt = column_text(row, self._template.prompt_column)
+        return (Message("user", (prompt,)),), [prompt]
+
+    def _encode_chat(self, messages: tuple[Message, ...], from_row: Sequence[str]) -> tuple[Segment, ...]:
+        self._check([message.content for message in messages], from_row)
+        # A rendered chat has its own BOS, or none: nothing is added to it.
+        return self._encode(self._renderer.render(messages))
+
+    def _encode_text(self, row: Mapping[str, object]) -> tuple[Segment, ...]:
+        parts: list[Author | Row] = [
+            Row(column_text(row, piece.column)) if isinstance(piece, Placeholder) else Author(piece)
+            for piece in self._template.text_pieces
+        ]
+        self._check([part.text for part in parts], [part.text for part in parts if isinstance(part, Row)])
+        return self._encode_plain(segmented(text_blocks(parts), self._tokenizer.split))
+
+    def _encode_preset(self, row: Mapping[str, object]) -> tuple[Segment, ...]:
+        instruction = column_text(row, self._template.instruction_column)
+        has_input = row.get(self._template.input_column) is not None
+        extra = column_text(row, self._template.input_column) if has_input else ""
+        self._check([instruction, extra], [instruction, extra])
+        blocks_of = alpaca_blocks if self._template.format == "alpaca" else commonsense_blocks
+        return self._encode_plain(
+            segmented(blocks_of(instruction, extra if extra.strip() else ""), self._tokenizer.split)
+        )
+
+    def _check(self, texts: Sequence[str], from_row: Sequence[str]) -> None:
+        check_texts(texts, from_row=from_row, max_bytes=self._max_prompt_bytes)
+
+    def _encode_plain(self, text: SegmentedText) -> tuple[Segment, ...]:
+        """With what the tokenizer adds to plain text by default; a BOS that the author wrote is not doubled."""
+        prefix, suffix = self._tokenizer.prefix_ids, self._tokenizer.suffix_ids
+        segments = self._encode(text)
+        if segments[0].token_ids[: len(prefix)] == prefix:
+            prefix = ()
+        if suffix and segments[-1].token_ids[-len(suffix) :] == suffix:
+            suffix = ()
+        first = Segment(prefix + segments[0].token_ids, segments[0].bidirectional)
+        segments = (first, *segments[1:])
+        return (*segments[:-1], Segment(segments[-1].token_ids + suffix, segments[-1].bidirectional))
+
+    def _encode(self, text: SegmentedText) -> tuple[Segment, ...]:
+        offsets = [border.offset for border in text.borders[1:]]
+        ids = self._tokenizer.encode(text.pieces, offsets)
+        segments = (
+            Segment(token_ids, border.bidirectional) for token_ids, border in zip(ids, text.borders, strict=True)
+        )
+        return tuple(segment for segment in segments if segment.token_ids)
