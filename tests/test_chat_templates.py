@@ -43,9 +43,11 @@ LLAMA3 = (
 )
 DATED = (
     "{{ '<|begin_of_text|>' }}"
-    "{% if messages[0].role == 'system' %}{% set s = messages[0].content | trim %}{% set rest = messages[1:] %}{% else %}{% set s = '' %}{% set rest = messages %}{% endif %}"
+    "{% if messages[0].role == 'system' %}{% set s = messages[0].content | trim %}"
+    "{% set rest = messages[1:] %}{% else %}{% set s = '' %}{% set rest = messages %}{% endif %}"
     "<|start_header_id|>system<|end_header_id|>\n\nToday Date: {{ strftime_now('%d %b %Y') }}\n\n{{ s }}<|eot_id|>"
-    "{% for m in rest %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}"
+    "{% for m in rest %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content | trim }}<|eot_id|>{% endfor %}"
     + GENERATE
     + "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
@@ -370,7 +372,8 @@ def test_template_that_raises_is_a_template_error_without_the_rows_text() -> Non
     "source",
     [
         "{% for m in messages %}<|im_start|>{{ m.content[:40] }}<|im_end|>{% endfor %}",
-        "{% for m in messages %}<|im_start|>{{ m.content }}{{ m.content if 'twice' in m.content }}<|im_end|>{% endfor %}",
+        "{% for m in messages %}<|im_start|>{{ m.content }}"
+        "{% if 'twice' in m.content %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}",
         "{% for m in messages %}<|im_start|>{{ m.content if 'twice' not in m.content }}<|im_end|>{% endfor %}",
         "{% for m in messages %}<|im_start|>{{ m.content }}{{ '?' if 'twice' in m.content }}<|im_end|>{% endfor %}",
         "{% for m in messages %}<|im_start|>{{ m.content | length }} {{ m.content }}<|im_end|>{% endfor %}",

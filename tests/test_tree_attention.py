@@ -1,0 +1,163 @@
+"""Every backend against the dense reference, on random trees: the specification's first line."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attention.blocks import DecodeQuery, blocks_of
+from attention.cpu import CpuBackend, flash
+from attention.kv_cache import KVCache, KVShape
+from attention.merge import merge_part_
+from attention.reference import ReferenceBackend, block_sequence_ids, dense_attention, visible
+from attention.residency import Residency
+from attention.step import TreeStep, tail_batches
+from attention.tree import SegmentTree
+from chains import chains
+
+H, HKV, D, SCALE = 4, 2, 8, 0.37
+SHAPE = KVShape(1, HKV, D, torch.float32)
+TOLERANCE = 1e-5
+
+
+class Harness:
+    """Rows in a tree, with the query, key and value of a token a fixed random function of what it can see."""
+
+    def __init__(self, backend, rows, num_generated):
+        self.rows, self.num_generated = rows, num_generated
+        self.tree = SegmentTree()
+        self.cache = KVCache(SHAPE, 1 << 30)
+        self.residency = Residency(self.tree, self.cache)
+        self.backend = backend
+        self.ends = [self.tree.insert(row) for row in rows]
+        for end in self.ends:
+            self.tree.add_row(end)
+            self.residency.acquire(end)
+        self.generator = torch.Generator().manual_seed(sum(len(row) for row in rows))
+        self.node_qkv = {}
+
+    def random_qkv(self, n):
+        return [torch.randn(heads, n, D, generator=self.generator) for heads in (H, HKV, HKV)]
+
+    def prefill(self, nodes):
+        """One step over `nodes`; returns node -> output [n, H, D]."""
+        blocks = blocks_of(nodes, [])
+        for node in nodes:
+            self.node_qkv[node] = self.random_qkv(len(node))
+        packed = [torch.cat([self.node_qkv[b.node][i] for b in blocks.self_blocks], dim=1)[None] for i in range(3)]
+        out = TreeStep(blocks, (), HKV, self.backend).attend(0, *packed, SCALE)[0]
+        for node in nodes:
+            node.is_computed = True
+        return {b.node: out[b.start : b.stop] for b in blocks.self_blocks}
+
+    def decode(self, tails, fed):
+        """One token a row; returns outputs [B, H, D]."""
+        for tail in tails:
+            self.cache.grow_tail(tail)
+        queries = [DecodeQuery(end, 1, end.stop + tail.length) for end, tail in zip(self.ends, tails, strict=True)]
+        blocks = blocks_of([], queries)
+        order = sorted(range(len(queries)), key=lambda i: blocks.decode_index[i])
+        qkv = [self.random_qkv(1) for _ in queries]
+        packed = [torch.cat([qkv[i][part] for i in order], dim=1)[None] for part in range(3)]
+        step = TreeStep(blocks, tail_batches(self.cache, tails, blocks.decode_index), HKV, self.backend)
+        out = step.attend(0, *packed, SCALE)[0]
+        for i, tail in enumerate(tails):
+            tail.length += 1
+            fed[i].append(qkv[i])
+        return torch.stack([out[index] for index in blocks.decode_index])
+
+    def expected(self, index, generated):
+        """Dense attention of a whole row, [T, H, D]."""
+        parts = [self.node_qkv[node] for node in self.ends[index].path()] + generated
+        q, k, v = (torch.cat([part[i] for part in parts], dim=1) for i in range(3))
+        mask = visible(block_sequence_ids(self.rows[index], len(generated)))
+        return dense_attention(q, k, v, mask, SCALE).float()
+
+
+@pytest.mark.parametrize("backend", [CpuBackend(), ReferenceBackend()], ids=["cpu", "reference"])
+@given(rows=chains(max_rows=6), cut=st.integers(0, 8), tails=st.lists(st.integers(0, 40), min_size=6, max_size=6))
+@settings(deadline=None, max_examples=60)
+def test_tree_attention_on_random_trees_equals_dense_reference(backend, rows, cut, tails):
+    harness = Harness(backend, rows, 0)
+    nodes = list(harness.tree)
+    outputs = {}
+    for step_nodes in filter(None, (nodes[:cut], nodes[cut:])):  # depth-first: no child before its parent
+        outputs.update(harness.prefill(step_nodes))
+    for index, end in enumerate(harness.ends):
+        got = torch.cat([outputs[node] for node in end.path()])
+        torch.testing.assert_close(got, harness.expected(index, []), atol=TOLERANCE, rtol=0)
+
+    open_tails = [harness.cache.open_tail() for _ in rows]
+    fed = [[] for _ in rows]
+    for step in range(3):
+        for tail, head_start in zip(open_tails, tails, strict=False):  # ragged tails, some beyond one arena's capacity
+            if step == 0:
+                _prefeed(harness, tail, fed[open_tails.index(tail)], head_start)
+        got = harness.decode(open_tails, fed)
+        for index in range(len(rows)):
+            wanted = harness.expected(index, fed[index])[-1]
+            torch.testing.assert_close(got[index], wanted, atol=TOLERANCE, rtol=0)
+
+
+def _prefeed(harness, tail, fed, count):
+    """Give a tail some tokens already, as if generated in earlier steps."""
+    for _ in range(count):
+        harness.cache.grow_tail(tail)
+        q, k, v = harness.random_qkv(1)
+        arena = harness.cache.arenas[tail.capacity].tensor
+        arena[0, 0, tail.slot, :, tail.length], arena[0, 1, tail.slot, :, tail.length] = k[:, 0], v[:, 0]
+        tail.length += 1
+        fed.append([q, k, v])
+
+
+def test_blocks_of_node_before_its_parent_is_computed_is_refused():
+    harness = Harness(CpuBackend(), _two_segments(), 0)
+    with pytest.raises(ValueError, match="before it is computed"):
+        blocks_of([harness.ends[0]], [])
+
+
+def test_blocks_of_shared_node_is_one_block_over_all_rows_below():
+    from attention.segments import Segment
+
+    rows = [(Segment((1, 2), True), Segment((i,), False)) for i in range(5)]
+    harness = Harness(CpuBackend(), rows, 0)
+    blocks = blocks_of(list(harness.tree), [])
+    assert [(b.start, b.stop, len(b.node)) for b in blocks.cross_blocks] == [(2, 7, 2)]
+
+
+def _two_segments():
+    from attention.segments import Segment
+
+    return [(Segment((1, 2), True), Segment((3,), False))]
+
+
+def test_merge_part_of_absent_keys_changes_nothing():
+    out, lse = torch.randn(3, D), torch.randn(3)
+    before = out.clone(), lse.clone()
+    merge_part_(out, lse, torch.zeros(3, D), torch.full((3,), -torch.inf))
+    torch.testing.assert_close((out, lse), before)
+
+
+def test_flash_without_keys_is_refused_instead_of_killing_the_process():
+    q = torch.randn(1, H, 2, D)
+    with pytest.raises(ValueError, match="no keys"):
+        flash(q, q[:, :HKV, :0], q[:, :HKV, :0], scale=1.0)
+
+
+def test_flash_causal_rectangle_is_refused():
+    q = torch.randn(1, H, 2, D)
+    with pytest.raises(ValueError, match="square"):
+        flash(q, torch.randn(1, HKV, 3, D), torch.randn(1, HKV, 3, D), scale=1.0, is_causal=True)
+
+
+def test_flash_boolean_mask_is_refused():
+    q = torch.randn(1, H, 2, D)
+    with pytest.raises(ValueError, match="boolean"):
+        flash(q, q[:, :HKV], q[:, :HKV], scale=1.0, bias=torch.ones(2, 2, dtype=torch.bool))
+
+
+def test_flash_log_sum_exp_is_natural_and_matches_dense_scores():
+    q, k = torch.randn(1, H, 5, D), torch.randn(1, HKV, 7, D)
+    _, lse = flash(q, k, k, scale=SCALE)
+    scores = q[0] @ k[0].repeat_interleave(2, dim=0).transpose(-1, -2) * SCALE
+    torch.testing.assert_close(lse[0], scores.logsumexp(-1), atol=1e-5, rtol=0)
