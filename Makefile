@@ -7,7 +7,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+PIP := $(BIN)/python -m pip install -qq --constraint constraints.txt
 # Named, so that pip takes the build that is offered for CPUs; its newest build would bring CUDA along.
 TORCH := $(shell grep '^torch==' constraints.txt)
 

@@ -98,7 +98,9 @@ class _Layout:
             elif below.is_computed or below in self.new_nodes:
                 self.children[below.parent].append(below)
             else:
-                raise ValueError(f"a node of {len(below)} tokens at position {below.start} is used before it is computed")
+                raise ValueError(
+                    f"a node of {len(below)} tokens at position {below.start} is used before it is computed"
+                )
 
     def build(self) -> StepBlocks:
         self.tokens: list[int] = []

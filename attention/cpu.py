@@ -5,7 +5,7 @@ guarded here (torch 2.13): empty keys kill the process; fully masked rows give L
 aligned top-left, so it is right for squares only; boolean masks are rejected.
 
 Shapes: `T` packed tokens, `G` query heads a key head, `H = Hkv * G`, `D` head width. Accumulators are laid out
-`[Hkv, T, G, D]`: a slice of queries then is a plain view `[Hkv, n * G, D]` that reads each key once for its whole group.
+`[Hkv, T, G, D]`: a slice of queries is then a plain view `[Hkv, n * G, D]` that reads each key once for its group.
 """
 
 import torch
@@ -20,7 +20,7 @@ from attention.tree import Node
 def flash(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float, is_causal: bool = False, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """query `[B, H, Q, D]`, key and value `[B, Hkv, K, D]` -> (out `[B, H, Q, D]`, natural-log LSE `[B, H, Q]` fp32)."""
+    """query `[B, H, Q, D]`, key, value `[B, Hkv, K, D]` -> out `[B, H, Q, D]`, LSE `[B, H, Q]` (natural log, fp32)."""
     if key.shape[-2] == 0:
         raise ValueError("attention over no keys: torch's CPU kernel would end the process")
     if is_causal and query.shape[-2] != key.shape[-2]:
@@ -48,13 +48,17 @@ class CpuBackend:
         self._cross_blocks(step.blocks.cross_blocks, layer, packed, scale, out, lse)
         return out.permute(1, 0, 2, 3).reshape(num_tokens, num_heads, head_dim).to(query.dtype)
 
-    def _self_block(self, block: SelfBlock, layer: int, query: Tensor, packed: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
+    def _self_block(
+        self, block: SelfBlock, layer: int, query: Tensor, packed: Tensor, scale: float, out: Tensor, lse: Tensor
+    ) -> None:
         rows = slice(block.start, block.stop)
         if not block.is_causal:
             out[:, rows], lse[:, rows] = _dense(block.node, layer, packed[:, rows], scale)
             return
         kv = kv_of(block.node)
-        part, part_lse = flash(query[None, :, rows], kv.keys(layer)[None], kv.values(layer)[None], scale=scale, is_causal=True)
+        part, part_lse = flash(
+            query[None, :, rows], kv.keys(layer)[None], kv.values(layer)[None], scale=scale, is_causal=True
+        )
         groups = packed.shape[2]
         out[:, rows] = part[0].unflatten(0, (-1, groups)).transpose(1, 2)
         lse[:, rows] = part_lse[0].unflatten(0, (-1, groups)).transpose(1, 2)
@@ -66,7 +70,9 @@ class CpuBackend:
         out[:, batch.query_index] = part.transpose(0, 1).float()
         lse[:, batch.query_index] = part_lse.transpose(0, 1)
 
-    def _cross_blocks(self, blocks: tuple[CrossBlock, ...], layer: int, packed: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
+    def _cross_blocks(
+        self, blocks: tuple[CrossBlock, ...], layer: int, packed: Tensor, scale: float, out: Tensor, lse: Tensor
+    ) -> None:
         """Level by level: the queries of one level's blocks are disjoint, so one merge serves them all."""
         for level in _levels(blocks):
             rows = slice(level[0].start, level[-1].stop)

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+CPU = torch.device("cpu")
+
 
 class KVMemoryExceeded(Exception):
     """The budget does not hold the allocation; nothing was allocated."""
@@ -24,7 +26,7 @@ class KVShape:
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     @property
     def bytes_per_token(self) -> int:
@@ -74,7 +76,7 @@ class Tail:
 
 @dataclass(eq=False)
 class TailArena:
-    """Slots of equal capacity, kept dense: `tensor` is `[L, 2, B, Hkv, capacity, D]`, slots `[0, len(tails))` in use."""
+    """Slots of equal capacity in one `[L, 2, B, Hkv, capacity, D]`; those in use are kept a prefix."""
 
     shape: KVShape
     capacity: int

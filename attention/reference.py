@@ -42,7 +42,7 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sca
 
 
 class ReferenceBackend:
-    """Executes a step one chain at a time: gathers the chain's keys, builds the mask from the rule, ignores the blocks."""
+    """One chain at a time: gathers the chain's keys and builds the mask from the rule."""
 
     def attend(self, step: TreeStep, layer: int, query: Tensor, scale: float) -> Tensor:
         """query `[H, T, D]` -> `[T, H, D]`."""

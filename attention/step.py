@@ -83,7 +83,7 @@ def kv_of(node: Node) -> NodeKV:
 
 
 def tail_batches(cache: KVCache, tails: Sequence[Tail], decode_index: Sequence[int]) -> tuple[TailBatch, ...]:
-    """One batch an arena. `tails[i]` belongs to the query at `decode_index[i]`; together they are all tails of the cache."""
+    """One batch an arena. `tails[i]` belongs to the query at `decode_index[i]`; all tails of the cache are given."""
     index_of = {id(tail): index for tail, index in zip(tails, decode_index, strict=True)}
     batches = []
     for arena in cache.arenas.values():

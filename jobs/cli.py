@@ -1,7 +1,7 @@
 """The `segue` command. stdout is for results, its last line JSON; stderr is for people.
 
-Exit codes: 0 done, row errors within the limit included; 2 refused before start; 3 finished with units missing or over the
-error limit; 4 workers cannot work; 5 storage; 130 and 143 interrupted, drained and resumable.
+Exit codes: 0 done, row errors within the limit included; 2 refused before start; 3 finished with units missing or over
+the error limit; 4 workers cannot work; 5 storage; 130 and 143 interrupted, drained and resumable.
 """
 
 import json
@@ -22,7 +22,8 @@ app = typer.Typer(
 
 JobFile = Annotated[str, typer.Argument(metavar="JOB.yaml", help="the job file")]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. sampling_params.max_tokens=64")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. sampling_params.max_tokens=64"),
 ]
 Limit = Annotated[int | None, typer.Option(help="only the first rows of the input; short for --set input.limit=N")]
 Output = Annotated[str | None, typer.Option(help="write here; short for --set output.path=FOLDER")]
@@ -76,7 +77,14 @@ def plan(
         manifest = plan_job(ready, _silent if quiet else _say)
         if not json_only:
             show_plan(manifest, ready)
-        _json({"output": ready.config.output.path, "rows": manifest.num_rows, "units": len(manifest.units), **manifest.stats})
+        _json(
+            {
+                "output": ready.config.output.path,
+                "rows": manifest.num_rows,
+                "units": len(manifest.units),
+                **manifest.stats,
+            }
+        )
 
 
 @app.command()
@@ -91,8 +99,17 @@ def validate(job: JobFile, overrides: Overrides = None, limit: Limit = None, out
         if manifest is None:
             check_unused(ready.store)
         rows = sum(file.num_rows for file in ready.checked.inputs)
-        _say(f"{job}: valid ({rows:,} rows in {len(ready.checked.inputs)} files, mask {ready.mask}, dtype {ready.facts.dtype})")
-        _json({"valid": True, "rows": rows, "mask": ready.mask, "dtype": ready.facts.dtype, "planned": manifest is not None})
+        num_files = len(ready.checked.inputs)
+        _say(f"{job}: valid ({rows:,} rows in {num_files} files, mask {ready.mask}, dtype {ready.facts.dtype})")
+        _json(
+            {
+                "valid": True,
+                "rows": rows,
+                "mask": ready.mask,
+                "dtype": ready.facts.dtype,
+                "planned": manifest is not None,
+            }
+        )
 
 
 @app.command()
@@ -123,11 +140,10 @@ def errors(
 @contextmanager
 def _exit_codes() -> Iterator[None]:
     """Expected failures as one line each and their exit code; a bug keeps its traceback."""
-    from pipeline.cluster import ClusterUnavailable
+    from pipeline.cluster import ClusterUnavailable, WorkersFailed
     from pipeline.manifest import ForeignOutput
     from pipeline.problems import JobRefused
-    from pipeline.rows import InputChanged
-    from pipeline.run import WorkersFailed
+    from pipeline.rows import InputChanged, InputUnreadable
     from pipeline.shards import ForeignShard
     from pipeline.store import OutputStorageError
 
@@ -137,7 +153,7 @@ def _exit_codes() -> Iterator[None]:
         _fail(error, REFUSED)
     except (WorkersFailed, ClusterUnavailable) as error:
         _fail(error, WORKERS)
-    except OutputStorageError as error:
+    except (OutputStorageError, InputUnreadable) as error:
         _fail(error, STORAGE)
 
 

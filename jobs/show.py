@@ -3,7 +3,6 @@
 Text of rows is shown escaped: it may hold control sequences of a terminal.
 """
 
-import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,9 +12,9 @@ from rich.table import Table
 
 from pipeline.job import ReadyJob
 from pipeline.manifest import Manifest
-from pipeline.output import iter_rows
+from pipeline.output import sample_rows
 from pipeline.results import RESULT_COLUMNS
-from pipeline.run import RunSummary
+from pipeline.summary import RunSummary
 
 MAX_CELL_CHARS = 160
 SAMPLE_SEED = 0
@@ -53,9 +52,9 @@ def _print_shared(out: Console, nodes: Sequence[dict[str, Any]]) -> None:
 def _print_undeclared(out: Console, prefixes: Sequence[dict[str, Any]]) -> None:
     for prefix in prefixes[:3]:
         out.print(
-            f"{prefix['num_rows']:,} rows share {prefix['num_tokens']:,} tokens inside one message (first {_plain(prefix['first_row'])}): "
-            "a bidirectional segment is shared as a whole only; give that text a message or, with prompt.segment_by: part, "
-            "a part of its own"
+            f"{prefix['num_segments']:,} different messages begin with the same {prefix['num_tokens']:,} tokens "
+            f"(first in {_plain(prefix['first_row'])}): a bidirectional segment is shared as a whole only; "
+            "give that text a message or, with prompt.segment_by: part, a part of its own"
         )
 
 
@@ -63,8 +62,8 @@ def show_answers(output: str, count: int) -> None:
     """A fixed sample of rows with their answers."""
     if count <= 0:
         return
-    out, rows = _console(), list(iter_rows(output))
-    for row in random.Random(SAMPLE_SEED).sample(rows, min(count, len(rows))):
+    out = _console()
+    for row in sample_rows(output, count, SAMPLE_SEED):
         out.print(f"[bold]{_plain(row['src_path'])}:{row['src_row']}[/bold]")
         for name, value in row.items():
             if name not in RESULT_COLUMNS and isinstance(value, str):
@@ -77,14 +76,20 @@ def show_summary(summary: RunSummary) -> None:
     """The run in a few lines."""
     out = _console()
     errors = ", ".join(f"{count} {code}" for code, count in summary.errors.items()) or "none"
-    out.print(f"{summary.status.replace('_', ' ')}: {summary.rows:,} rows in {summary.shards} shards in {_plain(summary.output)}")
+    out.print(
+        f"{summary.status.replace('_', ' ')}: {summary.rows:,} rows in {summary.shards} shards "
+        f"in {_plain(summary.output)}"
+    )
     out.print(f"row errors: {errors}")
     out.print(
         f"prompt tokens: {summary.tokens_requested:,} requested, {summary.tokens_distinct:,} distinct, "
-        f"{summary.tokens_computed:,} computed ({summary.share_reused:.1%} reused); {summary.tokens_generated:,} generated"
+        f"{summary.tokens_computed:,} computed ({summary.share_reused:.1%} reused); "
+        f"{summary.tokens_generated:,} generated"
     )
     if summary.rows_this_run:
-        out.print(f"this run: {summary.rows_this_run:,} rows in {summary.seconds:.1f} s, {summary.rows_per_second:.1f} rows/s")
+        out.print(
+            f"this run: {summary.rows_this_run:,} rows in {summary.seconds:.1f} s, {summary.rows_per_second:.1f} rows/s"
+        )
 
 
 def show_errors(rows: Sequence[dict[str, Any]], total: int) -> None:

@@ -1,8 +1,8 @@
 """A prompt's chain of segments as bytes whose order is the depth-first order of the segment tree.
 
 Sorting rows by these bytes puts everything that shares a beginning side by side, shorter prompts before their
-continuations, and a bidirectional segment beside its equals only. The bytes carry the whole chain, so that the sort moves
-each prompt once. Knows token ids; no text, no Ray.
+continuations, and a bidirectional segment beside its equals only. The bytes carry the whole chain, so that the sort
+moves each prompt once. Knows token ids; no text, no Ray.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,9 @@ def encode_chain(segments: Sequence[Segment]) -> bytes:
 
 
 def decode_chain(chain: bytes) -> tuple[Segment, ...]:
-    """The inverse of `encode_chain`."""
+    """The inverse of `encode_chain`; no segments for no bytes."""
+    if not chain:
+        return ()
     words = np.frombuffer(chain, dtype=WORD).astype(np.int64)
     starts = np.flatnonzero((words == _CAUSAL) | (words == _BIDIRECTIONAL))
     stops = [*starts[1:].tolist(), len(words)]

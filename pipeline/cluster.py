@@ -1,7 +1,7 @@
 """Starts a local Ray, or joins the cluster it is told of; never one that happens to be recorded on the machine.
 
-A Ray started here needs a token, kept in a private file for as long as it lives: without one, whoever reaches a Ray port
-runs code. Knows Ray; nothing of jobs.
+A Ray started here needs a token, kept in a private file for as long as it lives: without one, whoever reaches a Ray
+port runs code. Knows Ray; nothing of jobs.
 """
 
 import atexit
@@ -10,18 +10,28 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import ray
+import ray.exceptions
 from ray.data import DataContext
 
 QUIET_LOGGERS = ("ray", "ray.data", "ray.serve")
 
 
+_RAY_ADVICE = "\nFailed to apply UDF transform"  # what Ray Data appends to the message of an error in a task
+MAX_MESSAGE_CHARS = 600
+
+
 class ClusterUnavailable(RuntimeError):
     """Ray could not be started or joined."""
+
+
+class WorkersFailed(RuntimeError):
+    """Tasks or workers cannot do the work; the message has the first cause, in one line."""
 
 
 @contextmanager
@@ -62,6 +72,9 @@ def _start(num_cpus: int | None) -> None:
         )
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise ClusterUnavailable(f"Ray at {address or 'a local address'} cannot be used: {error}") from error
+    except SystemExit:
+        # Ray's own handler, in place while it starts, exits with the bare number of the signal.
+        raise SystemExit(128 + signal.SIGTERM) from None
     finally:
         os.chdir(here)
 
@@ -86,11 +99,19 @@ def _private_token(folder: str) -> str:
 
 
 def _quieten() -> None:
-    """Our progress is in tokens; Ray's bars and plans would drown it."""
+    """Our progress is in tokens; Ray's bars and plans would drown it.
+
+    Its errors reach us as exceptions; its log files stay as they are.
+    """
     context = DataContext.get_current()
     context.enable_progress_bars = False
+    context.raise_original_map_exception = True
     for name in QUIET_LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.ERROR)
+        for handler in logger.handlers:
+            if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+                handler.setLevel(logging.CRITICAL)
 
 
 def num_cluster_cpus() -> int:
@@ -101,3 +122,22 @@ def num_cluster_cpus() -> int:
 def num_cluster_gpus() -> float:
     """GPUs of the whole cluster."""
     return float(ray.cluster_resources().get("GPU", 0))
+
+
+def max_node_cpus() -> int:
+    """CPUs of the largest node, at least one: what a single worker can get."""
+    return max(1, *(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]))
+
+
+def cause_of(error: ray.exceptions.RayError, *expected: type[Exception]) -> Exception:
+    """What went wrong in a task: an exception of an `expected` type as that type, all else as WorkersFailed."""
+    inner: BaseException = error
+    while isinstance(inner, ray.exceptions.RayTaskError) and isinstance(inner.cause, BaseException):
+        inner = inner.cause
+    message = str(inner).split(_RAY_ADVICE)[0]
+    for kind in expected:
+        if isinstance(inner, kind):
+            return kind(message)
+    lines = [line.strip() for line in message.splitlines() if line.strip()] or ["no message"]
+    line = lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}"
+    return WorkersFailed(f"{type(inner).__name__}: {line[:MAX_MESSAGE_CHARS]}")

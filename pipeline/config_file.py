@@ -190,7 +190,7 @@ def _resolved_model(model: ModelConfig, folder: Path) -> ModelConfig:
 
 
 def _model_path(source: str, folder: Path) -> str:
-    if source == ECHO or scheme_of(source):
+    if source.split(":")[0] == ECHO or scheme_of(source):
         return source if scheme_of(source) != "file" else _data_path(source, folder)
     local = _local_path(source, folder)
     return local if source.startswith((".", "~")) or os.path.exists(local) else source

@@ -15,10 +15,12 @@ from pipeline.config import JobConfig
 from pipeline.config_file import read_job
 from pipeline.manifest import Manifest, check_same_job, code_version, load_manifest
 from pipeline.problems import JobRefused, Problem
-from pipeline.render import ROW_PARAMS_COLUMN, RenderSpec, encoder_of
+from pipeline.render import RenderSpec, encoder_of
+from pipeline.schemas import ROW_PARAMS_COLUMN
 from pipeline.shards import PROTOCOL
 from pipeline.store import Store
 from pipeline.unit_worker import WorkerSpec
+from workers.echo import is_echo
 from workers.model_facts import ModelFacts, inspect_model
 from workers.model_source import ModelRefused
 
@@ -47,7 +49,7 @@ class ReadyJob:
     @property
     def warns_of_unadapted_mask(self) -> bool:
         """Whether the segment mask was asked for on a model that, as far as is known, never saw it."""
-        return self.mask == "segment" and self.facts.adapter_mask != "segment" and self.config.model.source != "echo"
+        return self.mask == "segment" and self.facts.adapter_mask != "segment" and not is_echo(self.config.model.source)
 
     @property
     def has_row_params(self) -> bool:
@@ -102,7 +104,7 @@ def prepare(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Read
     ready = ReadyJob(checked, facts, mask, fingerprint_fields(checked, facts, mask))
     try:
         encoder_of(ready.render_spec(today()))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise JobRefused([Problem("prompt", "", str(error))]) from error
     return ready
 

@@ -72,9 +72,12 @@ def check_same_job(found: Manifest, fields: Mapping[str, Any], where: str) -> No
     names = sorted({*found.fields, *fields})
     differing = [name for name in names if found.fields.get(name) != fields.get(name)]
     if differing:
-        lines = [f"  {name}: there {_brief(found.fields.get(name))}, here {_brief(fields.get(name))}" for name in differing]
+        lines = [
+            f"  {name}: there {_brief(found.fields.get(name))}, here {_brief(fields.get(name))}" for name in differing
+        ]
         raise ForeignOutput(
-            f"output.path: {where} holds results of another job; it differs in\n" + "\n".join(lines)
+            f"output.path: {where} holds results of another job; it differs in\n"
+            + "\n".join(lines)
             + "\nuse another output.path, or the configuration it was started with"
         )
 

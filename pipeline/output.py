@@ -3,14 +3,18 @@
 Knows Parquet and the names of shards; no Ray, no model.
 """
 
+import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.manifest import ForeignOutput, load_manifest
-from pipeline.store import Store
+from pipeline.results import RESULT_COLUMNS
+from pipeline.schemas import is_text
+from pipeline.store import OutputStorageError, Store
 
 
 def shard_paths(output: str) -> list[str]:
@@ -23,19 +27,41 @@ def shard_paths(output: str) -> list[str]:
     return [store.path(unit.shard_name) for unit in manifest.units if unit.shard_name in present]
 
 
-def iter_rows(output: str) -> Iterator[dict[str, Any]]:
-    """Result rows in plan order, batch by batch."""
-    for path in shard_paths(output):
-        with pq.ParquetFile(path, page_checksum_verification=True) as shard:
-            for batch in shard.iter_batches():
-                yield from batch.to_pylist()
+def sample_rows(output: str, count: int, seed: int) -> list[dict[str, Any]]:
+    """`count` rows chosen at random, in plan order: their text columns and results. Reads only shards that have one.
+
+    Bytes that are not UTF-8 become U+FFFD: a row with BAD_UTF8 passes them through as they are.
+    """
+    paths = shard_paths(output)
+    sizes = [_metadata(path).num_rows for path in paths]
+    chosen = sorted(random.Random(seed).sample(range(sum(sizes)), min(count, sum(sizes))))
+    rows: list[dict[str, Any]] = []
+    start = 0
+    for path, size in zip(paths, sizes, strict=True):
+        inside = [number - start for number in chosen if start <= number < start + size]
+        if inside:
+            rows += _shown_rows(_read(path).take(inside))
+        start += size
+    return rows
+
+
+def _shown_rows(table: pa.Table) -> list[dict[str, Any]]:
+    columns: dict[str, list[Any]] = {}
+    for field in table.schema:
+        column = table[field.name]
+        if is_text(field.type) and not pa.types.is_null(field.type):
+            texts = column.cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
+            columns[field.name] = [None if text is None else text.decode("utf-8", "replace") for text in texts]
+        elif field.name in RESULT_COLUMNS:
+            columns[field.name] = column.to_pylist()
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def error_rows(output: str, limit: int) -> list[dict[str, Any]]:
     """The first `limit` rows that have an error: src_path, src_row, code, message."""
     found: list[dict[str, Any]] = []
     for path in shard_paths(output):
-        table = pq.read_table(path, columns=["src_path", "src_row", "error"], page_checksum_verification=True)
+        table = _read(path, ["src_path", "src_row", "error"])
         rows = table.filter(table["error"].is_valid()).slice(0, limit - len(found)).to_pylist()
         found += [{"src_path": row["src_path"], "src_row": row["src_row"], **row["error"]} for row in rows]
         if len(found) >= limit:
@@ -47,6 +73,22 @@ def error_counts(output: str) -> dict[str, int]:
     """Rows by error code."""
     counts: Counter[str] = Counter()
     for path in shard_paths(output):
-        column = pq.read_table(path, columns=["error"], page_checksum_verification=True)["error"]
+        column = _read(path, ["error"])["error"]
         counts.update(value["code"] for value in column.drop_null().to_pylist())
     return dict(sorted(counts.items()))
+
+
+def _read(path: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """A shard. Raises OutputStorageError if it cannot be read."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as shard:
+            return shard.read(columns=columns)
+    except (OSError, pa.ArrowException) as error:
+        raise OutputStorageError(f"{path} cannot be read: {error}") from error
+
+
+def _metadata(path: str) -> pq.FileMetaData:
+    try:
+        return pq.read_metadata(path)
+    except (OSError, pa.ArrowException) as error:
+        raise OutputStorageError(f"{path} cannot be read: {error}") from error

@@ -4,19 +4,21 @@ Ray Data reads, renders and sorts; the sorted rows stream through the driver onc
 The plan is content-addressed, and complete only when its manifest is there.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import ray.data
+import ray.exceptions
 
 from pipeline.chains import decode_chain
 from pipeline.checks import CheckedJob
+from pipeline.cluster import cause_of
 from pipeline.manifest import MANIFEST, Manifest, check_same_job, load_manifest, versions
 from pipeline.render import RenderSpec, render_block
-from pipeline.rows import ParquetRowsSource
+from pipeline.rows import InputChanged, InputUnreadable, ParquetRowsSource
 from pipeline.shards import PROTOCOL
 from pipeline.store import Store
 from pipeline.tree_stats import TreeCounter
@@ -26,13 +28,17 @@ ORDER = ["chain", "src_path", "src_row"]  # a total order: equal prompts stay in
 STREAM_ROWS = 4096
 
 
-def make_plan(
-    job: CheckedJob, fields: dict[str, Any], spec: RenderSpec, store: Store, report: Callable[[int], None]
-) -> Manifest:
-    """Write units and manifest; `report` gets the number of rows planned so far. Two planners at once end with one plan."""
-    cutter = _UnitCutter(job, store, report)
-    for batch in _sorted_rows(job, spec):
-        cutter.add(batch)
+def make_plan(job: CheckedJob, fields: dict[str, Any], spec: RenderSpec, store: Store) -> Manifest:
+    """Write units and manifest. Two planners at once end with one plan.
+
+    Raises InputChanged, InputUnreadable, WorkersFailed for what fails in a task, OutputStorageError.
+    """
+    cutter = _UnitCutter(job, store)
+    try:
+        for batch in _sorted_rows(job, spec):
+            cutter.add(batch)
+    except ray.exceptions.RayError as error:
+        raise cause_of(error, InputChanged, InputUnreadable) from error
     units = cutter.finish()
     manifest = Manifest(
         protocol=PROTOCOL,
@@ -61,19 +67,20 @@ def _sorted_rows(job: CheckedJob, spec: RenderSpec) -> Iterator[pa.Table]:
 class _UnitCutter:
     """Collects sorted rows into units and publishes each as soon as it is full."""
 
-    def __init__(self, job: CheckedJob, store: Store, report: Callable[[int], None]) -> None:
+    def __init__(self, job: CheckedJob, store: Store) -> None:
         self.counter = TreeCounter(job.config.workers.max_size)
         self._max_rows = job.config.output.max_rows_per_file
         self._max_bytes = job.config.output.max_bytes_per_file
         self._store = store
-        self._report = report
         self._units: list[UnitSpec] = []
         self._pieces: list[pa.Table] = []
         self._num_rows = self._num_bytes = self._num_tokens = 0
 
     def add(self, batch: pa.Table) -> None:
         """Rows in depth-first order."""
-        row_bytes = max(1, batch.nbytes // max(1, batch.num_rows))
+        if not batch.num_rows:
+            return  # Ray sorts no rows into a table without columns
+        row_bytes = max(1, batch.nbytes // batch.num_rows)
         start = 0
         for index, tokens in enumerate(self._count(batch)):
             if self._num_rows and (self._num_rows >= self._max_rows or self._num_bytes + row_bytes > self._max_bytes):
@@ -84,7 +91,6 @@ class _UnitCutter:
             self._num_bytes += row_bytes
             self._num_tokens += tokens
         self._pieces.append(batch.slice(start))
-        self._report(self.counter.stats.num_rows)
 
     def finish(self) -> list[UnitSpec]:
         self._flush()

@@ -12,10 +12,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import ray
+import ray.exceptions
 
 from workers.engine import EngineStats
 
 REPORT_SECONDS = 0.5
+ANSWER_SECONDS = 30.0
 PLAIN_LINE_SECONDS = 10.0
 
 
@@ -25,17 +27,22 @@ class ProgressActor:
 
     def __init__(self) -> None:
         self._workers: dict[str, dict[str, int]] = {}
+        self._started: float | None = None
         self._draining = False
 
     def report(self, worker: str, stats: dict[str, int]) -> bool:
         """Remember a worker's counters; True if it should stop."""
         self._workers[worker] = stats
+        self._started = self._started or time.monotonic()
         return self._draining
 
-    def totals(self) -> dict[str, int]:
-        """Counters summed over workers."""
+    def totals(self) -> dict[str, float]:
+        """Counters summed over workers, and `seconds` since the first of them was ready; empty until then."""
+        if self._started is None:
+            return {}
         names = {name for stats in self._workers.values() for name in stats}
-        return {name: sum(stats.get(name, 0) for stats in self._workers.values()) for name in names}
+        sums = {name: sum(stats.get(name, 0) for stats in self._workers.values()) for name in names}
+        return sums | {"seconds": time.monotonic() - self._started}
 
     def drain(self) -> None:
         """Tell the workers to stop."""
@@ -61,16 +68,24 @@ class Reporter:
         self._sent = time.monotonic()
         self._pending = self._actor.report.remote(self._worker, asdict(stats))
 
+    def announce(self, stats: EngineStats) -> None:
+        """The model is loaded. Waits for the answer, so that a worker born into a drain takes no work."""
+        self._learn(self._actor.report.remote(self._worker, asdict(stats)))
+
     def _collect(self) -> bool:
         """Whether the last report was answered."""
         done, _ = ray.wait([self._pending], timeout=0)
         if not done:
             return False
+        self._learn(done[0])
+        return True
+
+    def _learn(self, answer: Any) -> None:
+        """Start draining if the answer says so."""
         with suppress(ray.exceptions.RayError):  # the actor died: progress is lost, work is not
-            if ray.get(done[0]) and not self.is_draining:
+            if ray.get(answer, timeout=ANSWER_SECONDS) and not self.is_draining:
                 self.is_draining = True
                 self._on_drain()
-        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +102,6 @@ class ProgressDisplay:
     def __init__(self, actor: Any, totals: Totals, *, quiet: bool = False) -> None:
         self._actor = actor
         self._totals = totals
-        self._started = time.monotonic()
         self._done = threading.Event()
         self._is_terminal = sys.stderr.isatty()
         self._thread = threading.Thread(target=self._run, name="segue-progress", daemon=True)
@@ -110,25 +124,26 @@ class ProgressDisplay:
         if self._is_terminal:
             print(file=sys.stderr)  # noqa: T201
 
-    def _show(self, totals: dict[str, int]) -> None:
-        line = progress_line(totals, self._totals, time.monotonic() - self._started)
+    def _show(self, totals: dict[str, float]) -> None:
+        line = progress_line(totals, self._totals)
         end, start = ("", "\r\x1b[2K") if self._is_terminal else ("\n", "")
         print(start + line, end=end, file=sys.stderr, flush=True)  # noqa: T201
 
 
-def progress_line(totals: dict[str, int], wanted: Totals, seconds: float) -> str:
-    """One line: rows, share of tokens, rate, time left, reuse, errors."""
-    rows, tokens = totals.get("num_finished_rows", 0), totals.get("num_finished_tokens", 0)
+def progress_line(totals: dict[str, float], wanted: Totals) -> str:
+    """One line: rows, share of tokens, rate, time left, reuse, errors. Rates are since the first model was loaded."""
+    rows, tokens, seconds = (totals.get(name, 0) for name in ("num_finished_rows", "num_finished_tokens", "seconds"))
     if not totals:
         return f"0/{wanted.num_rows:,} rows | loading the model"
     generated, computed = totals.get("num_generated_tokens", 0), totals.get("num_computed_tokens", 0)
     requested = totals.get("num_prompt_tokens", 0)
     share = tokens / wanted.num_tokens if wanted.num_tokens else 1.0
-    left = f"{_clock(seconds * (1 - share) / share)} left" if share else "estimating"
+    left = f"{_clock(seconds * (1 - share) / share)} left" if share and seconds else "estimating"
+    rate = f"{(computed + generated) / seconds:,.0f}" if seconds else "0"
     reused = 1 - computed / requested if requested else 0.0
     return (
         f"{rows:,}/{wanted.num_rows:,} rows | {share:.0%} of {wanted.num_tokens:,} prompt tokens, "
-        f"{(computed + generated) / seconds:,.0f} tokens/s computed | {left} | "
+        f"{rate} tokens/s computed | {left} | "
         f"{max(0.0, reused):.0%} reused | {totals.get('num_errors', 0)} errors"
     )
 

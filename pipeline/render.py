@@ -16,23 +16,21 @@ import pyarrow as pa
 from attention.segments import canonical_segments, num_tokens
 from pipeline.chains import encode_chain
 from pipeline.results import error_value
+from pipeline.schemas import ROW_PARAMS_COLUMN
 from pipeline.units import PASSED, PLANNED_FIELDS
-from workers.echo import SOURCE as ECHO
-from workers.echo import echo_tokenizer
+from workers.echo import echo_tokenizer, is_echo
 from workers.model_source import locate, safetensors_directory
 from workers.prompt_encoder import PromptEncoder
 from workers.prompts import PromptTemplate
 from workers.row_errors import RowError, RowErrorCode
 from workers.sampling import SamplingParams
 
-ROW_PARAMS_COLUMN = "sampling_params"
-
 
 @dataclass(frozen=True)
 class RenderSpec:
     """What a task must know; small, and the same for every task of a job."""
 
-    source: str  # of the model, or "echo"
+    source: str  # of the model, or echo
     revision: str | None
     template: PromptTemplate
     date: str  # ISO; templates that print today's date print this one
@@ -49,7 +47,7 @@ def render_block(block: pa.Table, spec: RenderSpec) -> pa.Table:
     """A block of `pipeline.rows` -> the same rows with PLANNED_FIELDS and passed-through columns."""
     encoder = encoder_of(spec)
     inputs = _fields(block["input"])
-    planned = [_planned(row, encoder, spec) for row in _rows(inputs, spec)]
+    planned = [_planned(row, encoder, spec) for row in _rows(inputs, block.num_rows, spec)]
     columns: dict[str, Any] = {
         "chain": [row[0] for row in planned],
         "src_path": block["src_path"],
@@ -94,7 +92,7 @@ def _row_params(value: object, params: SamplingParams) -> str | None:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise RowError(RowErrorCode.BAD_PARAMS, "sampling_params is not JSON, wanted an object") from None
     if not isinstance(value, dict):
         raise RowError(RowErrorCode.BAD_PARAMS, f"sampling_params is a {type(value).__name__}, wanted an object")
@@ -103,13 +101,14 @@ def _row_params(value: object, params: SamplingParams) -> str | None:
     return json.dumps(own)
 
 
-def _rows(inputs: Mapping[str, pa.ChunkedArray], spec: RenderSpec) -> Iterator[Mapping[str, object] | RowError]:
+def _rows(
+    inputs: Mapping[str, pa.ChunkedArray], num_rows: int, spec: RenderSpec
+) -> Iterator[Mapping[str, object] | RowError]:
     """What the prompt reads of each row, or why it cannot be read."""
     names = [*spec.prompt_columns]
     if ROW_PARAMS_COLUMN in inputs:
         names.append(ROW_PARAMS_COLUMN)
     columns = {name: _values(inputs[name]) for name in dict.fromkeys(names)}
-    num_rows = len(next(iter(inputs.values()))) if inputs else 0
     for index in range(num_rows):
         row = {name: values[index] for name, values in columns.items()}
         broken = next((value for value in row.values() if isinstance(value, RowError)), None)
@@ -157,7 +156,7 @@ def encoder_of(spec: RenderSpec) -> PromptEncoder:
 @functools.lru_cache(maxsize=2)
 def _encoder(source: str, revision: str | None, template: str, date: str, max_prompt_bytes: int) -> PromptEncoder:
     parsed, when = PromptTemplate.model_validate_json(template), datetime.date.fromisoformat(date)
-    if source == ECHO:
+    if is_echo(source):
         return PromptEncoder(echo_tokenizer(), parsed, date=when, max_prompt_bytes=max_prompt_bytes)
     directory = safetensors_directory(locate(source, revision))
     return PromptEncoder.from_directory(directory, parsed, date=when, max_prompt_bytes=max_prompt_bytes)

@@ -26,7 +26,11 @@ BLOCK_ROWS = 50_000
 
 
 class InputChanged(ValueError):
-    """A file is not what it was when the job was planned."""
+    """A file is not what it was when the job was checked."""
+
+
+class InputUnreadable(OSError):
+    """A file, or a page of it, cannot be read or decoded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +103,7 @@ def row_ranges(file: InputFile, num_rows: int, task_bytes: int = TASK_BYTES) -> 
 def read_rows(file: InputFile, start: int, stop: int, columns: pa.Schema) -> pa.Table:
     """Rows [start, stop) of a file as a table of `columns`, in their order and types.
 
-    Raises InputChanged if the file is not the one that was planned, and OSError or ArrowInvalid if a page is corrupt.
+    Raises InputChanged if the file is not the one that was planned, InputUnreadable if a page is corrupt.
     """
     return pa.Table.from_batches(_batches(file, start, stop, columns), columns)
 
@@ -142,6 +146,15 @@ def _batches(file: InputFile, start: int, stop: int, columns: pa.Schema) -> Iter
 
 @contextmanager
 def _opened(path: str) -> Iterator[pq.ParquetFile]:
+    try:
+        with _parquet_file(path) as parquet:
+            yield parquet
+    except (OSError, pa.ArrowException) as error:
+        raise InputUnreadable(f"input.path: {path} cannot be read: {error}") from error
+
+
+@contextmanager
+def _parquet_file(path: str) -> Iterator[pq.ParquetFile]:
     if is_local(path):
         with pq.ParquetFile(path, page_checksum_verification=True) as parquet:
             yield parquet
@@ -152,7 +165,10 @@ def _opened(path: str) -> Iterator[pq.ParquetFile]:
 
 
 def _check_unchanged(file: InputFile) -> None:
-    now = stamp(file.path)
+    try:
+        now = stamp(file.path)
+    except FileNotFoundError:
+        raise InputChanged(f"{file.path} must be as it was planned, and it is gone") from None
     if (now.size, now.version) != (file.size, file.version):
         raise InputChanged(
             f"{file.path} must be as it was planned ({file.size} bytes, {file.version}), "

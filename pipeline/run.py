@@ -1,216 +1,190 @@
 """A job from a ready configuration to a complete output folder, and what to say about it.
 
-Ray schedules, the store commits: what is missing is always the plan minus the listing, never a count of receipts. So a run
-can end anywhere and be run again.
+Ray schedules, the store commits: what is missing is always the plan minus the listing, never a count of receipts. So a
+run can end anywhere and be run again.
 """
 
 import hashlib
 import json
+import threading
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import ray
-import ray.data
-from ray.data import ActorPoolStrategy
+import ray.exceptions
 
 from pipeline import cluster
 from pipeline.interrupt import Interrupt
 from pipeline.job import ReadyJob, existing_manifest, today
 from pipeline.manifest import SUCCESS, ForeignOutput, Manifest
 from pipeline.plan import make_plan
+from pipeline.pool import run_units, threads_of
 from pipeline.progress import ProgressActor, ProgressDisplay, Totals
-from pipeline.shards import ShardFooter, read_footer
+from pipeline.shards import ForeignShard, read_footer
 from pipeline.store import OutputStorageError, Store
-from pipeline.unit_worker import Receipt, UnitWorker
-from pipeline.units import UnitSpec
+from pipeline.summary import RunSummary, committed_footers, count_rows, is_over_limit, summary_of
+from pipeline.unit_worker import DRAIN_SECONDS, Receipt
+from pipeline.units import UnitDamaged, UnitSpec
 
-MAX_TASK_RETRIES = 3  # a unit is tried four times, then the run stops
-MIN_ROWS_FOR_ERROR_RATE = 1000
-
-
-class WorkersFailed(RuntimeError):
-    """The workers cannot do the work; the message has the first cause."""
-
-
-@dataclass(slots=True)
-class RunSummary:
-    """The run in numbers; totals are of the whole output, `seconds` and `rows_this_run` of this call."""
-
-    status: str  # done | already_complete | interrupted | incomplete | too_many_errors
-    output: str
-    exit_code: int = 0  # 0 done, 3 incomplete or too many errors, 130 or 143 interrupted
-    rows: int = 0
-    errors: dict[str, int] = field(default_factory=dict)  # rows by code
-    shards: int = 0
-    tokens_requested: int = 0  # prompt tokens of all planned rows
-    tokens_distinct: int = 0  # what one worker has to compute of them
-    tokens_computed: int = 0
-    tokens_generated: int = 0
-    share_reused: float = 0.0  # of the requested prompt tokens
-    rows_this_run: int = 0
-    tokens_computed_this_run: int = 0
-    seconds: float = 0.0
-    rows_per_second: float = 0.0  # of this run, model loading left out
-
-    @property
-    def num_errors(self) -> int:
-        return sum(self.errors.values())
+Say = Callable[[str], None]
 
 
 @dataclass(slots=True)
 class _Tally:
-    """Receipts of this run."""
+    """Rows so far: those found committed at the start, and receipts of this run."""
 
+    rows_before: int
+    errors_before: int
     rows: int = 0
+    errors: int = 0
     computed: int = 0
-    errors: Counter[str] = field(default_factory=Counter)
-    drained: int = 0
 
     def add(self, receipt: Receipt) -> None:
-        self.drained += receipt.status == "drained"
         self.rows += receipt.num_rows
         self.computed += receipt.num_computed_tokens
-        self.errors.update(receipt.errors)
+        self.errors += sum(receipt.errors.values())
+
+    def is_over_limit(self, job: ReadyJob) -> bool:
+        rows, errors = self.rows_before + self.rows, self.errors_before + self.errors
+        return is_over_limit(rows, errors, job.config.limits.max_error_rate)
 
 
-def plan_job(job: ReadyJob, say: Any) -> Manifest:
+def plan_job(job: ReadyJob, say: Say) -> Manifest:
     """The job's plan: the one in its folder, or a new one. Needs Ray only if there is none."""
     manifest = existing_manifest(job)
     if manifest is not None:
         return manifest
     check_unused(job.store)
-    with cluster.ray_session():
+    with Interrupt() as interrupt, cluster.ray_session():
+        interrupt.install()
         return _plan(job, say)
 
 
-def run_job(job: ReadyJob, say: Any, *, quiet: bool = False) -> RunSummary:
+def run_job(job: ReadyJob, say: Say, *, quiet: bool = False) -> RunSummary:
     """Plan if needed, compute what is missing, check everything, finish with `_SUCCESS`.
 
-    `say(line)` is told what happens. Raises ForeignOutput, WorkersFailed, OutputStorageError.
+    `say(line)` is told what happens. Raises ForeignOutput, ForeignShard, InputChanged, InputUnreadable, WorkersFailed,
+    ClusterUnavailable, OutputStorageError; a signal before the first unit raises SystemExit.
     """
     manifest = existing_manifest(job)
     if manifest is None:
         check_unused(job.store)
     elif job.store.exists(SUCCESS):
-        return _summary(job, manifest, "already_complete")
+        check_complete(job.store, manifest)
+        return summary_of(job, manifest, "already_complete")
     with Interrupt() as interrupt, cluster.ray_session():
         interrupt.install()  # Ray takes SIGTERM for itself
         manifest = manifest or _plan(job, say)
         started = time.monotonic()
-        tally = _Tally()
+        tally = _Tally(*count_rows(committed_footers(job.store, manifest)))
         missing = missing_units(job.store, manifest)
         if len(missing) < len(manifest.units):
             say(f"resuming: {len(manifest.units) - len(missing)} of {len(manifest.units)} shards are there")
-        while missing and not interrupt.is_set and not _has_too_many_errors(job, tally):
-            _run_units(job, manifest, missing, tally, interrupt, quiet)
-            still = missing_units(job.store, manifest)
-            if len(still) == len(missing):
-                break
-            missing = still
+        _run_passes(job, manifest, tally, interrupt, say, quiet)
         seconds = time.monotonic() - started
-    return _finish(job, manifest, missing_units(job.store, manifest), tally, interrupt, seconds)
+    return _finish(job, manifest, tally, interrupt, seconds)
 
 
 def check_unused(store: Store) -> None:
-    """Raises ForeignOutput if a folder without a manifest holds files: they are somebody's."""
-    names = [name for name in store.names() if not name.startswith((".", "_"))]
+    """Raises ForeignOutput if a folder without a manifest holds data: it is somebody's."""
+    names = store.data_names()
     if names:
-        raise ForeignOutput(f"output.path: {store.path('')} is not empty ({names[0]}) and not an output of Segue")
+        raise ForeignOutput(
+            f"output.path: {store.path('')} is not empty ({names[0]}) and not an output of Segue; "
+            "wanted a new or empty folder"
+        )
+
+
+def check_complete(store: Store, manifest: Manifest) -> None:
+    """Raises OutputStorageError if shards are gone that `_SUCCESS` says were there."""
+    gone = missing_units(store, manifest)
+    if gone:
+        raise OutputStorageError(
+            f"{store.path(gone[0].shard_name)} is gone although {store.path(SUCCESS)} says that it was there; "
+            f"put it back, or remove {SUCCESS} to compute it again"
+        )
 
 
 def missing_units(store: Store, manifest: Manifest) -> list[UnitSpec]:
     """Plan minus listing. Raises ForeignOutput for a file that looks like data and is not in the plan."""
-    present = {name for name in store.names() if not name.startswith((".", "_"))}
+    present = set(store.data_names())
     strangers = sorted(present - {unit.shard_name for unit in manifest.units})
     if strangers:
-        raise ForeignOutput(f"{store.path(strangers[0])} is not a shard of this job; move it away")
+        raise ForeignOutput(f"output.path: {store.path(strangers[0])} is not a shard of this job; move it away")
     return [unit for unit in manifest.units if unit.shard_name not in present]
 
 
-def _plan(job: ReadyJob, say: Any) -> Manifest:
-    say(f"planning {sum(file.num_rows for file in job.checked.inputs):,} rows of {len(job.checked.inputs)} files")
-    spec = job.render_spec(today())
-    manifest = make_plan(job.checked, job.fields, spec, job.store, lambda rows: None)
+def _plan(job: ReadyJob, say: Say) -> Manifest:
+    num_rows = sum(file.num_rows for file in job.checked.inputs)
+    limit = job.config.input.limit
+    say(f"planning {min(num_rows, limit) if limit is not None else num_rows:,} rows of {len(job.checked.inputs)} files")
+    manifest = make_plan(job.checked, job.fields, job.render_spec(today()), job.store)
     stats = manifest.stats
     say(
-        f"planned {manifest.num_rows:,} rows as {len(manifest.units)} units: {stats['tokens_requested']:,} prompt tokens "
-        f"requested, {stats['tokens_distinct']:,} distinct"
+        f"planned {manifest.num_rows:,} rows as {len(manifest.units)} units: "
+        f"{stats['tokens_requested']:,} prompt tokens requested, {stats['tokens_distinct']:,} distinct"
     )
     return manifest
 
 
-def _run_units(
-    job: ReadyJob, manifest: Manifest, units: Sequence[UnitSpec], tally: _Tally, interrupt: Interrupt, quiet: bool
-) -> None:
-    """One pass over `units`. A pass that loses some is followed by another; one that fails raises WorkersFailed."""
+def _run_passes(job: ReadyJob, manifest: Manifest, tally: _Tally, interrupt: Interrupt, say: Say, quiet: bool) -> None:
+    """Passes over what is missing, until nothing is, or a pass commits nothing."""
+    missing = missing_units(job.store, manifest)
+    while missing and not interrupt.is_set and not tally.is_over_limit(job):
+        lost = _run_pass(job, manifest, missing, tally, interrupt, say, quiet)
+        still = missing_units(job.store, manifest)
+        if len(still) == len(missing) and not interrupt.is_set:
+            if lost is not None:
+                raise lost
+            return
+        if lost is not None and still and not interrupt.is_set:
+            say(f"{lost}; {len(still)} units are missing, trying them again")
+        missing = still
+
+
+def _run_pass(
+    job: ReadyJob,
+    manifest: Manifest,
+    units: Sequence[UnitSpec],
+    tally: _Tally,
+    interrupt: Interrupt,
+    say: Say,
+    quiet: bool,
+) -> Exception | None:
+    """One pass over `units`. Returns why it was lost if processes died; raises what an error in a worker was."""
     progress: Any = ProgressActor.remote()
-    interrupt.on_set = lambda: progress.drain.remote()
+    interrupt.on_set = threading.Thread(target=_drain, args=(progress, say), daemon=True).start
     totals = Totals(sum(unit.num_rows for unit in units), sum(unit.num_tokens for unit in units))
+    spec = job.worker_spec(manifest, threads_of(job.config.workers))
     try:
         with ProgressDisplay(progress, totals, quiet=quiet):
-            for receipt in _receipts(job, manifest, units, progress):
+            for receipt in run_units(units, job.config.workers, spec, progress):
                 tally.add(receipt)
-                if _has_too_many_errors(job, tally):
+                if tally.is_over_limit(job):
                     progress.drain.remote()
+    except ray.exceptions.RayTaskError as error:
+        raise cluster.cause_of(error, OutputStorageError, UnitDamaged, ForeignShard) from error
     except ray.exceptions.RayError as error:
-        raise _cause(error) from error
+        return cluster.cause_of(error)
+    return None
 
 
-def _receipts(job: ReadyJob, manifest: Manifest, units: Sequence[UnitSpec], progress: Any) -> Iterator[Receipt]:
-    """Units through the actor pool, in plan order as far as Ray keeps it."""
-    workers = job.config.workers
-    threads = workers.threads or max(1, cluster.num_cluster_cpus() // workers.max_size)
-    spec = job.worker_spec(manifest, threads)
-    pool = ActorPoolStrategy(
-        min_size=min(workers.min_size, len(units)),
-        max_size=min(workers.max_size, len(units)),
-        max_tasks_in_flight_per_actor=workers.units_in_flight,
-        max_concurrent_calls_per_actor=workers.units_in_flight,
-    )
-    rows = ray.data.from_items([{"unit": unit.to_json()} for unit in units], override_num_blocks=len(units))
-    receipts = rows.map_batches(
-        UnitWorker,
-        batch_size=1,
-        compute=pool,
-        fn_constructor_args=(spec, progress),
-        num_cpus=threads,
-        max_restarts=-1,
-        max_task_retries=MAX_TASK_RETRIES,
-    )
-    for batch in receipts.iter_batches(batch_size=1, prefetch_batches=0):
-        yield Receipt(**json.loads(str(batch["receipt"][0])))
+def _drain(progress: Any, say: Say) -> None:
+    """In a thread: a signal handler may run while Ray holds its locks."""
+    progress.drain.remote()
+    say(f"interrupted: units in flight have {DRAIN_SECONDS:.0f} s to finish; interrupt again to stop at once")
 
 
-def _cause(error: BaseException) -> Exception:
-    """The first cause, as what it is: storage errors keep their kind."""
-    inner: BaseException = error
-    while isinstance(inner, ray.exceptions.RayTaskError) and isinstance(inner.cause, BaseException):
-        inner = inner.cause
-    if isinstance(inner, OutputStorageError):
-        return inner
-    return WorkersFailed(f"{type(inner).__name__}: {inner}")
-
-
-def _has_too_many_errors(job: ReadyJob, tally: _Tally) -> bool:
-    errors = sum(tally.errors.values())
-    return tally.rows >= MIN_ROWS_FOR_ERROR_RATE and errors > job.config.limits.max_error_rate * tally.rows
-
-
-def _finish(
-    job: ReadyJob, manifest: Manifest, missing: Sequence[UnitSpec], tally: _Tally, interrupt: Interrupt, seconds: float
-) -> RunSummary:
+def _finish(job: ReadyJob, manifest: Manifest, tally: _Tally, interrupt: Interrupt, seconds: float) -> RunSummary:
+    missing = missing_units(job.store, manifest)
+    if not missing:
+        write_success(job.store, manifest)
     status, exit_code = "done", 0
     if missing:
         status, exit_code = ("interrupted", interrupt.exit_code) if interrupt.is_set else ("incomplete", 3)
-    if _has_too_many_errors(job, tally):
-        status, exit_code = "too_many_errors", 3
-    if not missing:
-        write_success(job.store, manifest)
-    summary = _summary(job, manifest, status)
-    summary.exit_code = exit_code
+    summary = summary_of(job, manifest, status)
+    summary.exit_code = summary.exit_code or exit_code
     summary.rows_this_run, summary.tokens_computed_this_run = tally.rows, tally.computed
     summary.seconds = round(seconds, 2)
     summary.rows_per_second = round(tally.rows / seconds, 2) if seconds else 0.0
@@ -228,29 +202,3 @@ def write_success(store: Store, manifest: Manifest) -> None:
     record = {"fingerprint": manifest.fingerprint, "rows": manifest.num_rows, "shards": shards}
     store.create(SUCCESS, json.dumps(record, indent=1).encode())
     store.remove_temporaries()
-
-
-def _summary(job: ReadyJob, manifest: Manifest, status: str) -> RunSummary:
-    footers = _committed(job.store, manifest)
-    errors: Counter[str] = Counter()
-    for footer in footers:
-        errors.update(footer.errors)
-    requested = sum(footer.num_input_tokens for footer in footers)
-    computed = sum(footer.num_computed_tokens for footer in footers)
-    return RunSummary(
-        status=status,
-        output=job.config.output.path,
-        rows=sum(footer.num_rows for footer in footers),
-        errors=dict(errors),
-        shards=len(footers),
-        tokens_requested=manifest.stats["tokens_requested"],
-        tokens_distinct=manifest.stats["tokens_distinct"],
-        tokens_computed=computed,
-        tokens_generated=sum(footer.num_generated_tokens for footer in footers),
-        share_reused=round(1 - computed / requested, 4) if requested else 0.0,
-    )
-
-
-def _committed(store: Store, manifest: Manifest) -> list[ShardFooter]:
-    present = set(store.names())
-    return [read_footer(store, unit, manifest.fingerprint) for unit in manifest.units if unit.shard_name in present]

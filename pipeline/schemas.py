@@ -17,6 +17,7 @@ from pipeline.results import RESULT_COLUMNS
 from pipeline.sources import InputFile
 from workers.prompts import PromptTemplate
 
+ROW_PARAMS_COLUMN = "sampling_params"  # read from every dataset that has it, passed through or not
 _STRING_LIKE = "string, large_string, string_view or dictionary of string"
 
 
@@ -26,7 +27,7 @@ class JobColumns:
 
     prompt: tuple[str, ...]  # the prompt template reads these
     passed: tuple[str, ...]  # these go into the results unchanged, in the order they are in there
-    schema: pa.Schema  # of both together: one type a column for all files
+    schema: pa.Schema  # of both together, and sampling_params if there: one type a column for all files
 
 
 def check_columns(
@@ -37,10 +38,12 @@ def check_columns(
     through = names if passed == "all" else list(passed)
     needed = _needed(template, names)
     problems = _collisions(through)
-    wanted = list(dict.fromkeys([*sorted(needed), *through]))
+    own_params = {ROW_PARAMS_COLUMN: _ROW_PARAMS} if ROW_PARAMS_COLUMN in names else {}
+    uses = needed | own_params
+    wanted = list(dict.fromkeys([*sorted(needed), *through, *own_params]))
     for name in wanted:
-        key = "prompt" if name in needed else "output.columns"
-        problems += _missing(files, name, key) or _repeated(files, name) or _unfit(files, name, needed.get(name))
+        key = "sampling_params" if name in own_params else "prompt" if name in needed else "output.columns"
+        problems += _missing(files, name, key) or _repeated(files, name) or _unfit(files, name, key, uses.get(name))
     if problems:
         return None, problems
     order = [name for name in names if name in wanted]
@@ -115,6 +118,10 @@ class _Use:
 _MESSAGES = _Use(is_messages, "list<struct<role: string, content: string>>")
 _TEXT = _Use(is_text, _STRING_LIKE)
 _PLACEHOLDER = _Use(_is_scalar, f"{_STRING_LIKE}, or int, float, bool")
+_ROW_PARAMS = _Use(
+    lambda kind: types.is_struct(kind) or is_text(kind),
+    "a struct of parameters, or a string of JSON; a column of this name is each row's own sampling parameters",
+)
 
 
 def _needed(template: PromptTemplate, names: Sequence[str]) -> dict[str, _Use]:
@@ -150,13 +157,13 @@ def _repeated(files: Sequence[InputFile], name: str) -> list[Problem]:
     return []
 
 
-def _unfit(files: Sequence[InputFile], name: str, use: _Use | None) -> list[Problem]:
+def _unfit(files: Sequence[InputFile], name: str, key: str, use: _Use | None) -> list[Problem]:
     """The first file whose type is not what the prompt can use, or not what the files before it have."""
     seen: list[pa.DataType] = []
     for file in files:
         kind = file.schema.field(name).type
         if use is not None and not use.fits(kind):
-            return [Problem("prompt", f"{file.path} with column {shown(name)} of type {kind}", use.wanted)]
+            return [Problem(key, f"{file.path} with column {shown(name)} of type {kind}", use.wanted)]
         if unified([*seen, kind]) is None:
             wanted = f"one type in all files ({unified(seen)} in {files[0].path})"
             return [Problem("input.path", f"{file.path} with column {shown(name)} of type {kind}", wanted)]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.store import Store
+from pipeline.store import OutputStorageError, Store
 from pipeline.units import UnitSpec
 
 PROTOCOL = 1
@@ -62,8 +62,10 @@ def read_footer(store: Store, unit: UnitSpec, fingerprint: str) -> ShardFooter:
     try:
         metadata = pq.read_metadata(store.path(name))
         footer = ShardFooter(**json.loads((metadata.metadata or {})[FOOTER_KEY]))
-    except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:  # ArrowInvalid is a ValueError
         raise ForeignShard(f"{store.path(name)} is not a shard of Segue: {error}") from error
+    except OSError as error:
+        raise OutputStorageError(f"{store.path(name)}: {error.strerror or error}") from error
     wanted = (PROTOCOL, fingerprint, unit.unit_id, unit.num_rows)
     got = (footer.protocol, footer.fingerprint, footer.unit_id, footer.num_rows)
     if got != wanted or metadata.num_rows != unit.num_rows:

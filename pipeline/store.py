@@ -1,20 +1,20 @@
 """A folder whose files appear whole, once, and are never rewritten.
 
-`create` is the only way in: it succeeds for exactly one of any number of writers. Local file systems only; the protocol for
-object stores is the same with one conditional PUT. Knows bytes and names; no Parquet, no Ray.
+`create` is the only way in: it succeeds for exactly one of any number of writers. Local file systems only; the protocol
+for object stores is the same with one conditional PUT. Knows bytes and names; no Parquet, no Ray.
 """
 
 import os
-import tempfile
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 TEMPORARY_PREFIX = ".tmp-"
 
 
 class OutputStorageError(OSError):
-    """The output folder cannot be written or read: no space, no permission, gone."""
+    """The output folder cannot be written or read, or does not hold what was written: no space, no permission, gone."""
 
 
 class Store:
@@ -26,47 +26,46 @@ class Store:
     def create(self, name: str, content: bytes) -> bool:
         """Publish a file; False if the name exists already, which is left as it is. Durable when it returns.
 
-        Temporary file, fsync, link, fsync of the folder: `link` fails where `rename` would overwrite.
+        Temporary file, fsync, link, fsync of the folder: `link` fails where `rename` would overwrite. Raises
+        OutputStorageError.
         """
         target = self.root / name
+        temporary = target.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
         with _storage_errors(target):
             _make_folder(target.parent)
-            descriptor, temporary = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=target.parent)
             try:
-                with os.fdopen(descriptor, "wb") as file:
-                    file.write(content)
-                    os.fchmod(file.fileno(), 0o666 & ~_umask())
-                    file.flush()
-                    os.fsync(file.fileno())
-                try:
-                    os.link(temporary, target)
-                except FileExistsError:
-                    return False
+                _write_durably(temporary, content)
+                won = _link(temporary, target)
             finally:
-                os.unlink(temporary)
-            _sync_folder(target.parent)
-        return True
+                with suppress(FileNotFoundError):
+                    os.unlink(temporary)
+            if won:
+                _sync_folder(target.parent)
+        return won
 
     def read(self, name: str) -> bytes:
-        """Raises FileNotFoundError if it is not there."""
+        """Raises FileNotFoundError if it is not there, OutputStorageError if it cannot be read."""
         with _storage_errors(self.root / name):
             return (self.root / name).read_bytes()
 
     def exists(self, name: str) -> bool:
         return (self.root / name).is_file()
 
-    def size(self, name: str) -> int:
-        return (self.root / name).stat().st_size
-
     def path(self, name: str) -> str:
         """For readers that want a path."""
         return str(self.root / name)
 
     def names(self) -> list[str]:
-        """Names of the files directly inside, sorted; none if the folder is not there."""
-        if not self.root.is_dir():
+        """What is directly inside, sorted, folders with a `/` at the end; nothing if the folder is not there."""
+        try:
+            with _storage_errors(self.root), os.scandir(self.root) as entries:
+                return sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries)
+        except FileNotFoundError:
             return []
-        return sorted(entry.name for entry in os.scandir(self.root) if entry.is_file())
+
+    def data_names(self) -> list[str]:
+        """Those names that readers of Parquet folders take for data: without a leading `_` or `.`."""
+        return [name for name in self.names() if not name.startswith(("_", "."))]
 
     def remove_temporaries(self) -> None:
         """Delete what dead writers left. Only for a job that is complete: a live one may be writing."""
@@ -79,10 +78,33 @@ class Store:
 def _storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, OutputStorageError):
         raise
     except OSError as error:
-        raise OutputStorageError(error.errno, f"{path}: {error.strerror or error}") from error
+        raise OutputStorageError(f"{path}: {error.strerror or error}") from error
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    """A new file, whose mode follows the umask."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _link(temporary: Path, target: Path) -> bool:
+    """Whether `target` is ours now; False if it was there."""
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        return False
+    except FileNotFoundError:
+        # Another run completed the job and cleaned up under our hands: then the target is there.
+        if target.exists():
+            return False
+        raise OutputStorageError(f"{target.parent}: files vanish while they are written") from None
+    return True
 
 
 def _make_folder(folder: Path) -> None:
@@ -100,10 +122,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    """The process's umask; mkstemp ignores it, and output files should follow it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

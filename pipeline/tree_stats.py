@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from attention.segments import Segment, num_tokens
+from pipeline.undeclared import UndeclaredPrefix, UndeclaredPrefixes, common_prefix
 
 TOP_NODES = 20
 LONGEST_ROWS = 10
@@ -24,16 +25,6 @@ class SharedNode:
     start: int  # position of the first token
     bidirectional: bool
     first_row: str  # src_path:src_row of the first row that has it
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class UndeclaredPrefix:
-    """Rows whose bidirectional segments begin alike but are not equal: nothing of it can be shared as it is."""
-
-    tokens_lost: int
-    num_rows: int
-    num_tokens: int
-    first_row: str
 
 
 @dataclass(slots=True)
@@ -63,21 +54,20 @@ class _Open:
 class TreeCounter:
     """Feed rows in depth-first order with `add`, unit borders with `end_unit`; read with `finish`."""
 
-    def __init__(self, num_workers: int = 1) -> None:
+    def __init__(self, num_workers: int = 1, *, min_undeclared_tokens: int = MIN_UNDECLARED_TOKENS) -> None:
         self.stats = TreeStats()
         self._num_workers = num_workers
         self._previous: tuple[Segment, ...] = ()
         self._open: list[_Open] = []
         self._top: list[SharedNode] = []
-        self._undeclared: list[UndeclaredPrefix] = []
-        self._run: tuple[int, int, str] | None = None  # tokens in common, rows, first row
+        self._undeclared = UndeclaredPrefixes(min_undeclared_tokens, TOP_NODES)
         self._crossings: list[int] = []  # for each position of the path, the unit borders it has crossed
         self._border_pending = False
 
     def add(self, segments: tuple[Segment, ...], row: str) -> int:
         """Count a row; returns the tokens it adds to those before it."""
         length, common = num_tokens(segments), common_tokens(self._previous, segments)
-        self._count_undeclared(segments, row)
+        self._undeclared.add(segments, row)
         self._close(common)
         for part in self._open:
             part.num_rows += 1
@@ -100,9 +90,8 @@ class TreeCounter:
     def finish(self) -> TreeStats:
         """The totals; no row may follow."""
         self._close(0)
-        self._end_run()
         self.stats.top_shared = sorted(self._top, reverse=True)
-        self.stats.undeclared = sorted(self._undeclared, reverse=True)
+        self.stats.undeclared = self._undeclared.finish()
         self.stats.longest.sort(reverse=True)
         return self.stats
 
@@ -127,22 +116,6 @@ class TreeCounter:
                 self._open.append(_Open(part.start, common, part.bidirectional, part.num_rows, part.first_row))
                 return
 
-    def _count_undeclared(self, segments: tuple[Segment, ...], row: str) -> None:
-        shared = _undeclared_tokens(self._previous, segments)
-        if shared < MIN_UNDECLARED_TOKENS:
-            if self._previous != segments:
-                self._end_run()
-        elif self._run is None:
-            self._run = (shared, 2, row)
-        else:
-            self._run = (min(shared, self._run[0]), self._run[1] + 1, self._run[2])
-
-    def _end_run(self) -> None:
-        if self._run is not None:
-            tokens, rows, first = self._run
-            _keep_largest(self._undeclared, UndeclaredPrefix((rows - 1) * tokens, rows, tokens, first), TOP_NODES)
-        self._run = None
-
 
 def common_tokens(one: Sequence[Segment], other: Sequence[Segment]) -> int:
     """How many leading tokens two chains share: whole bidirectional segments, single tokens of causal runs."""
@@ -153,28 +126,8 @@ def common_tokens(one: Sequence[Segment], other: Sequence[Segment]) -> int:
         if a.token_ids == b.token_ids:
             shared += len(a)
             continue
-        return shared if a.bidirectional else shared + _common_prefix(a.token_ids, b.token_ids)
+        return shared if a.bidirectional else shared + common_prefix(a.token_ids, b.token_ids)
     return shared
-
-
-def _undeclared_tokens(one: Sequence[Segment], other: Sequence[Segment]) -> int:
-    """Tokens with which the first differing segments of two chains begin alike, if both are bidirectional."""
-    for a, b in zip(one, other, strict=False):
-        if a != b:
-            return _common_prefix(a.token_ids, b.token_ids) if a.bidirectional and b.bidirectional else 0
-    return 0
-
-
-def _common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    """By halving: comparing slices runs at the speed of C."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 def _parts_beyond(segments: Sequence[Segment], common: int, row: str) -> list[_Open]:

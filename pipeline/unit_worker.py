@@ -21,8 +21,7 @@ from pipeline.results import error_value, result_row, result_schema, result_tabl
 from pipeline.shards import PROTOCOL, ShardFooter, commit_shard, serialize_shard
 from pipeline.store import Store
 from pipeline.units import PASSED, PlannedRow, UnitSpec, load_unit, planned_rows
-from workers.echo import SOURCE as ECHO
-from workers.echo import EchoEngine
+from workers.echo import EchoEngine, is_echo, seconds_per_step
 from workers.engine import Engine
 from workers.loop import EngineLoop, EngineStopped, RowEngine
 from workers.request import RequestOutput
@@ -37,7 +36,7 @@ class WorkerSpec:
 
     output: str
     fingerprint: str
-    source: str  # of the model, or "echo"
+    source: str  # of the model, or echo
     revision: str | None
     adapter: str | None
     dtype: str
@@ -72,7 +71,9 @@ class UnitWorker:
         if progress is not None:
             self._reporter = Reporter(progress, f"{os.getpid()}-{uuid.uuid4().hex[:6]}", self._drain)
         self._loop = EngineLoop(lambda: make_engine(spec), self._reporter)
-        self._loop.ready.result()  # a model that cannot be loaded fails the actor, with its reason
+        # A model that cannot be loaded fails every unit, with its reason; an actor that fails would lose it.
+        if self._loop.ready.exception() is None and self._reporter is not None:
+            self._reporter.announce(self._loop.ready.result())
 
     async def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch of one unit, as JSON, to its receipt, as JSON."""
@@ -83,7 +84,7 @@ class UnitWorker:
         """Answer every row and commit the shard."""
         if self._reporter is not None and self._reporter.is_draining:
             return Receipt(unit.ordinal, "drained")
-        table = await asyncio.to_thread(load_unit, self._store.path(unit.unit_name), unit)
+        table = await asyncio.to_thread(load_unit, self._store, unit)
         rows = list(planned_rows(table, self._spec.params))
         answerable = [(row.segments, row.params, row.random_key) for row in rows if row.error is None]
         try:
@@ -123,8 +124,8 @@ class UnitWorker:
 def make_engine(spec: WorkerSpec) -> RowEngine:
     """The engine of a job, in the thread that will drive it."""
     mask: Any = spec.mask
-    if spec.source == ECHO:
-        return EchoEngine(mask)
+    if is_echo(spec.source):
+        return EchoEngine(mask, seconds_per_step=seconds_per_step(spec.source))
     import torch
 
     if spec.threads is not None:
@@ -134,8 +135,8 @@ def make_engine(spec: WorkerSpec) -> RowEngine:
     )
 
 
-def _result(row: PlannedRow, output: RequestOutput | None) -> dict[str, object]:
-    origin = {"src_path": row.src_path, "src_row": row.src_row}
+def _result(row: PlannedRow, output: RequestOutput | None) -> dict[str, Any]:
+    origin: dict[str, Any] = {"src_path": row.src_path, "src_row": row.src_row}
     if row.error is not None:
         return origin | {"error": error_value(row.error)}
     if output is None:
@@ -158,5 +159,3 @@ def _footer(
         num_computed_tokens=sum(len(output.prompt_token_ids) - output.num_cached_tokens for output in answered),
         num_generated_tokens=sum(len(sample.token_ids) for output in answered for sample in output.outputs),
     )
-
-

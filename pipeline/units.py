@@ -16,9 +16,11 @@ import pyarrow.parquet as pq
 from attention.segments import Segment
 from pipeline.chains import decode_chain
 from pipeline.results import ERROR_TYPE
+from pipeline.store import OutputStorageError, Store
 from workers.row_errors import RowError, RowErrorCode
 from workers.sampling import SamplingParams
 
+_WAY_OUT = "restore the file, or plan again into another output.path"
 PASSED = "in:"  # prefix of passed-through columns inside the plan, so that none can collide
 PLANNED_FIELDS = [
     pa.field("chain", pa.large_binary()),  # pipeline.chains; empty for a row with an error
@@ -27,6 +29,10 @@ PLANNED_FIELDS = [
     pa.field("sampling_params", pa.string()),  # JSON, the row's own; null for the job's
     pa.field("error", ERROR_TYPE),
 ]
+
+
+class UnitDamaged(OutputStorageError):
+    """A file of the plan is gone, or is not what was planned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +84,15 @@ def serialize_unit(table: pa.Table) -> tuple[str, bytes]:
     return hashlib.sha256(content).hexdigest()[:16], content
 
 
-def load_unit(path: str, unit: UnitSpec) -> pa.Table:
-    """The unit's table. Raises ValueError if the file is not the one that was planned."""
-    with open(path, "rb") as file:
-        content = file.read()
+def load_unit(store: Store, unit: UnitSpec) -> pa.Table:
+    """The unit's table. Raises UnitDamaged if its file is not the one that was planned."""
+    path = store.path(unit.unit_name)
+    try:
+        content = store.read(unit.unit_name)
+    except FileNotFoundError:
+        raise UnitDamaged(f"{path} is gone, wanted the unit that was planned; {_WAY_OUT}") from None
     if hashlib.sha256(content).hexdigest()[:16] != unit.unit_id:
-        raise ValueError(f"{path} is not the unit that was planned: its content has another sha256")
+        raise UnitDamaged(f"{path} was changed after it was planned: its sha256 is another one; {_WAY_OUT}")
     return pq.read_table(io.BytesIO(content), page_checksum_verification=True)
 
 

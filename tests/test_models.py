@@ -4,9 +4,9 @@
 import pytest
 import torch
 from tiny_models import KINDS, oracle_greedy, oracle_logits, oracle_model, tiny_config, tiny_model, tiny_tree_model
+from transformers import AutoModelForCausalLM
 
 from attention.segments import Segment
-from transformers import AutoModelForCausalLM
 from workers import support
 from workers.engine import Engine, EngineConfig
 from workers.model import tree_model
@@ -17,7 +17,12 @@ TOLERANCE = 1e-4
 
 PROMPTS = [
     [Segment((5, 9, 11), False), Segment((20, 21, 22, 23, 24), True), Segment((30, 31), True), Segment((7,), False)],
-    [Segment((5, 9, 11), False), Segment((20, 21, 22, 23, 24), True), Segment((40, 41, 42), True), Segment((7, 8), False)],
+    [
+        Segment((5, 9, 11), False),
+        Segment((20, 21, 22, 23, 24), True),
+        Segment((40, 41, 42), True),
+        Segment((7, 8), False),
+    ],
     [Segment((5, 9, 11, 60, 61), False), Segment((20, 21), True)],
     [Segment((20, 21, 22, 23, 24), True)],
     [Segment((5, 9, 11), False), Segment((20, 21, 22, 23, 24), True), Segment((30, 31), True), Segment((7,), False)],
@@ -48,7 +53,7 @@ def test_greedy_tokens_of_supported_model_equal_transformers_generate(kind):
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, pad_token_id=0, eos_token_id=None
     )
     params = SamplingParams(max_tokens=24, ignore_eos=True)
-    # ignore_eos forbids the token; the oracle is told not to stop at it, so rows in which it would win are compared up to it
+    # ignore_eos forbids the token and the oracle draws it: compared up to there
     got = engine.generate([[Segment(tuple(prompt), False)]], params)[0].outputs[0].token_ids
     wanted_tokens = wanted[0, len(prompt) :].tolist()
     eos = tiny_tree_model(kind).eos_token_ids

@@ -1,10 +1,10 @@
+import pytest
+from chains import chains
 from hypothesis import given
 from hypothesis import strategies as st
 
-import pytest
 from attention.segments import Segment, canonical_segments, num_tokens
 from attention.tree import SegmentTree, chain_key
-from chains import chains
 
 
 def distinct_tokens(rows):
@@ -37,7 +37,9 @@ def test_tree_end_of_row_spells_the_row(rows):
     for row, end in zip(rows, ends, strict=True):
         assert end.segments() == row
         assert end.stop == num_tokens(row)
-        assert [node.start for node in end.path()] == [sum(len(n) for n in end.path()[:i]) for i in range(len(end.path()))]
+        assert [node.start for node in end.path()] == [
+            sum(len(n) for n in end.path()[:i]) for i in range(len(end.path()))
+        ]
 
 
 @given(chains(max_rows=8), st.randoms(use_true_random=False))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from chains import chains
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +14,6 @@ from attention.reference import ReferenceBackend, block_sequence_ids, dense_atte
 from attention.residency import Residency
 from attention.step import TreeStep, tail_batches
 from attention.tree import SegmentTree
-from chains import chains
 
 H, HKV, D, SCALE = 4, 2, 8, 0.37
 SHAPE = KVShape(1, HKV, D, torch.float32)
@@ -45,7 +45,7 @@ class Harness:
         for node in nodes:
             self.node_qkv[node] = self.random_qkv(len(node))
         packed = [torch.cat([self.node_qkv[b.node][i] for b in blocks.self_blocks], dim=1)[None] for i in range(3)]
-        out = TreeStep(blocks, (), HKV, self.backend).attend(0, *packed, SCALE)[0]
+        out = TreeStep(blocks, (), HKV, self.backend).attend(0, packed[0], packed[1], packed[2], SCALE)[0]
         for node in nodes:
             node.is_computed = True
         return {b.node: out[b.start : b.stop] for b in blocks.self_blocks}
@@ -60,7 +60,7 @@ class Harness:
         qkv = [self.random_qkv(1) for _ in queries]
         packed = [torch.cat([qkv[i][part] for i in order], dim=1)[None] for part in range(3)]
         step = TreeStep(blocks, tail_batches(self.cache, tails, blocks.decode_index), HKV, self.backend)
-        out = step.attend(0, *packed, SCALE)[0]
+        out = step.attend(0, packed[0], packed[1], packed[2], SCALE)[0]
         for i, tail in enumerate(tails):
             tail.length += 1
             fed[i].append(qkv[i])

@@ -1,4 +1,4 @@
-"""Tiny random models made on the spot, one of each supported kind, and transformers' own answer for a chain of segments."""
+"""Tiny random models made on the spot, one of each supported kind, and transformers' own answer for a chain."""
 
 import functools
 from typing import Any

@@ -1,16 +1,19 @@
 """An engine without weights: the same contract as `workers.engine.Engine`, and answers that can be computed by hand.
 
 A row's answer is its own prompt's last tokens. Prompts are bytes: a token is a byte of UTF-8, and the chat template is
-ChatML with three control tokens. For tests of everything around a model, and for dry runs of a job (`source: echo`).
+ChatML with three control tokens. For tests of everything around a model, and for dry runs of a job: `source: echo`, or
+`echo:0.5` for steps that take half a second.
 """
 
+import re
+import time
 from collections import deque
 from collections.abc import Hashable, Sequence
 from typing import Any, Literal
 
 from attention.segments import Segment, canonical_segments
 from workers.engine import EngineStats
-from workers.request import CompletionOutput, RequestOutput
+from workers.request import CompletionOutput, RequestOutput, TokenLogprobs
 from workers.sampling import SamplingParams
 
 SOURCE = "echo"
@@ -21,6 +24,18 @@ CHAT_TEMPLATE = (
 )
 MAX_MODEL_LEN = 1 << 20
 ROWS_PER_STEP = 256
+_SOURCE = re.compile(r"echo(?::(\d+(?:\.\d+)?))?")
+
+
+def is_echo(source: str) -> bool:
+    """Whether a job's `model.source` means this engine."""
+    return _SOURCE.fullmatch(source) is not None
+
+
+def seconds_per_step(source: str) -> float:
+    """What `echo:SECONDS` asks for; 0 for plain `echo`."""
+    match = _SOURCE.fullmatch(source)
+    return float(match[1] or 0) if match else 0.0
 
 
 def echo_tokenizer() -> Any:
@@ -33,7 +48,9 @@ def echo_tokenizer() -> Any:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(list(CONTROL_TOKENS))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=CONTROL_TOKENS[1], pad_token=CONTROL_TOKENS[2])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=CONTROL_TOKENS[1], pad_token=CONTROL_TOKENS[2]
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -41,8 +58,9 @@ def echo_tokenizer() -> Any:
 class EchoEngine:
     """Answers each row with the end of its own prompt, control tokens left out."""
 
-    def __init__(self, mask: Literal["segment", "causal"] = "causal") -> None:
+    def __init__(self, mask: Literal["segment", "causal"] = "causal", *, seconds_per_step: float = 0.0) -> None:
         self.mask = mask
+        self.seconds_per_step = seconds_per_step
         self.tokenizer = echo_tokenizer()
         self.stats = EngineStats()
         self._queue: deque[tuple[Hashable, tuple[Segment, ...], SamplingParams]] = deque()
@@ -65,6 +83,7 @@ class EchoEngine:
 
     def step(self) -> list[RequestOutput]:
         """Answer up to ROWS_PER_STEP rows."""
+        time.sleep(self.seconds_per_step)
         self.stats.num_steps += 1
         return [self._answer(*self._queue.popleft()) for _ in range(min(len(self._queue), ROWS_PER_STEP))]
 
@@ -77,5 +96,11 @@ class EchoEngine:
         self.stats.num_prompt_tokens += len(prompt)
         self.stats.num_computed_tokens += len(prompt)
         self.stats.num_generated_tokens += len(answer) * params.n
-        samples = [CompletionOutput(index, text, list(answer), "length") for index in range(params.n)]
+        logprobs = None if params.logprobs is None else [_certain(token, params.logprobs) for token in answer]
+        samples = [CompletionOutput(i, text, list(answer), "length", logprobs=logprobs) for i in range(params.n)]
         return RequestOutput(request_id, prompt, 0, samples)
+
+
+def _certain(token: int, num_top: int) -> TokenLogprobs:
+    """An echo has no doubt."""
+    return TokenLogprobs(token, 0.0, ((token, 0.0),) if num_top else ())

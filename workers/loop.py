@@ -1,7 +1,7 @@
 """An engine in a thread of its own, fed batches of rows from others.
 
-Batches overlap: rows of several are in the engine at once, so it stays full while one drains. Knows the engine's contract
-(`add`, `step`, `has_work`, `stats`), which `workers/echo.py` also fulfils; no Ray.
+Batches overlap: rows of several are in the engine at once, so it stays full while one drains. Knows the engine's
+contract (`add`, `step`, `has_work`, `stats`), which `workers/echo.py` also fulfils; no Ray.
 """
 
 import threading
@@ -29,7 +29,12 @@ class RowEngine(Protocol):
     def has_work(self) -> bool: ...
 
     def add(
-        self, request_id: Hashable, segments: Sequence[Segment], params: SamplingParams | None, *, random_key: bytes | None
+        self,
+        request_id: Hashable,
+        segments: Sequence[Segment],
+        params: SamplingParams | None,
+        *,
+        random_key: bytes | None,
     ) -> None: ...
 
     def step(self) -> list[RequestOutput]: ...
@@ -48,7 +53,9 @@ class _Batch:
 class EngineLoop:
     """Owns the engine: made, driven and dropped by one thread. `on_step` is called there after every step."""
 
-    def __init__(self, make_engine: Callable[[], RowEngine], on_step: Callable[[EngineStats], None] | None = None) -> None:
+    def __init__(
+        self, make_engine: Callable[[], RowEngine], on_step: Callable[[EngineStats], None] | None = None
+    ) -> None:
         self._make_engine = make_engine
         self._on_step = on_step
         self._inbox: SimpleQueue[_Batch | None] = SimpleQueue()
@@ -60,9 +67,7 @@ class EngineLoop:
         self._thread = threading.Thread(target=self._run, name="segue-engine", daemon=True)
         self._thread.start()
 
-    def submit(
-        self, rows: Sequence[tuple[Sequence[Segment], SamplingParams, bytes]]
-    ) -> "Future[list[RequestOutput]]":
+    def submit(self, rows: Sequence[tuple[Sequence[Segment], SamplingParams, bytes]]) -> "Future[list[RequestOutput]]":
         """Answers in the order of `rows` of (segments, parameters, random key). Fails as the engine fails."""
         batch = _Batch(rows)
         self._inbox.put(batch)

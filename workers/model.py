@@ -74,7 +74,7 @@ class TreeModel:
 
     @torch.inference_mode()
     def forward(self, step: TreeStep) -> Tensor:
-        """The final hidden states of a step's tokens, `[T, E]`, after the last norm. Writes the step's keys and values."""
+        """The final hidden states of a step's tokens, `[T, E]`, after the last norm. Writes its keys and values."""
         device = self.kv_shape.device
         output = self.model.get_decoder()(
             input_ids=torch.tensor([step.blocks.token_ids], device=device),
@@ -89,7 +89,9 @@ class TreeModel:
         """hidden `[N, E]` -> `[N, V]` fp32."""
         config = self.model.config.get_text_config()
         logits = self.model.get_output_embeddings()(hidden).float()
-        logits = logits / getattr(config, "logits_scaling", 1.0) * getattr(config, "logit_scale", 1.0)
+        scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+        if scale != 1.0:
+            logits *= scale
         cap = getattr(config, "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap else logits
 
@@ -143,7 +145,12 @@ def _load_weights(directory: Path, config: Any, dtype: torch.dtype, adapter: str
     logging.disable_progress_bar()
     load_dtype = torch.float32 if adapter else dtype  # an adapter is merged in fp32 and rounded once
     model = AutoModelForCausalLM.from_pretrained(
-        directory, config=config, dtype=load_dtype, local_files_only=True, use_safetensors=True, attn_implementation="eager"
+        directory,
+        config=config,
+        dtype=load_dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        attn_implementation="eager",
     )
     return _merge_adapter(model, adapter).to(dtype) if adapter else model
 
@@ -207,7 +214,7 @@ def _probe(loaded: TreeModel, wanted: Tensor) -> None:
 
 
 def chain_logits(loaded: TreeModel, segments: list[Segment]) -> Tensor:
-    """`[V]` after one chain of segments, in one pass with a cache of its own. The engine does the same for many rows."""
+    """`[V]` after one chain of segments, in one pass with a cache of its own; the engine does it for many rows."""
     tree = SegmentTree()
     end = tree.insert(segments)
     Residency(tree, KVCache(loaded.kv_shape, loaded.kv_shape.bytes_per_token * end.stop)).acquire(end)

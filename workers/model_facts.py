@@ -28,7 +28,7 @@ class ModelFacts:
 
 def inspect_model(source: str, *, dtype: str, adapter: str | None, revision: str | None) -> ModelFacts:
     """Find, convert if needed, and check a model. `source: echo` has no weights and no limits."""
-    if source == echo.SOURCE:
+    if echo.is_echo(source):
         return ModelFacts(echo.SOURCE, None, None, "float32", echo.MAX_MODEL_LEN, None)
     files = locate(source, revision)
     config, _ = checked_config(safetensors_directory(files))

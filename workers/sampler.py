@@ -1,7 +1,7 @@
 """Draws the next token of many rows at once, each under its own parameters.
 
-Randomness is counter-based: the uniform number behind a draw is a hash of (seed, row, sample, position), so a row draws the
-same whatever its batch, order, unit or attempt. Knows logits and parameters; no tree, no text.
+Randomness is counter-based: the uniform number behind a draw is a hash of (seed, row, sample, position), so a row draws
+the same whatever its batch, order, unit or attempt. Knows logits and parameters; no tree, no text.
 
 Shapes: `B` rows, `V` vocabulary.
 """

@@ -1,7 +1,7 @@
 """Which rows run, which nodes and tokens the next step computes, and who gives way when KV memory is short.
 
 Rows run in the order given, which a plan makes depth-first. Every running sample decodes in every step; the rest of the
-token budget goes to prefill, whole bidirectional segments at a time. Knows the tree and its memory; no model, no logits.
+token budget goes to prefill, whole bidirectional segments at a time. Knows the tree and its memory; no model.
 """
 
 from collections import deque
@@ -161,7 +161,9 @@ class Scheduler:
         wanted = prefill.end.stop + prefill.num_tail_tokens
         room = self.cache.budget_bytes // self.cache.shape.bytes_per_token
         self._drop(prefill, held=False)
-        message = f"the row needs {wanted} tokens of KV memory, the limit is {room} tokens (workers.kv_cache_memory_bytes)"
+        message = (
+            f"the row needs {wanted} tokens of KV memory, the limit is {room} tokens (workers.kv_cache_memory_bytes)"
+        )
         self.failed.append((prefill.request, RowError(RowErrorCode.ROW_OOM, message)))
 
     def _grow_tails(self) -> None:
@@ -261,7 +263,7 @@ class Scheduler:
                     return
 
     def _piece(self, node: Node, budget: int, *, is_first: bool) -> Node | None:
-        """The node, or as much of a causal one as the budget holds. An atomic segment may exceed it when it is first."""
+        """The node, or as much of a causal one as the budget holds. An atomic one may exceed it when it is first."""
         if len(node) <= budget or (node.bidirectional and is_first):
             return node
         if node.bidirectional or budget < (1 if is_first else MIN_PIECE_TOKENS):

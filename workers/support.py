@@ -46,11 +46,15 @@ def _objections(config: Any) -> list[str]:
     if strange:
         reasons.append(f"layers of kind {', '.join(strange)} keep a state that cannot be shared as keys and values")
     if not AutoModelForCausalLM._model_mapping[type(config)]._supports_attention_backend:  # type: ignore[attr-defined]
-        reasons.append("its attention does not go through transformers' AttentionInterface (state-space, ALiBi or older code)")
+        reasons.append(
+            "its attention does not go through transformers' AttentionInterface (state-space, ALiBi or older code)"
+        )
     if getattr(text, "num_kv_shared_layers", 0):
         reasons.append("its layers share keys and values (num_kv_shared_layers)")
     if getattr(text, "attn_logit_softcapping", None):
-        reasons.append("it caps attention logits (attn_logit_softcapping), and capped parts cannot be merged by log-sum-exp")
+        reasons.append(
+            "it caps attention logits (attn_logit_softcapping), and capped parts cannot be merged by log-sum-exp"
+        )
     if text.model_type == "gpt_oss":
         reasons.append("it has attention sinks")
     return reasons
@@ -101,4 +105,6 @@ def check_weights_match(directory: Path, config: Any) -> None:
             raise ModelRefused(f"{path.name} is not a readable safetensors file: {error}") from error
         for name, shape in shapes.items():
             if shape != wanted:
-                raise ModelRefused(f"config.json and weights do not match: {name} in {path.name} is {shape}, wanted {wanted}")
+                raise ModelRefused(
+                    f"config.json and weights do not match: {name} in {path.name} is {shape}, wanted {wanted}"
+                )

