@@ -73,6 +73,7 @@ class Residency:
         node.kv = None
         node.is_computed = False
         node.last_hidden = None
+        node.scores = None
         self.tree.prune(node)
 
 

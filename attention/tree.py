@@ -23,6 +23,15 @@ class SplittableKV(Protocol):
     def split(self, num_tokens: int) -> tuple[Self, Self]: ...
 
 
+class SplittableScores(Protocol):
+    """What a node needs of its tokens' scores: to be cut in two, and to give the hidden state at the cut."""
+
+    def split(self, num_tokens: int) -> tuple[Self, Self]: ...
+
+    @property
+    def last_hidden(self) -> object: ...
+
+
 def chain_key(parent_key: bytes, segment: Segment) -> bytes:
     """The identity of everything up to this segment's end: parent key, kind and token ids, hashed.
 
@@ -45,10 +54,12 @@ class Node:
     children: dict[int | tuple[int, ...], "Node"] = field(default_factory=dict)
     num_rows: int = 0  # unfinished rows whose prompt passes through here
     num_active: int = 0  # of these, the rows that may not lose its keys and values
+    num_scoring: int = 0  # rows that want the log-probabilities of its tokens
     is_listed: bool = True  # found by later prompts; False for a token computed again for its logits
     is_computed: bool = False
     kv: SplittableKV | None = None
     last_hidden: object | None = None  # final hidden state of the last token, for the logits after it
+    scores: SplittableScores | None = None  # of its own tokens, if a row wanted them when it was computed
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -133,10 +144,13 @@ class SegmentTree:
             raise ValueError("a bidirectional segment is atomic and cannot be cut")
         parent = _parent_of(node)
         upper = Node(node.token_ids[:num_tokens], False, parent, node.start)
-        upper.num_rows, upper.num_active = node.num_rows, node.num_active
+        upper.num_rows, upper.num_active, upper.num_scoring = node.num_rows, node.num_active, node.num_scoring
         upper.is_computed, upper.is_listed = node.is_computed, node.is_listed
         if node.kv is not None:
             upper.kv, node.kv = node.kv.split(num_tokens)
+        if node.scores is not None:
+            upper.scores, node.scores = node.scores.split(num_tokens)
+            upper.last_hidden = upper.scores.last_hidden
         node.token_ids = node.token_ids[num_tokens:]
         node.start += num_tokens
         node.parent = upper
@@ -153,6 +167,27 @@ class SegmentTree:
         """
         parent = _parent_of(node) if len(node) == 1 else self.split(node, len(node) - 1)
         return Node(node.token_ids[-1:], False, parent, node.stop - 1, is_listed=False)
+
+    def insert_scored(self, context: Node, token_ids: tuple[int, ...]) -> Node:
+        """The node at which a continuation of `context` ends whose tokens are to be scored; counts it on each node.
+
+        Where such tokens were computed for somebody who wanted no scores, they are computed again, unlisted.
+        """
+        end = self.insert((Segment(token_ids, False),), context) if token_ids else context
+        below = [node for node in end.path() if node.start >= context.stop]
+        for node in below:
+            if node.is_computed and node.scores is None:
+                rest = tuple(token for other in below[below.index(node) :] for token in other.token_ids)
+                end = Node(rest, False, node.parent, node.start, is_listed=False)
+                break
+        for node in end.path():
+            node.num_scoring += node.start >= context.stop
+        return end
+
+    def remove_scored(self, end: Node, num_context_tokens: int) -> None:
+        """Uncount what `insert_scored` counted."""
+        for node in end.path():
+            node.num_scoring -= node.start >= num_context_tokens
 
     def add_row(self, end: Node) -> None:
         """Count a row on every node of its path."""

@@ -72,6 +72,10 @@ class TreeModel:
     max_model_len: int
     eos_token_ids: frozenset[int]
 
+    @property
+    def vocab_size(self) -> int:
+        return int(self.model.config.get_text_config().vocab_size)
+
     @torch.inference_mode()
     def forward(self, step: TreeStep) -> Tensor:
         """The final hidden states of a step's tokens, `[T, E]`, after the last norm. Writes its keys and values."""

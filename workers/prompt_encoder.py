@@ -17,7 +17,7 @@ from workers.placeholders import Placeholder, fill
 from workers.presets import Author, Row, alpaca_blocks, commonsense_blocks, segmented, text_blocks
 from workers.prompts import PromptTemplate
 from workers.row_errors import RowError
-from workers.tokenizer import RunTokenizer
+from workers.tokenizer import Piece, RunTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,6 +93,11 @@ class PromptEncoder:
             return self._encode_chat(messages, [part for message in messages for part in message.parts])
         self._check([prompt], [prompt])
         return self._encode_plain(segmented(text_blocks([Row(prompt)]), self._tokenizer.split))
+
+    def encode_continuation(self, text: str) -> tuple[int, ...]:
+        """Token ids of text that follows a prompt: nothing added, control tokens in it are text. May be empty."""
+        check_texts([text], from_row=[], max_bytes=self._max_prompt_bytes)
+        return self._tokenizer.encode([Piece(text)])[0]
 
     @cached_property
     def _renderer(self) -> ChatRenderer:

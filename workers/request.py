@@ -12,6 +12,7 @@ from attention.segments import Segment, num_tokens
 from attention.tree import Node
 from workers.row_errors import RowError
 from workers.sampling import SamplingParams
+from workers.score import Score
 
 FinishReason = Literal["stop", "length", "error"]
 
@@ -45,6 +46,7 @@ class RequestOutput:
     prompt_token_ids: list[int]
     num_cached_tokens: int  # prompt tokens whose keys were there, or were being made by another row
     outputs: list[CompletionOutput] = field(default_factory=list)
+    score: Score | None = None  # of the given continuation, if the request had one
     error: RowError | None = None
 
 
@@ -58,6 +60,7 @@ class Request:
     random_key: bytes
     order: int  # arrival; earlier rows are never preempted for later ones
     root: Node | None = None  # a tree of its own, when reuse is off
+    continuation: tuple[int, ...] | None = None  # tokens to score after the prompt, instead of generating
     num_cached_tokens: int | None = None  # known once admitted
     samples: list["Sample"] = field(default_factory=list)
 

@@ -29,7 +29,8 @@ class Prefill:
     @property
     def num_tail_tokens(self) -> int:
         """Memory to keep free for the first generated tokens."""
-        return TAIL_CAPACITIES[0] * len(self.samples) if self.request.params.max_tokens > 1 else 0
+        is_short = self.request.continuation is not None or self.request.params.max_tokens == 1
+        return 0 if is_short else TAIL_CAPACITIES[0] * len(self.samples)
 
 
 @dataclass(slots=True)
@@ -78,8 +79,16 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a new row behind the others."""
         end = self.tree.insert(request.segments, request.root)
+        if request.continuation is not None:
+            end = self._insert_continuation(end, request.continuation)
         request.samples = [Sample(request, index, end) for index in range(request.params.n)]
         self.waiting.append(self._prefill(request, request.samples, end))
+
+    def _insert_continuation(self, context: Node, continuation: tuple[int, ...]) -> Node:
+        """The last token is scored from its parent and never fed. The first needs the context's last hidden state."""
+        if context.is_computed and context.last_hidden is None:
+            context = self.tree.fork_last_token(context)
+        return self.tree.insert_scored(context, continuation[:-1])
 
     def plan_step(self) -> StepPlan:
         """Grow tails, admit rows, fill the token budget. Rows that can never fit are put into `failed`."""
@@ -96,6 +105,7 @@ class Scheduler:
         self.prefilling.remove(prefill)
         for sample in prefill.samples:
             if sample.finish_reason:
+                self._unscore(prefill)
                 self._leave(sample.end)
             elif self._open_tail(sample):
                 self.running.append(sample)
@@ -228,7 +238,12 @@ class Scheduler:
             self.tree.add_row(end)
         return Prefill(request, samples, end)
 
+    def _unscore(self, prefill: Prefill) -> None:
+        if prefill.request.continuation is not None:
+            self.tree.remove_scored(prefill.end, prefill.request.num_prompt_tokens)
+
     def _drop(self, prefill: Prefill, *, held: bool) -> None:
+        self._unscore(prefill)
         for _ in prefill.samples:
             if held:
                 self.residency.release(prefill.end)

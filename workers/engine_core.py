@@ -1,0 +1,288 @@
+"""Continuous batching over the segment tree: rows of token ids in, answers out as they finish.
+
+Knows the model, the tree and the scheduler; no text but what it generated, no Ray, no storage.
+"""
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from attention.blocks import DecodeQuery, StepBlocks, blocks_of
+from attention.cpu import CpuBackend
+from attention.kv_cache import KVCache
+from attention.reference import ReferenceBackend
+from attention.segments import Segment, canonical_segments, num_tokens
+from attention.step import Backend, TreeStep, tail_batches
+from attention.tree import SegmentTree
+from workers.generate import Finisher
+from workers.model import TreeModel
+from workers.request import Request, RequestOutput, Sample
+from workers.row_errors import RowError, RowErrorCode
+from workers.sampler import draw
+from workers.sampling import SamplingParams
+from workers.scheduler import Prefill, Scheduler, StepPlan
+from workers.score import Score, collect, score_blocks, score_tokens
+
+BACKENDS: dict[str, type[Backend]] = {"cpu": CpuBackend, "reference": ReferenceBackend}
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Counters since the engine was made."""
+
+    num_steps: int = 0
+    num_prompt_tokens: int = 0  # requested: the sum of all prompts
+    num_computed_tokens: int = 0  # prompt tokens that went through the model
+    num_generated_tokens: int = 0
+    num_rows: int = 0
+    num_finished_rows: int = 0
+    num_finished_tokens: int = 0  # prompt tokens of finished rows, as requested
+    num_errors: int = 0
+    num_preemptions: int = 0
+    max_kv_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How an engine runs; nothing here changes an answer, except `mask` and `seed`."""
+
+    mask: Literal["segment", "causal"] = "causal"
+    seed: int = 0
+    max_model_len: int | None = None  # tokens a row, prompt and answer; at most the model's own
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    kv_cache_memory_bytes: int = 2 << 30
+    enable_prefix_caching: bool = True
+    backend: Literal["cpu", "reference"] = "cpu"
+
+
+class EngineCore:
+    """One model on one device, driven by `add`, `add_score` and `step`."""
+
+    def __init__(self, model: TreeModel, config: EngineConfig | None = None) -> None:
+        self.model = model
+        self.config = config or EngineConfig()
+        self.max_model_len = min(self.config.max_model_len or model.max_model_len, model.max_model_len)
+        self.tree = SegmentTree()
+        self.cache = KVCache(model.kv_shape, self.config.kv_cache_memory_bytes)
+        self.backend = BACKENDS[self.config.backend]()
+        self.scheduler = Scheduler(
+            self.tree,
+            self.cache,
+            max_num_seqs=self.config.max_num_seqs,
+            max_num_batched_tokens=self.config.max_num_batched_tokens,
+            keep_idle=self.config.enable_prefix_caching,
+        )
+        self.finisher = Finisher(model.tokenizer, model.eos_token_ids, self.max_model_len)
+        self.stats = EngineStats()
+        self._num_added = 0
+        self._refused: list[RequestOutput] = []
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.scheduler.has_work or self._refused)
+
+    def add(
+        self,
+        request_id: Hashable,
+        segments: Sequence[Segment],
+        params: SamplingParams | None = None,
+        *,
+        random_key: bytes | None = None,
+    ) -> None:
+        """Queue a row. `random_key` names the row for its draws; by default the order of adding does.
+
+        A row that cannot run becomes an output with `error`, like any other row error.
+        """
+        key = random_key if random_key is not None else str(self._num_added).encode()
+        root = None if self.config.enable_prefix_caching else self.tree.new_root()
+        chain = canonical_segments(segments, mask=self.config.mask)
+        request = Request(request_id, chain, params or SamplingParams(), key, self._num_added, root)
+        self._num_added += 1
+        self.stats.num_rows += 1
+        self.stats.num_prompt_tokens += num_tokens(chain)
+        error = self._objection(request)
+        if error:
+            self._refused.append(self._failed_output(request, error))
+        else:
+            self.scheduler.add(request)
+
+    def add_score(self, request_id: Hashable, context: Sequence[Segment], continuation: Sequence[int]) -> None:
+        """Queue a row whose `continuation` is scored after `context`; both need at least one token.
+
+        All tokens but the last are fed, so context and continuation together may be one longer than `max_model_len`.
+        """
+        root = None if self.config.enable_prefix_caching else self.tree.new_root()
+        chain = canonical_segments(context, mask=self.config.mask)
+        params = SamplingParams(max_tokens=1)
+        request = Request(request_id, chain, params, b"", self._num_added, root, tuple(continuation))
+        self._num_added += 1
+        self.stats.num_rows += 1
+        self.stats.num_prompt_tokens += num_tokens(chain) + max(0, len(continuation) - 1)
+        error = self._objection(request)
+        if error:
+            self._refused.append(self._failed_output(request, error))
+        else:
+            self.scheduler.add(request)
+
+    def _objection(self, request: Request) -> RowError | None:
+        length = request.num_prompt_tokens
+        if request.continuation is not None:
+            return self._scoring_objection(length, len(request.continuation))
+        if length == 0:
+            return RowError(RowErrorCode.EMPTY_PROMPT, "the prompt has no tokens, wanted at least one")
+        if length >= self.max_model_len:
+            message = f"the prompt has {length} tokens, wanted fewer than {self.max_model_len} (max_model_len)"
+            return RowError(RowErrorCode.PROMPT_TOO_LONG, message)
+        return None
+
+    def _scoring_objection(self, num_context: int, num_continuation: int) -> RowError | None:
+        if not num_context or not num_continuation:
+            return RowError(RowErrorCode.EMPTY_PROMPT, "context and continuation must each have at least one token")
+        if num_context + num_continuation > self.max_model_len + 1:
+            message = (
+                f"context and continuation have {num_context + num_continuation} tokens, "
+                f"wanted at most {self.max_model_len + 1} (max_model_len and the last, which is not fed)"
+            )
+            return RowError(RowErrorCode.PROMPT_TOO_LONG, message)
+        return None
+
+    @torch.inference_mode()
+    def step(self) -> list[RequestOutput]:
+        """One forward pass; returns the rows that finished with it."""
+        done, self._refused = self._refused, []
+        plan = self.scheduler.plan_step()
+        done += self._take_failed()
+        if not plan.is_empty:
+            decode_hidden = self._compute(plan)
+            done += self._score(plan)
+            done += self._draw(plan, decode_hidden)
+            self._count(plan)
+        self.stats.num_finished_rows += len(done)
+        self.stats.num_finished_tokens += sum(len(output.prompt_token_ids) for output in done)
+        return done
+
+    def _compute(self, plan: StepPlan) -> Tensor:
+        """Run the model over the step; returns the hidden states of the decoding samples, `[B, E]`."""
+        decode = [DecodeQuery(s.end, s.token_ids[-1], s.end.stop + _tail_length(s)) for s in plan.decoding]
+        blocks = blocks_of(plan.new_nodes, decode)
+        if not blocks.num_tokens:
+            return torch.empty(0)
+        tails = [sample.tail for sample in plan.decoding if sample.tail is not None]
+        batches = tail_batches(self.cache, tails, blocks.decode_index)
+        hidden = self.model.forward(TreeStep(blocks, batches, self.cache.shape.num_kv_heads, self.backend))
+        _keep_node_ends(blocks, hidden)
+        score_blocks(blocks.self_blocks, hidden, self.model.logits, self.model.vocab_size)
+        for tail in tails:
+            tail.length += 1
+        return hidden[list(blocks.decode_index)] if decode else hidden[:0]
+
+    def _score(self, plan: StepPlan) -> list[RequestOutput]:
+        """Finish the scoring rows whose last fed token is computed; they are taken out of `plan.ready`."""
+        scoring = [prefill for prefill in plan.ready if prefill.request.continuation is not None]
+        if not scoring:
+            return []
+        plan.ready = [prefill for prefill in plan.ready if prefill.request.continuation is None]
+        hidden = torch.stack([last_hidden(prefill) for prefill in scoring])
+        targets = torch.tensor([_continuation(prefill.request)[-1] for prefill in scoring], device=hidden.device)
+        last, is_greedy = score_tokens(hidden, targets, self.model.logits, self.model.vocab_size)
+        return [self._scored(*row) for row in zip(scoring, last.tolist(), is_greedy.tolist(), strict=True)]
+
+    def _scored(self, prefill: Prefill, last_logprob: float, last_is_greedy: bool) -> RequestOutput:
+        request = prefill.request
+        logprob, is_greedy = collect(prefill.end, request.num_prompt_tokens)
+        score = Score(logprob + last_logprob, len(_continuation(request)), is_greedy and last_is_greedy)
+        if not math.isfinite(score.logprob):
+            self._discard(request)
+            message = "the model gave logits that are not finite numbers"
+            return self._failed_output(request, RowError(RowErrorCode.NUMERIC_ERROR, message))
+        prefill.samples[0].finish_reason = "stop"
+        self.scheduler.start_decoding(prefill)
+        return RequestOutput(request.request_id, request.prompt_token_ids, request.num_cached_tokens or 0, score=score)
+
+    def _draw(self, plan: StepPlan, decode_hidden: Tensor) -> list[RequestOutput]:
+        """Next tokens for decoding samples and first tokens for completed prompts."""
+        samples = [*plan.decoding, *(sample for prefill in plan.ready for sample in prefill.samples)]
+        if not samples:
+            return []
+        ends = [last_hidden(prefill) for prefill in plan.ready for _ in prefill.samples]
+        hidden = torch.stack(ends) if not plan.decoding else torch.cat([decode_hidden, *(e[None] for e in ends)])
+        logits = self.model.logits(hidden)
+        tokens = draw(logits, samples, seed=self.config.seed, eos_token_ids=self.model.eos_token_ids)
+        broken = {sample.request for sample, token in zip(samples, tokens, strict=True) if token is None}
+        for sample, token in zip(samples, tokens, strict=True):
+            if token is not None:
+                self.finisher.append(sample, token)
+                self.stats.num_generated_tokens += 1
+        return self._settle(plan, broken)
+
+    def _settle(self, plan: StepPlan, broken: set[Request]) -> list[RequestOutput]:
+        """Move samples on: finished ones out, new ones to decoding, rows with broken numbers to their error."""
+        requests = dict.fromkeys([*(s.request for s in plan.decoding), *(p.request for p in plan.ready)])
+        outputs = []
+        for request in broken:
+            self._discard(request)
+            message = "the model gave logits that are not finite numbers"
+            outputs.append(self._failed_output(request, RowError(RowErrorCode.NUMERIC_ERROR, message)))
+        for prefill in plan.ready:
+            if prefill.request not in broken:
+                self.scheduler.start_decoding(prefill)
+        for sample in plan.decoding:
+            if sample.finish_reason and sample.request not in broken:
+                self.scheduler.finish(sample)
+        finished = [r for r in requests if r not in broken and r.is_finished]
+        return outputs + [self._output(request) for request in finished]
+
+    def _discard(self, request: Request) -> None:
+        ends = {sample.end for sample in request.samples}
+        self.scheduler.abort(request)
+        for end in ends:
+            self.scheduler.residency.discard(end)
+
+    def _take_failed(self) -> list[RequestOutput]:
+        failed, self.scheduler.failed = self.scheduler.failed, []
+        for request, _ in failed:
+            self.scheduler.abort(request)
+        return [self._failed_output(request, error) for request, error in failed]
+
+    def _output(self, request: Request) -> RequestOutput:
+        outputs = [self.finisher.output(sample) for sample in request.samples]
+        return RequestOutput(request.request_id, request.prompt_token_ids, request.num_cached_tokens or 0, outputs)
+
+    def _failed_output(self, request: Request, error: RowError) -> RequestOutput:
+        self.stats.num_errors += 1
+        return RequestOutput(request.request_id, request.prompt_token_ids, 0, error=error)
+
+    def _count(self, plan: StepPlan) -> None:
+        self.stats.num_steps += 1
+        self.stats.num_computed_tokens += sum(len(node) for node in plan.new_nodes)
+        self.stats.num_preemptions = self.scheduler.num_preemptions
+        self.stats.max_kv_bytes = max(self.stats.max_kv_bytes, self.cache.allocated_bytes)
+
+
+def _continuation(request: Request) -> tuple[int, ...]:
+    if request.continuation is None:
+        raise ValueError("a row that is scored has a continuation")
+    return request.continuation
+
+
+def _tail_length(sample: Sample) -> int:
+    return sample.tail.length if sample.tail is not None else 0
+
+
+def _keep_node_ends(blocks: StepBlocks, hidden: Tensor) -> None:
+    for block in blocks.self_blocks:
+        block.node.is_computed = True
+        block.node.last_hidden = hidden[block.stop - 1].clone()
+
+
+def last_hidden(prefill: Prefill) -> Tensor:
+    """`[E]`, after the prompt's last token. Raises ValueError if it is not computed."""
+    hidden = prefill.end.last_hidden
+    if not isinstance(hidden, Tensor):
+        raise ValueError("a prompt is called complete, but the hidden state of its last token is missing")
+    return hidden
