@@ -1,6 +1,6 @@
 """The README's commands and code, run as they are written; its numbers, compared with what the commands print.
 
-Fast: a few `segue` lines with the echo model, the Python block with the embedded one. Slow: every line as written.
+Fast: the Python block. Slow: every `segue` line, as written if it shows what needs weights, else with the echo model.
 Knows the README's form, blocks fenced as sh or python and one command a line; no behaviour beyond exit codes and JSON.
 """
 
@@ -54,14 +54,21 @@ def last_line(result: subprocess.CompletedProcess[str]) -> dict:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def run_all(folder: Path, *, extra: Sequence[str] = ()) -> dict[str, subprocess.CompletedProcess[str]]:
-    """Every `segue` line once, in order; all must succeed."""
-    results: dict[str, subprocess.CompletedProcess[str]] = {}
+def needs_weights(args: Sequence[str]) -> bool:
+    """Whether a line shows something that only the real model can: the plan's numbers, the masks' answers."""
+    return args[0] == "plan" or (args[0] == "run" and "mask=" in shlex.join(args))
+
+
+def run_lines(folder: Path, *, weights: bool, extra: Sequence[str] = ()) -> dict[str, dict]:
+    """Every such `segue` line once, in order; all must succeed. Their JSON by line."""
+    printed: dict[str, dict] = {}
     for args in commands("segue"):
-        result = segue(redirected(args, folder, extra=extra))
-        assert result.returncode == 0, (args, result.stderr[-2000:])
-        results.setdefault(shlex.join(args), result)
-    return results
+        line = shlex.join(args)
+        if needs_weights(args) == weights and line not in printed:
+            result = segue(redirected(args, folder, extra=extra))
+            assert result.returncode == 0, (line, result.stderr[-2000:])
+            printed[line] = json.loads(result.stdout) if args == ["schema"] else last_line(result)
+    return printed
 
 
 def test_readme_opens_with_two_commands_before_anything_else() -> None:
@@ -133,38 +140,22 @@ def test_readme_python_runs_and_prints_what_it_says() -> None:
     assert result.stdout == printed
 
 
-def test_readme_segue_lines_work_with_the_echo_model(tmp_path: Path) -> None:
-    fast = [
-        args
-        for args in commands("segue")
-        if args[0] in ("validate", "schema", "errors") or "input.path=bad_rows.parquet" in args
-    ]
-    assert {args[0] for args in fast} == {"validate", "schema", "run", "errors"}
-    for args in fast:
-        result = segue(redirected(args, tmp_path, extra=ECHO))
-        assert result.returncode == 0, (args, result.stderr[-2000:])
-        assert json.loads(result.stdout if args == ["schema"] else result.stdout.splitlines()[-1])
+@pytest.mark.slow
+def test_readme_lines_that_need_no_weights_work_with_the_echo_model(tmp_path: Path) -> None:
+    printed = run_lines(tmp_path, weights=False, extra=ECHO)
+    assert {line.split()[0] for line in printed} == {"run", "validate", "errors", "schema"}
+    finished = [value for line, value in printed.items() if line.startswith("run ")]
+    assert [(value["status"], value["rows"]) for value in finished] == [("done", 7)] * len(finished)
+    assert sum(printed["errors out-bad"]["errors"].values()) > 0
 
 
 @pytest.mark.slow
-def test_readme_segue_lines_work_as_written_and_give_its_numbers(tmp_path: Path) -> None:
-    results = run_all(tmp_path)
+def test_readme_lines_on_the_real_model_work_as_written_and_give_its_numbers(tmp_path: Path) -> None:
+    printed = run_lines(tmp_path, weights=True)
     shown = {int(number.replace(",", "")) for number in re.findall(r"\d+,\d{3}", README)}
-    plans = {name: last_line(result) for name, result in results.items() if name.startswith("plan ")}
+    plans = {line: plan for line, plan in printed.items() if line.startswith("plan ")}
     measured = {plan[key] for plan in plans.values() for key in ("tokens_requested", "tokens_distinct")}
     triage = plans["plan jobs/examples/triage/job.yaml"]
     assert shown == measured | {triage["tokens_distinct"] + triage["extra_tokens_bound"]}
-    errors = last_line(results["errors out-bad"])["errors"]
-    assert sum(errors.values()) > 0
-    causal, segment = (last_line(r) for n, r in results.items() if "mask=" in n and n.startswith("run "))
-    assert causal["status"] == segment["status"] == "done"
+    causal, segment = (value for line, value in printed.items() if line.startswith("run ") and "mask=" in line)
     assert causal["tokens_generated"] < segment["tokens_generated"]  # the unadapted model seldom stops by itself
-
-
-@pytest.mark.slow
-def test_readme_run_again_does_nothing_and_says_so(tmp_path: Path) -> None:
-    run = next(args for args in commands("segue") if args[0] == "run" and "multi_turn" in args[1])
-    first = segue(redirected(run, tmp_path))
-    again = segue(redirected(run, tmp_path))
-    assert (last_line(first)["status"], last_line(again)["status"]) == ("done", "already_complete")
-    assert last_line(again)["rows_this_run"] == 0

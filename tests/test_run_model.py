@@ -11,6 +11,9 @@ from pipeline.job import prepare
 from pipeline.manifest import load_manifest
 from pipeline.run import run_job
 
+# Ray's own code warns of itself; what it says of our calls stays an error.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray[.]")
+
 LEVELS = [
     {
         "system": f"You are helper {a}. " * 3,
