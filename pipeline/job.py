@@ -59,7 +59,7 @@ class ReadyJob:
         """For the plan's tasks."""
         return RenderSpec(
             source=self.config.model.source,
-            revision=self.config.model.revision,
+            revision=self.facts.commit or self.config.model.revision,
             template=self.checked.template,
             date=date,
             mask=self.mask,
@@ -82,7 +82,7 @@ class ReadyJob:
             output=self.config.output.path,
             fingerprint=manifest.fingerprint,
             source=self.config.model.source,
-            revision=self.config.model.revision,
+            revision=self.facts.commit or self.config.model.revision,
             adapter=self.config.model.adapter,
             dtype=self.facts.dtype,
             mask=self.mask,

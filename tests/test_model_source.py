@@ -200,3 +200,29 @@ def test_bfloat16_answers_are_close_to_fp32(model_directory):
     fp32 = Engine(load_model(str(model_directory), dtype="float32"), EngineConfig(mask="segment")).logits([PROMPT])[0]
     bf16 = Engine(load_model(str(model_directory), dtype="bfloat16"), EngineConfig(mask="segment")).logits([PROMPT])[0]
     assert float((bf16 - fp32).norm() / fp32.norm()) < 0.05
+
+
+def test_hub_id_is_resolved_to_the_commit_of_its_branch(model_directory, tmp_path, monkeypatch):
+    """From the hub's cache on this machine, as workers that are offline find it."""
+    from huggingface_hub import constants
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--someone--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots").mkdir()
+    model_directory.rename(repository / "snapshots" / commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    facts = inspect("someone/tiny")
+    assert facts.commit == commit
+    assert inspect("someone/tiny", revision=facts.commit).identity == facts.identity
+
+
+def test_hub_id_that_cannot_be_had_is_refused(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelRefused, match="'someone/tiny' cannot be had from the hub"):
+        inspect("someone/tiny")

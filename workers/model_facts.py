@@ -19,6 +19,7 @@ class ModelFacts:
     """A model, as the fingerprint and the plan see it."""
 
     identity: str  # sha256 of weights, configuration and tokenizer
+    commit: str | None  # of a hub id: what every worker must load, whatever its branch points to by then
     adapter_identity: str | None
     adapter_mask: str | None  # segment or causal, if the adapter says
     dtype: str  # resolved: float32, bfloat16 or float16
@@ -29,11 +30,12 @@ class ModelFacts:
 def inspect_model(source: str, *, dtype: str, adapter: str | None, revision: str | None) -> ModelFacts:
     """Find, convert if needed, and check a model. `source: echo` has no weights and no limits."""
     if echo.is_echo(source):
-        return ModelFacts(echo.SOURCE, None, None, "float32", echo.MAX_MODEL_LEN, None)
+        return ModelFacts(echo.SOURCE, None, None, None, "float32", echo.MAX_MODEL_LEN, None)
     files = locate(source, revision)
     config, _ = checked_config(safetensors_directory(files))
     return ModelFacts(
         identity=weights_identity(files),
+        commit=files.commit,
         adapter_identity=None if adapter is None else _adapter_identity(Path(adapter)),
         adapter_mask=None if adapter is None else _adapter_mask(Path(adapter)),
         dtype=str(resolve_dtype(dtype)).removeprefix("torch."),

@@ -35,6 +35,11 @@ class ModelFiles:
     gguf_file: str | None = None  # name inside `directory`
 
     @property
+    def commit(self) -> str | None:
+        """The hub's commit, if the files are a snapshot of one."""
+        return self.directory.name if self.directory.parent.name == "snapshots" else None
+
+    @property
     def weights(self) -> list[Path]:
         if self.gguf_file:
             return [self.directory / self.gguf_file]
