@@ -34,11 +34,9 @@ def make_plan(job: CheckedJob, fields: dict[str, Any], spec: RenderSpec, store: 
     Raises InputChanged, InputUnreadable, WorkersFailed for what fails in a task, OutputStorageError.
     """
     cutter = _UnitCutter(job, store)
-    try:
-        for batch in _sorted_rows(job, spec):
-            cutter.add(batch)
-    except ray.exceptions.RayError as error:
-        raise cause_of(error, InputChanged, InputUnreadable) from error
+    failure = _add_rows(cutter, job, spec)
+    if failure is not None:
+        raise failure
     units = cutter.finish()
     manifest = Manifest(
         protocol=PROTOCOL,
@@ -55,6 +53,16 @@ def make_plan(job: CheckedJob, fields: dict[str, Any], spec: RenderSpec, store: 
         raise FileNotFoundError(f"{store.path(MANIFEST)} was written and is not there")
     check_same_job(found, fields, store.path(""))
     return found
+
+
+def _add_rows(cutter: "_UnitCutter", job: CheckedJob, spec: RenderSpec) -> Exception | None:
+    """Returns what went wrong in a task, without Ray's traceback, which would hold its executor and workers."""
+    try:
+        for batch in _sorted_rows(job, spec):
+            cutter.add(batch)
+    except ray.exceptions.RayError as error:
+        return cause_of(error, InputChanged, InputUnreadable)
+    return None
 
 
 def _sorted_rows(job: CheckedJob, spec: RenderSpec) -> Iterator[pa.Table]:

@@ -163,11 +163,13 @@ def _run_pass(
                 tally.add(receipt)
                 if tally.is_over_limit(job):
                     progress.drain.remote()
+        return None
     except ray.exceptions.RayTaskError as error:
-        raise cluster.cause_of(error, OutputStorageError, UnitDamaged, ForeignShard) from error
+        failure = cluster.cause_of(error, UnitDamaged, OutputStorageError, ForeignShard)
     except ray.exceptions.RayError as error:
         return cluster.cause_of(error)
-    return None
+    # Not chained: Ray's traceback holds its executor, and that holds the workers' CPUs.
+    raise failure
 
 
 def _drain(progress: Any, say: Say) -> None:

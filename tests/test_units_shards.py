@@ -42,7 +42,7 @@ PASSED_TABLE = pa.table(
 
 def bits(table: pa.Table) -> list[Any]:
     """Contents to the bit: NaN equals NaN, and -0.0 is not 0.0."""
-    return [(field.name, str(field.type), repr(table[field.name].to_pylist())) for field in table.schema]
+    return [(field.name, field.type, repr(table[field.name].to_pylist())) for field in table.schema]
 
 
 def unit_table(errors: Sequence[RowError | None] = (None, ERROR, None)) -> pa.Table:

@@ -1,0 +1,169 @@
+"""The command as a person meets it: what it prints, where, and how it exits."""
+
+import json
+import signal
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from echo_jobs import NUM_ROWS, origins, outcome, rows_of, segue_process, shards_in, wait_for, write_input, write_job
+from typer.testing import CliRunner
+
+from jobs.cli import app
+from pipeline.manifest import Manifest
+from pipeline.results import result_schema, result_table
+from pipeline.shards import PROTOCOL, ShardFooter, commit_shard, serialize_shard
+from pipeline.store import Store
+from pipeline.units import UnitSpec
+from workers.sampling import SamplingParams
+
+
+def segue(*arguments: str | Path) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of the command in this process."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def finished_output(folder: Path, texts: list[bytes | None], errors: list[dict[str, str] | None]) -> Path:
+    """An output folder of one shard, without a run. A text of None is a row with an error."""
+    store, unit = Store(folder / "out"), UnitSpec(0, "0" * 16, len(texts), 1)
+    manifest = Manifest(PROTOCOL, "job", "2026-01-02", {}, {}, (unit,), {})
+    store.create("_job/manifest.json", manifest.to_bytes())
+    passed = pa.table({"note": pa.array(texts, pa.binary()).view(pa.string())})
+    results = [
+        {"src_path": "a", "src_row": n, "generated_text": None if error else f"answer {n}", "error": error}
+        for n, error in enumerate(errors)
+    ]
+    shard = result_table(result_schema(passed.schema, SamplingParams()), passed, results)
+    footer = ShardFooter(PROTOCOL, manifest.fingerprint, unit.unit_id, len(texts), {}, 0, 0, 0)
+    commit_shard(store, unit, serialize_shard(shard, footer), manifest.fingerprint)
+    return folder / "out"
+
+
+def test_cli_validate_good_job_says_so_and_ends_in_json(tmp_path):
+    code, out, err = segue("validate", write_job(write_input(tmp_path)))
+    assert code == 0
+    assert json.loads(out.splitlines()[-1]) == {
+        "valid": True,
+        "rows": NUM_ROWS,
+        "mask": "causal",
+        "dtype": "float32",
+        "planned": False,
+    }
+    assert "valid" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_cli_validate_refuses_all_problems_at_once_one_line_each(tmp_path):
+    write_input(tmp_path)
+    prompt = {"messages": [{"role": "user", "content": "{promt}"}]}
+    job = write_job(tmp_path, mask="none", sampling_params={"temperature": -1, "max_tokns": 3}, prompt=prompt)
+    code, out, err = segue("validate", job)
+    assert (code, out) == (2, "")
+    lines = err.splitlines()
+    for key in ("mask", "sampling_params.temperature", "sampling_params.max_tokns", "promt"):
+        assert sum(key in line for line in lines) >= 1, (key, err)
+    assert len(lines) >= 4
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", ["validate", "run", "plan"])
+def test_cli_job_file_that_is_not_there_exits_2(tmp_path, command):
+    code, out, err = segue(command, tmp_path / "none.yaml")
+    assert (code, out) == (2, "")
+    assert "none.yaml" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_cli_run_into_a_folder_with_foreign_files_exits_2_in_one_line(tmp_path):
+    job = write_job(write_input(tmp_path))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "theirs.csv").touch()
+    for command in ("run", "plan", "validate"):
+        code, out, err = segue(command, job)
+        assert (code, out, len(err.splitlines())) == (2, "", 1)
+        assert "theirs.csv" in err
+
+
+def test_cli_sampling_params_column_of_another_type_is_refused_by_name(tmp_path):
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"prompt": ["x"], "sampling_params": [1]}), tmp_path / "in" / "a.parquet")
+    code, _, err = segue("validate", write_job(tmp_path, output={"path": "out", "columns": []}))
+    assert code == 2
+    assert err.startswith(str(tmp_path)) or "sampling_params" in err
+    assert "int64" in err
+    assert "prompt:" not in err
+
+
+def test_cli_set_overrides_and_limit_take_part_in_the_check(tmp_path):
+    job = write_job(write_input(tmp_path))
+    assert segue("validate", job, "--set", "sampling_params.max_tokens=0")[0] == 2
+    assert segue("validate", job, "--limit", "-1")[0] == 2
+    assert segue("validate", job, "--limit", "5")[0] == 0
+
+
+def test_cli_schema_is_the_json_schema_of_a_job():
+    code, out, _ = segue("schema")
+    schema = json.loads(out)
+    assert code == 0
+    assert {"model", "input", "output", "prompt", "sampling_params"} <= set(schema["properties"])
+    assert schema["additionalProperties"] is False
+
+
+def test_cli_errors_lists_rows_and_counts_them(tmp_path):
+    error = {"code": "NULL_PROMPT", "message": "the prompt is null"}
+    output = finished_output(tmp_path, [b"x", None, None, b"y"], [None, error, error | {"code": "BAD_UTF8"}, None])
+    code, out, _ = segue("errors", output, "--limit", "1")
+    *lines, last = out.splitlines()
+    assert code == 0
+    assert json.loads(last)["errors"] == {"BAD_UTF8": 1, "NULL_PROMPT": 1}
+    assert lines == ["a:1 NULL_PROMPT: the prompt is null", "... and 1 more"]
+
+
+def test_cli_errors_of_a_folder_that_is_not_ours_exits_2(tmp_path):
+    code, out, err = segue("errors", tmp_path)
+    assert (code, out) == (2, "")
+    assert "manifest" in err
+
+
+def test_cli_errors_of_a_damaged_shard_exits_5_in_one_line(tmp_path):
+    output = finished_output(tmp_path, [b"x"], [None])
+    shards_in(output)[0].write_bytes(b"damaged")
+    code, _, err = segue("errors", output)
+    assert (code, len(err.splitlines())) == (5, 1)
+
+
+def test_cli_show_answers_escapes_what_rows_hold(tmp_path, capsys):
+    from jobs.show import show_answers
+
+    output = finished_output(tmp_path, [b"\xff bytes", b"\x1b[31m[bold]red"], [None, None])
+    show_answers(str(output), 5)
+    shown = capsys.readouterr().out
+    assert "answer 0" in shown
+    assert "answer 1" in shown
+    assert "\ufffd bytes" in shown
+    assert "\x1b[31m" not in shown
+    assert "[bold]red" in shown
+
+
+def test_cli_run_end_to_end_drains_on_sigterm_and_a_second_command_finishes(tmp_path):
+    folder = write_input(tmp_path)
+    output = {"path": "out", "max_rows_per_file": 5}
+    job = write_job(folder, model={"source": "echo:0.5"}, workers={"units_in_flight": 1}, output=output)
+    with segue_process(folder, "run", job.name) as process:
+        wait_for(lambda: shards_in(folder / "out"), process)
+        process.send_signal(signal.SIGTERM)
+        code, out, err = outcome(process)
+    assert code == 143, err
+    assert json.loads(out.splitlines()[-1])["status"] == "interrupted"
+    assert "Traceback" not in err
+    assert "Deprecat" not in err
+    with segue_process(folder, "run", job.name, "--set", "model.source=echo", "--json", "--quiet") as process:
+        code, out, err = outcome(process)
+    assert code == 0, err
+    (line,) = out.splitlines()
+    assert json.loads(line)["rows"] == NUM_ROWS
+    assert set(rows_of(folder / "out")) == origins()
