@@ -14,7 +14,7 @@ from typing import Any
 import ray
 import ray.exceptions
 
-from workers.engine import EngineStats
+from workers.stats import EngineStats
 
 REPORT_SECONDS = 0.5
 ANSWER_SECONDS = 30.0

@@ -22,7 +22,6 @@ from pipeline.shards import PROTOCOL, ShardFooter, commit_shard, serialize_shard
 from pipeline.store import Store
 from pipeline.units import PASSED, PlannedRow, UnitSpec, load_unit, planned_rows
 from workers.echo import EchoEngine, is_echo, seconds_per_step
-from workers.engine import Engine
 from workers.loop import EngineLoop, EngineStopped, RowEngine
 from workers.request import RequestOutput
 from workers.sampling import SamplingParams
@@ -127,6 +126,8 @@ def make_engine(spec: WorkerSpec) -> RowEngine:
     if is_echo(spec.source):
         return EchoEngine(mask, seconds_per_step=seconds_per_step(spec.source))
     import torch
+
+    from workers.engine import Engine
 
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)

@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -60,7 +61,7 @@ def test_random_rows_of_the_demo_equal_a_plain_loop_over_transformers(finished):
     output, _ = finished
     directory = safetensors_directory(locate(SOURCE))
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     asked = {(row["ticket_id"], row["question"]): row for row in input_rows()}
     answered = random.Random(0).sample(pq.read_table(output).to_pylist(), NUM_CHECKED)
     for row in answered:

@@ -12,9 +12,9 @@ from collections.abc import Hashable, Sequence
 from typing import Any, Literal
 
 from attention.segments import Segment, canonical_segments
-from workers.engine import EngineStats
 from workers.request import CompletionOutput, RequestOutput, TokenLogprobs
 from workers.sampling import SamplingParams
+from workers.stats import EngineStats
 
 SOURCE = "echo"
 CONTROL_TOKENS = ("<|start|>", "<|end|>", "<|pad|>")

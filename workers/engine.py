@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from attention.segments import Segment
-from workers.engine_core import EngineConfig, EngineCore, EngineStats, last_hidden
+from workers.engine_core import EngineConfig, EngineCore, last_hidden
 from workers.model import TreeModel, load_model
 from workers.pairs import PairEncoder
 from workers.prompt_encoder import PromptEncoder
 from workers.prompts import PromptTemplate
-from workers.request import RequestOutput
+from workers.request import RequestOutput, Score
 from workers.sampling import SamplingParams
-from workers.score import Score
+from workers.stats import EngineStats
 
 __all__ = ["Engine", "EngineConfig", "EngineStats", "Prompt"]
 

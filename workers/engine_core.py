@@ -20,30 +20,15 @@ from attention.step import Backend, TreeStep, tail_batches
 from attention.tree import SegmentTree
 from workers.generate import Finisher
 from workers.model import TreeModel
-from workers.request import Request, RequestOutput, Sample
+from workers.request import Request, RequestOutput, Sample, Score
 from workers.row_errors import RowError, RowErrorCode
 from workers.sampler import draw
 from workers.sampling import SamplingParams
 from workers.scheduler import Prefill, Scheduler, StepPlan
-from workers.score import Score, collect, score_blocks, score_tokens
+from workers.score import collect, score_blocks, score_tokens
+from workers.stats import EngineStats
 
 BACKENDS: dict[str, type[Backend]] = {"cpu": CpuBackend, "reference": ReferenceBackend}
-
-
-@dataclass(slots=True)
-class EngineStats:
-    """Counters since the engine was made."""
-
-    num_steps: int = 0
-    num_prompt_tokens: int = 0  # requested: the sum of all prompts
-    num_computed_tokens: int = 0  # prompt tokens that went through the model
-    num_generated_tokens: int = 0
-    num_rows: int = 0
-    num_finished_rows: int = 0
-    num_finished_tokens: int = 0  # prompt tokens of finished rows, as requested
-    num_errors: int = 0
-    num_preemptions: int = 0
-    max_kv_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ from queue import Empty, SimpleQueue
 from typing import Protocol
 
 from attention.segments import Segment
-from workers.engine import EngineStats
 from workers.request import RequestOutput
 from workers.sampling import SamplingParams
+from workers.stats import EngineStats
 
 
 class EngineStopped(Exception):

@@ -5,14 +5,15 @@ Outputs have vLLM's shape and names. Knows tokens and parameters; no tensor, no 
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from attention.kv_cache import Tail
 from attention.segments import Segment, num_tokens
 from attention.tree import Node
 from workers.row_errors import RowError
 from workers.sampling import SamplingParams
-from workers.score import Score
+
+if TYPE_CHECKING:
+    from attention.kv_cache import Tail  # it imports torch, which planning does not need
 
 FinishReason = Literal["stop", "length", "error"]
 
@@ -36,6 +37,15 @@ class CompletionOutput:
     finish_reason: FinishReason
     stop_reason: str | int | None = None  # the stop string or stop token id that ended it; None for end-of-sequence
     logprobs: list[TokenLogprobs] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """The log-likelihood of a continuation, with lm-evaluation-harness' meaning."""
+
+    logprob: float  # natural log, summed over the continuation's tokens
+    num_tokens: int
+    is_greedy: bool  # every token is the most likely one
 
 
 @dataclass(slots=True)
@@ -86,7 +96,7 @@ class Sample:
     end: Node  # prompt, and after preemption also the tokens generated until then
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
-    tail: Tail | None = None
+    tail: "Tail | None" = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     text: str | None = None  # set when a stop string cut it

@@ -22,15 +22,6 @@ Head = Callable[[Tensor], Tensor]  # hidden [N, E] -> logits [N, V] fp32
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
-    """The log-likelihood of a continuation, with lm-evaluation-harness' meaning."""
-
-    logprob: float  # natural log, summed over the continuation's tokens
-    num_tokens: int
-    is_greedy: bool  # every token is the most likely one
-
-
-@dataclass(frozen=True, slots=True)
 class NodeScores:
     """Scores of a node's own tokens, and the hidden states that further tokens may need if it is cut."""
 

@@ -1,0 +1,19 @@
+"""What an engine has done, in numbers. Knows nothing else, so that it costs nothing to import."""
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Counters since the engine was made."""
+
+    num_steps: int = 0
+    num_prompt_tokens: int = 0  # requested: the sum of all prompts
+    num_computed_tokens: int = 0  # prompt tokens that went through the model
+    num_generated_tokens: int = 0
+    num_rows: int = 0
+    num_finished_rows: int = 0
+    num_finished_tokens: int = 0  # prompt tokens of finished rows, as requested
+    num_errors: int = 0
+    num_preemptions: int = 0
+    max_kv_bytes: int = 0
