@@ -6,13 +6,15 @@ moves each prompt once. Knows token ids; no text, no Ray.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from attention.segments import Segment
 
-_END, _CAUSAL, _BIDIRECTIONAL, _FIRST_TOKEN = 0, 1, 2, 3  # every mark sorts before every token
+# A segment's mark sorts before every token: so where a segment ends, what hangs below it comes before longer segments.
+_CAUSAL, _BIDIRECTIONAL, _FIRST_TOKEN = 0, 1, 2
 WORD = ">u4"  # big-endian, so that bytes compare as numbers do
 
 
@@ -21,23 +23,15 @@ def encode_chain(segments: Sequence[Segment]) -> bytes:
     words: list[npt.NDArray[np.uint32]] = []
     for segment in segments:
         mark = _BIDIRECTIONAL if segment.bidirectional else _CAUSAL
-        words.append(np.array([mark], dtype=np.uint32))
-        words.append(np.array(segment.token_ids, dtype=np.uint32) + _FIRST_TOKEN)
-        if segment.bidirectional:
-            words.append(np.array([_END], dtype=np.uint32))
+        words += [np.array([mark], dtype=np.uint32), np.array(segment.token_ids, dtype=np.uint32) + _FIRST_TOKEN]
     return np.concatenate(words).astype(WORD).tobytes() if words else b""
 
 
 def decode_chain(chain: bytes) -> tuple[Segment, ...]:
     """The inverse of `encode_chain`; no segments for no bytes."""
-    if not chain:
-        return ()
     words = np.frombuffer(chain, dtype=WORD).astype(np.int64)
-    starts = np.flatnonzero((words == _CAUSAL) | (words == _BIDIRECTIONAL))
-    stops = [*starts[1:].tolist(), len(words)]
-    segments = []
-    for start, stop in zip(starts.tolist(), stops, strict=True):
-        tokens = words[start + 1 : stop]
-        tokens = tokens[tokens >= _FIRST_TOKEN] - _FIRST_TOKEN
-        segments.append(Segment(tuple(tokens.tolist()), bool(words[start] == _BIDIRECTIONAL)))
-    return tuple(segments)
+    borders = [*np.flatnonzero(words < _FIRST_TOKEN).tolist(), len(words)]
+    return tuple(
+        Segment(tuple((words[start + 1 : stop] - _FIRST_TOKEN).tolist()), bool(words[start] == _BIDIRECTIONAL))
+        for start, stop in pairwise(borders)
+    )

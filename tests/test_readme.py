@@ -55,8 +55,8 @@ def last_line(result: subprocess.CompletedProcess[str]) -> dict:
 
 
 def needs_weights(args: Sequence[str]) -> bool:
-    """Whether a line shows something that only the real model can: the plan's numbers, the masks' answers."""
-    return args[0] == "plan" or (args[0] == "run" and "mask=" in shlex.join(args))
+    """Whether a line shows something that only the real model's tokenizer can: the plan's numbers."""
+    return args[0] == "plan"
 
 
 def run_lines(folder: Path, *, weights: bool, extra: Sequence[str] = ()) -> dict[str, dict]:
@@ -150,12 +150,10 @@ def test_readme_lines_that_need_no_weights_work_with_the_echo_model(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_readme_lines_on_the_real_model_work_as_written_and_give_its_numbers(tmp_path: Path) -> None:
+def test_readme_plans_on_the_real_model_work_as_written_and_give_its_numbers(tmp_path: Path) -> None:
     printed = run_lines(tmp_path, weights=True)
     shown = {int(number.replace(",", "")) for number in re.findall(r"\d+,\d{3}", README)}
     plans = {line: plan for line, plan in printed.items() if line.startswith("plan ")}
     measured = {plan[key] for plan in plans.values() for key in ("tokens_requested", "tokens_distinct")}
     triage = plans["plan jobs/examples/triage/job.yaml"]
     assert shown == measured | {triage["tokens_distinct"] + triage["extra_tokens_bound"]}
-    causal, segment = (value for line, value in printed.items() if line.startswith("run ") and "mask=" in line)
-    assert causal["tokens_generated"] < segment["tokens_generated"]  # the unadapted model seldom stops by itself

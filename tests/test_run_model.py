@@ -108,8 +108,7 @@ def test_run_answers_equal_with_reuse_on_and_off_and_other_unit_sizes(tmp_path, 
     for index, changes in enumerate(
         [
             {},
-            {"workers": {"enable_prefix_caching": False}},
-            {"output": {"path": "out", "max_rows_per_file": 48}},
+            {"workers": {"enable_prefix_caching": False}, "output": {"path": "out", "max_rows_per_file": 48}},
             {"workers": {"max_num_seqs": 3, "kv_cache_memory_bytes": 2_000_000}},
         ]
     ):
