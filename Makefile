@@ -1,7 +1,8 @@
 # Set-up, demo and checks. The first command makes a virtual environment in .venv; later ones find it as it is.
 #
 #   make demo         360 support tickets through a small model, two workers, answers in jobs/examples/triage/out/
-#   make test         everything that must hold: format, lint, types, arrows, all tests
+#   make test         everything that must hold: format, lint, types, arrows, tests
+#   make test-commands  every command of the README, which takes minutes of its own; CI runs both
 #   make test-fast    the same without the tests marked slow
 
 VENV := .venv
@@ -11,7 +12,7 @@ PIP := $(BIN)/python -m pip install -qq --constraint constraints.txt
 # Named, so that pip takes the build that is offered for CPUs; its newest build would bring CUDA along.
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo setup check test test-fast format
+.PHONY: demo setup check test test-fast test-commands format
 .DEFAULT_GOAL := test
 
 setup: $(READY)
@@ -41,7 +42,10 @@ check: $(READY)
 	$(BIN)/lint-imports
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not commands"
+
+test-commands: $(READY)
+	$(BIN)/python -m pytest -m commands
 
 test-fast: check
 	$(BIN)/python -m pytest -m "not slow"

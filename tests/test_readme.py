@@ -141,6 +141,7 @@ def test_readme_python_runs_and_prints_what_it_says() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.commands
 def test_readme_lines_that_need_no_weights_work_with_the_echo_model(tmp_path: Path) -> None:
     printed = run_lines(tmp_path, weights=False, extra=ECHO)
     assert {line.split()[0] for line in printed} == {"run", "validate", "errors", "schema"}
@@ -150,6 +151,7 @@ def test_readme_lines_that_need_no_weights_work_with_the_echo_model(tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.commands
 def test_readme_plans_on_the_real_model_work_as_written_and_give_its_numbers(tmp_path: Path) -> None:
     printed = run_lines(tmp_path, weights=True)
     shown = {int(number.replace(",", "")) for number in re.findall(r"\d+,\d{3}", README)}
