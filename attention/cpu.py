@@ -8,13 +8,20 @@ Shapes: `T` packed tokens, `G` query heads a key head, `H = Hkv * G`, `D` head w
 `[Hkv, T, G, D]`: a slice of queries is then a plain view `[Hkv, n * G, D]` that reads each key once for its group.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from attention.blocks import CrossBlock, SelfBlock
 from attention.merge import merge_part_
+from attention.small_blocks import RectangleBatch, SmallBlocks, SquareBatch, small_blocks
 from attention.step import TailBatch, TreeStep, kv_of
 from attention.tree import Node
+
+KeysValues = tuple[Tensor, Tensor]
 
 
 def flash(
@@ -33,62 +40,138 @@ def flash(
 
 
 class CpuBackend:
-    """Executes a step's blocks on the CPU."""
+    """Executes a step's blocks on the CPU: small ones in batches, the others one by one."""
 
-    def attend(self, step: TreeStep, layer: int, query: Tensor, scale: float) -> Tensor:
-        """query `[H, T, D]` -> `[T, H, D]`."""
+    def plan(self, step: TreeStep) -> SmallBlocks:
+        return small_blocks(step.blocks)
+
+    def attend(self, step: TreeStep, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """query `[H, T, D]`, key and value `[Hkv, T, D]` -> `[T, H, D]`."""
         num_heads, num_tokens, head_dim = query.shape
-        packed = query.view(step.num_kv_heads, -1, num_tokens, head_dim).transpose(1, 2).contiguous()  # [Hkv, T, G, D]
-        out = torch.empty(packed.shape, dtype=torch.float32)
-        lse = torch.empty(packed.shape[:-1], dtype=torch.float32)
-        for block in step.blocks.self_blocks:
-            self._self_block(block, layer, query, packed, scale, out, lse)
-        for batch in step.tails:
-            self._tail_batch(batch, layer, packed, scale, out, lse)
-        self._cross_blocks(step.blocks.cross_blocks, layer, packed, scale, out, lse)
-        return out.permute(1, 0, 2, 3).reshape(num_tokens, num_heads, head_dim).to(query.dtype)
-
-    def _self_block(
-        self, block: SelfBlock, layer: int, query: Tensor, packed: Tensor, scale: float, out: Tensor, lse: Tensor
-    ) -> None:
-        rows = slice(block.start, block.stop)
-        if not block.is_causal:
-            out[:, rows], lse[:, rows] = _dense(block.node, layer, packed[:, rows], scale)
-            return
-        kv = kv_of(block.node)
-        part, part_lse = flash(
-            query[None, :, rows], kv.keys(layer)[None], kv.values(layer)[None], scale=scale, is_causal=True
+        packed = query.view(len(key), -1, num_tokens, head_dim).transpose(1, 2).contiguous()  # [Hkv, T, G, D]
+        sums = _Sums(
+            torch.empty(packed.shape, dtype=torch.float32), torch.empty(packed.shape[:-1], dtype=torch.float32)
         )
-        groups = packed.shape[2]
-        out[:, rows] = part[0].unflatten(0, (-1, groups)).transpose(1, 2)
-        lse[:, rows] = part_lse[0].unflatten(0, (-1, groups)).transpose(1, 2)
-
-    def _tail_batch(self, batch: TailBatch, layer: int, packed: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
-        query = packed[:, batch.query_index].transpose(0, 1)  # [B, Hkv, G, D]
-        bias = _padding_bias(batch, packed.dtype) if batch.is_ragged else None
-        part, part_lse = flash(query, batch.keys(layer), batch.values(layer), scale=scale, bias=bias)
-        out[:, batch.query_index] = part.transpose(0, 1).float()
-        lse[:, batch.query_index] = part_lse.transpose(0, 1)
-
-    def _cross_blocks(
-        self, blocks: tuple[CrossBlock, ...], layer: int, packed: Tensor, scale: float, out: Tensor, lse: Tensor
-    ) -> None:
-        """Level by level: the queries of one level's blocks are disjoint, so one merge serves them all."""
-        for level in _levels(blocks):
-            rows = slice(level[0].start, level[-1].stop)
-            part_out = torch.zeros_like(out[:, rows])
-            part_lse = torch.full_like(lse[:, rows], -torch.inf)
-            for block in level:
-                inside = slice(block.start - rows.start, block.stop - rows.start)
-                part = _dense(block.node, layer, packed[:, block.start : block.stop], scale)
-                part_out[:, inside], part_lse[:, inside] = part
-            merge_part_(out[:, rows], lse[:, rows], part_out, part_lse)
+        plan: SmallBlocks = step.plan
+        _single_tokens(plan.single, packed, key, value, scale, sums)
+        for square in plan.squares:
+            sums.set(square.index, *_square(square, query, key, value, scale))
+        for own in plan.own:
+            sums.set(own.index, *_rectangle(own, packed, key, value, scale))
+        for block in plan.large_self:
+            sums.set(slice(block.start, block.stop), *_large_self(block, query, packed, key, value, scale))
+        for batch in step.tails:
+            sums.set(batch.query_index, *_tail_batch(batch, layer, packed, scale))
+        for above in plan.above:
+            sums.merge(above.index, *_rectangle(above, packed, key, value, scale))
+        for level in _levels(plan.large_cross):
+            _merge_level(level, partial(_keys_of, plan.place, layer, key, value), packed, scale, sums)
+        return sums.out.permute(1, 0, 2, 3).reshape(num_tokens, num_heads, head_dim).to(query.dtype)
 
 
-def _dense(node: Node, layer: int, queries: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """All of `queries` `[Hkv, n, G, D]` over all keys of a node -> (`[Hkv, n, G, D]`, LSE `[Hkv, n, G]`)."""
+@dataclass(frozen=True, slots=True)
+class _Sums:
+    """What the keys seen so far amount to, in fp32: out `[Hkv, T, G, D]`, lse `[Hkv, T, G]`."""
+
+    out: Tensor
+    lse: Tensor
+
+    def set(self, rows: slice | Tensor, part: Tensor, part_lse: Tensor) -> None:
+        """The first keys of some queries."""
+        self.out[:, rows] = part.to(self.out.dtype)
+        self.lse[:, rows] = part_lse
+
+    def merge(self, rows: slice | Tensor, part: Tensor, part_lse: Tensor) -> None:
+        """Further keys; `rows` are distinct."""
+        if isinstance(rows, slice):
+            merge_part_(self.out[:, rows], self.lse[:, rows], part, part_lse)
+            return
+        out, lse = self.out[:, rows], self.lse[:, rows]
+        merge_part_(out, lse, part, part_lse)
+        self.out[:, rows], self.lse[:, rows] = out, lse
+
+
+def _keys_of(place: dict[Node, slice], layer: int, key: Tensor, value: Tensor, node: Node) -> KeysValues:
+    """`[Hkv, n, D]` each: from the step itself if the node is new, else from its memory."""
+    if node in place:
+        return key[:, place[node]], value[:, place[node]]
     kv = kv_of(node)
-    part, part_lse = flash(queries.flatten(1, 2)[None], kv.keys(layer)[None], kv.values(layer)[None], scale=scale)
+    return kv.keys(layer), kv.values(layer)
+
+
+def _single_tokens(index: Tensor, packed: Tensor, key: Tensor, value: Tensor, scale: float, sums: _Sums) -> None:
+    """Over one key the softmax is 1: the answer is the value, the log-sum-exp the score."""
+    if not len(index):
+        return
+    queries, keys = packed[:, index].float(), key[:, index].float()
+    sums.lse[:, index] = torch.einsum("htgd,htd->htg", queries, keys) * scale
+    sums.out[:, index] = value[:, index].float()[:, :, None].expand(queries.shape)
+
+
+def _square(batch: SquareBatch, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """-> (`[Hkv, V, G, D]`, LSE `[Hkv, V, G]`)"""
+    q, k, v = (part[:, batch.tokens].transpose(0, 1) for part in (query, key, value))
+    part, part_lse = flash(q, k, v, scale=scale, is_causal=True)  # [B, H, Q, D], [B, H, Q]
+    groups = (len(key), len(query) // len(key))
+    part, part_lse = part.unflatten(1, groups), part_lse.unflatten(1, groups)
+    part = part.permute(1, 0, 3, 2, 4).flatten(1, 2)  # [Hkv, B * Q, G, D]
+    return part[:, batch.is_token], part_lse.permute(1, 0, 3, 2).flatten(1, 2)[:, batch.is_token]
+
+
+def _rectangle(
+    batch: RectangleBatch, packed: Tensor, key: Tensor, value: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """-> (`[Hkv, V, G, D]`, LSE `[Hkv, V, G]`)"""
+    q = packed[:, batch.queries].transpose(0, 1)  # [B, Hkv, Q, G, D]
+    k, v = (part[:, batch.keys].transpose(0, 1) for part in (key, value))
+    bias = None if batch.is_padding is None else additive_bias(batch.is_padding, packed.dtype)
+    part, part_lse = flash(q.flatten(2, 3), k, v, scale=scale, bias=bias)
+    part = part.view(q.shape).transpose(0, 1).flatten(1, 2)
+    return part[:, batch.is_query], part_lse.view(q.shape[:-1]).transpose(0, 1).flatten(1, 2)[:, batch.is_query]
+
+
+def _large_self(
+    block: SelfBlock, query: Tensor, packed: Tensor, key: Tensor, value: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """A node over its own keys -> (`[Hkv, n, G, D]`, LSE `[Hkv, n, G]`)"""
+    rows = slice(block.start, block.stop)
+    if not block.is_causal:
+        return _dense(packed[:, rows], key[:, rows], value[:, rows], scale)
+    part, part_lse = flash(query[None, :, rows], key[None, :, rows], value[None, :, rows], scale=scale, is_causal=True)
+    groups = packed.shape[2]
+    return part[0].unflatten(0, (-1, groups)).transpose(1, 2), part_lse[0].unflatten(0, (-1, groups)).transpose(1, 2)
+
+
+def _tail_batch(batch: TailBatch, layer: int, packed: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """-> (`[Hkv, B, G, D]`, LSE `[Hkv, B, G]`)"""
+    query = packed[:, batch.query_index].transpose(0, 1)  # [B, Hkv, G, D]
+    is_padding = torch.arange(batch.max_length) >= batch.lengths[:, None]
+    bias = additive_bias(is_padding, packed.dtype) if batch.is_ragged else None
+    part, part_lse = flash(query, batch.keys(layer), batch.values(layer), scale=scale, bias=bias)
+    return part.transpose(0, 1), part_lse.transpose(0, 1)
+
+
+def _merge_level(
+    level: Sequence[CrossBlock], keys_of: Callable[[Node], KeysValues], packed: Tensor, scale: float, sums: _Sums
+) -> None:
+    """The queries of one level's blocks are disjoint, so one merge serves them all."""
+    if len(level) == 1:
+        rows = slice(level[0].start, level[0].stop)
+        sums.merge(rows, *_dense(packed[:, rows], *keys_of(level[0].node), scale))
+        return
+    rows = slice(level[0].start, level[-1].stop)
+    part_out = torch.zeros_like(sums.out[:, rows])
+    part_lse = torch.full_like(sums.lse[:, rows], -torch.inf)
+    for block in level:
+        inside = slice(block.start - rows.start, block.stop - rows.start)
+        part = _dense(packed[:, block.start : block.stop], *keys_of(block.node), scale)
+        part_out[:, inside], part_lse[:, inside] = part
+    sums.merge(rows, part_out, part_lse)
+
+
+def _dense(queries: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`[Hkv, n, G, D]` over all of `[Hkv, K, D]` -> (`[Hkv, n, G, D]`, LSE `[Hkv, n, G]`)."""
+    part, part_lse = flash(queries.flatten(1, 2)[None], key[None], value[None], scale=scale)
     return part[0].view(queries.shape), part_lse[0].view(queries.shape[:-1])
 
 
@@ -99,8 +182,7 @@ def _levels(blocks: tuple[CrossBlock, ...]) -> list[list[CrossBlock]]:
     return [sorted(level, key=lambda block: block.start) for level in levels.values()]
 
 
-def _padding_bias(batch: TailBatch, dtype: torch.dtype) -> Tensor:
-    """`[B, 1, 1, K]`: -inf past the end of each tail. Every tail has at least one token, so no row is empty."""
-    is_padding = torch.arange(batch.max_length) >= batch.lengths[:, None]
+def additive_bias(is_padding: Tensor, dtype: torch.dtype) -> Tensor:
+    """is_padding `[B, K]` -> `[B, 1, 1, K]`: -inf where there is no key. Every row must have at least one key."""
     bias = torch.zeros(is_padding.shape, dtype=dtype).masked_fill_(is_padding, -torch.inf)
     return bias[:, None, None, :]

@@ -13,7 +13,6 @@ def merge_part_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) ->
     out: `[..., D]` fp32; lse: `[...]` fp32, natural log. part_lse may be -inf (the part has no keys for that query; its
     part_out must then be finite), lse may not.
     """
-    total = torch.logaddexp(lse, part_lse)
-    out.mul_((lse - total).exp_().unsqueeze(-1))
-    out.add_(part_out * (part_lse - total).exp_().unsqueeze(-1))
-    lse.copy_(total)
+    part_share = torch.sigmoid(part_lse - lse)  # exp(part) / (exp(lse) + exp(part))
+    out.lerp_(part_out.to(out.dtype), part_share.unsqueeze(-1))
+    torch.logaddexp(lse, part_lse, out=lse)

@@ -6,6 +6,7 @@
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -44,31 +45,38 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sca
 class ReferenceBackend:
     """One chain at a time: gathers the chain's keys and builds the mask from the rule."""
 
-    def attend(self, step: TreeStep, layer: int, query: Tensor, scale: float) -> Tensor:
-        """query `[H, T, D]` -> `[T, H, D]`."""
+    def plan(self, step: TreeStep) -> dict[Node, slice]:
+        """Where the step's own nodes lie in its packed tokens."""
+        return {block.node: slice(block.start, block.stop) for block in step.blocks.self_blocks}
+
+    def attend(self, step: TreeStep, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """query `[H, T, D]`, key and value `[Hkv, T, D]` -> `[T, H, D]`."""
         out = torch.empty(query.shape[1], query.shape[0], query.shape[2], dtype=query.dtype)
+        gather = partial(_chain, layer=layer, new=step.plan, key=key, value=value)
         for block in step.blocks.self_blocks:
-            key, value = _chain(block.node, layer)
+            keys, values = gather(block.node)
             mask = visible(block_sequence_ids(block.node.segments()))[block.node.start :]
-            out[block.start : block.stop] = dense_attention(query[:, block.start : block.stop], key, value, mask, scale)
+            out[block.start : block.stop] = dense_attention(
+                query[:, block.start : block.stop], keys, values, mask, scale
+            )
         ends = _decode_ends(step)
         for batch in step.tails:
             for slot, index in enumerate(batch.query_index.tolist()):
-                keys, values = _chain(ends[index], layer)
+                keys, values = gather(ends[index])
                 length = int(batch.lengths[slot])
-                key = torch.cat([keys, batch.keys(layer)[slot, :, :length]], dim=1)
-                value = torch.cat([values, batch.values(layer)[slot, :, :length]], dim=1)
-                mask = torch.ones(1, key.shape[1], dtype=torch.bool)
-                out[index] = dense_attention(query[:, index : index + 1], key, value, mask, scale)[0]
+                keys = torch.cat([keys, batch.keys(layer)[slot, :, :length]], dim=1)
+                values = torch.cat([values, batch.values(layer)[slot, :, :length]], dim=1)
+                mask = torch.ones(1, keys.shape[1], dtype=torch.bool)
+                out[index] = dense_attention(query[:, index : index + 1], keys, values, mask, scale)[0]
         return out
 
 
-def _chain(end: Node, layer: int) -> tuple[Tensor, Tensor]:
-    """Keys and values `[Hkv, end.stop, D]` of the whole prompt that ends at `end`."""
+def _chain(end: Node, *, layer: int, new: dict[Node, slice], key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values `[Hkv, end.stop, D]` of the whole prompt that ends at `end`; `new` nodes are in this step's."""
     path = end.path()
-    keys = torch.cat([kv_of(node).keys(layer) for node in path], dim=1)
-    values = torch.cat([kv_of(node).values(layer) for node in path], dim=1)
-    return keys, values
+    keys = [key[:, new[node]] if node in new else kv_of(node).keys(layer) for node in path]
+    values = [value[:, new[node]] if node in new else kv_of(node).values(layer) for node in path]
+    return torch.cat(keys, dim=1), torch.cat(values, dim=1)
 
 
 def _decode_ends(step: TreeStep) -> dict[int, Node]:

@@ -37,12 +37,12 @@ class Residency:
             node.kv = self.cache.allocate_node(len(node))
         return end.stop - num_missing
 
-    def release(self, end: Node) -> None:
+    def release(self, end: Node, *, keep_idle: bool = True) -> None:
         """Let go of a path, leaf first."""
         for node in reversed(end.path()):
             node.num_active -= 1
             if node.num_active == 0 and node.kv is not None:
-                self._set_idle(node)
+                self._set_idle(node, keep_idle=keep_idle and self.keep_idle)
 
     def make_room(self, num_tokens: int) -> bool:
         """Evict idle nodes until `num_tokens` fit: first those no waiting row wants, then the rest, oldest first."""
@@ -60,8 +60,8 @@ class Residency:
         if end.num_active == 0 and end.kv is not None:
             self._free(end)
 
-    def _set_idle(self, node: Node) -> None:
-        if self.keep_idle and node.is_computed and node.is_listed:
+    def _set_idle(self, node: Node, *, keep_idle: bool) -> None:
+        if keep_idle and node.is_computed and node.is_listed:
             self._idle[node] = None
         else:
             self._free(node)

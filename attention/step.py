@@ -3,19 +3,22 @@
 A model's attention layer calls `TreeStep.attend` with its packed queries, keys and values. All keys of the layer are
 written before any attention runs, so a step may hold whole chains of segments.
 
-Shapes: `T` packed tokens, `H` query heads, `Hkv` key heads, `D` head width, `B` generating rows.
+Shapes: `T` packed tokens, `H` query heads, `Hkv` key heads, `D` head width, `B` generating rows, `S` tokens of small
+nodes, `L` layers.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from attention.blocks import StepBlocks
-from attention.kv_cache import KVCache, NodeKV, Tail, TailArena
+from attention.blocks import SelfBlock, StepBlocks
+from attention.kv_cache import KVCache, KVShape, NodeKV, Tail, TailArena
 from attention.tree import Node
+
+SMALL_TOKENS = 64  # up to here nodes are handled many at a time: calls, not numbers, are what they cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,31 +49,80 @@ class TailBatch:
         return self.arena.tensor[layer, 1, : len(self.query_index), :, : self.max_length]
 
 
-class Backend(Protocol):
-    """Executes the blocks of a step for one layer."""
+class StagedKV:
+    """Keys and values of a step's small nodes side by side: one write a layer, and one copy a node when all are in.
 
-    def attend(self, step: "TreeStep", layer: int, query: Tensor, scale: float) -> Tensor:
-        """query `[H, T, D]` -> `[T, H, D]`. All keys of the layer are in place."""
+    Beside the budget, like activations: at most as many tokens as a step has in small nodes.
+    """
+
+    def __init__(self, blocks: Sequence[SelfBlock], shape: KVShape) -> None:
+        self.blocks = blocks
+        index = [position for block in blocks for position in range(block.start, block.stop)]
+        self._index = torch.tensor(index, device=shape.device)  # [S] packed positions
+        size = (shape.num_layers, 2, shape.num_kv_heads, len(index), shape.head_dim)
+        self._tensor = torch.empty(size, dtype=shape.dtype, device=shape.device)
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """key, value: `[Hkv, T, D]` of the whole step."""
+        if len(self._index):
+            torch.index_select(key, 1, self._index, out=self._tensor[layer, 0])
+            torch.index_select(value, 1, self._index, out=self._tensor[layer, 1])
+
+    def store(self) -> None:
+        """Give each node its own."""
+        start = 0
+        for block in self.blocks:
+            stop = start + block.stop - block.start
+            kv_of(block.node).tensor.copy_(self._tensor[:, :, :, start:stop])
+            start = stop
+
+
+class Backend(Protocol):
+    """Executes the blocks of a step, layer by layer."""
+
+    def plan(self, step: "TreeStep") -> Any:
+        """What all layers of a step share; made once, before the first."""
+        ...
+
+    def attend(self, step: "TreeStep", layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """query `[H, T, D]`, key and value `[Hkv, T, D]` of this step -> `[T, H, D]`.
+
+        Keys of earlier nodes and of tails are in place; those of this step's own nodes are in `key` and `value`.
+        """
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class TreeStep:
-    """Blocks, the memory they refer to, and the backend that runs them."""
+    """Blocks, the memory they refer to, and the backend that runs them. Call `finish` after the last layer."""
 
     blocks: StepBlocks
     tails: tuple[TailBatch, ...]
-    num_kv_heads: int
+    shape: KVShape
     backend: Backend
+    large_blocks: tuple[SelfBlock, ...] = field(init=False)
+    staged: StagedKV = field(init=False)
+    plan: Any = field(init=False)  # the backend's own
+
+    def __post_init__(self) -> None:
+        own = self.blocks.self_blocks
+        self.large_blocks = tuple(block for block in own if len(block.node) > SMALL_TOKENS)
+        self.staged = StagedKV([block for block in own if len(block.node) <= SMALL_TOKENS], self.shape)
+        self.plan = self.backend.plan(self)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """query `[1, H, T, D]`, key and value `[1, Hkv, T, D]` -> `[1, T, H, D]`."""
         self._write(layer, key[0], value[0])
-        return self.backend.attend(self, layer, query[0], scale).unsqueeze(0)
+        return self.backend.attend(self, layer, query[0], key[0], value[0], scale).unsqueeze(0)
+
+    def finish(self) -> None:
+        """Every layer has attended: the new nodes' keys and values are complete."""
+        self.staged.store()
 
     def _write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        for block in self.blocks.self_blocks:
+        for block in self.large_blocks:
             kv_of(block.node).write(layer, key[:, block.start : block.stop], value[:, block.start : block.stop])
+        self.staged.write(layer, key, value)
         for batch in self.tails:
             batch.write(layer, key, value)
 

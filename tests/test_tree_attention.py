@@ -45,7 +45,9 @@ class Harness:
         for node in nodes:
             self.node_qkv[node] = self.random_qkv(len(node))
         packed = [torch.cat([self.node_qkv[b.node][i] for b in blocks.self_blocks], dim=1)[None] for i in range(3)]
-        out = TreeStep(blocks, (), HKV, self.backend).attend(0, packed[0], packed[1], packed[2], SCALE)[0]
+        step = TreeStep(blocks, (), SHAPE, self.backend)
+        out = step.attend(0, packed[0], packed[1], packed[2], SCALE)[0]
+        step.finish()
         for node in nodes:
             node.is_computed = True
         return {b.node: out[b.start : b.stop] for b in blocks.self_blocks}
@@ -59,7 +61,7 @@ class Harness:
         order = sorted(range(len(queries)), key=lambda i: blocks.decode_index[i])
         qkv = [self.random_qkv(1) for _ in queries]
         packed = [torch.cat([qkv[i][part] for i in order], dim=1)[None] for part in range(3)]
-        step = TreeStep(blocks, tail_batches(self.cache, tails, blocks.decode_index), HKV, self.backend)
+        step = TreeStep(blocks, tail_batches(self.cache, tails, blocks.decode_index), SHAPE, self.backend)
         out = step.attend(0, packed[0], packed[1], packed[2], SCALE)[0]
         for i, tail in enumerate(tails):
             tail.length += 1

@@ -9,20 +9,24 @@ Knows prompts and models; batching is `workers/engine_core.py`. No Ray, no stora
 
 import datetime
 from collections.abc import Hashable, Sequence
+from itertools import islice
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from attention.segments import Segment
+from attention.segments import Segment, canonical_segments
 from workers.engine_core import EngineConfig, EngineCore, last_hidden
 from workers.model import TreeModel, load_model
 from workers.pairs import PairEncoder
 from workers.prompt_encoder import PromptEncoder
 from workers.prompts import PromptTemplate
 from workers.request import RequestOutput, Score
+from workers.row_errors import RowError
 from workers.sampling import SamplingParams
 from workers.stats import EngineStats
+from workers.twins import Twins
+from workers.windows import ScoreRequest, rolling_requests, total_score
 
 __all__ = ["Engine", "EngineConfig", "EngineStats", "Prompt"]
 
@@ -59,7 +63,7 @@ class Engine(EngineCore):
         if len(each) != len(prompts):
             raise ValueError(f"as many sampling params as prompts wanted ({len(prompts)}), got {len(each)}")
         chains = [self._chain(prompt) for prompt in prompts]
-        for index in _tree_order(chains):
+        for index in sorted(range(len(chains)), key=lambda i: tree_order(chains[i])):
             self.add(index, chains[index], each[index], random_key=str(index).encode())
         outputs: dict[Hashable, RequestOutput] = {}
         while self.has_work:
@@ -69,21 +73,26 @@ class Engine(EngineCore):
     @torch.inference_mode()
     def logits(self, prompts: Sequence[Prompt]) -> Tensor:
         """`[N, V]` fp32, at each prompt's last token. Raises RowError for a prompt that cannot run."""
-        chains = [self._chain(prompt) for prompt in prompts]
+        chains = [canonical_segments(self._chain(prompt), mask=self.config.mask) for prompt in prompts]
+        first_with = {chain: index for index, chain in reversed(list(enumerate(chains)))}
         rows: dict[Hashable, Tensor] = {}
-        for index in _tree_order(chains):
-            self.add(index, chains[index], SamplingParams(max_tokens=1))
+        for chain in sorted(first_with, key=tree_order):
+            self.add(first_with[chain], chain, SamplingParams(max_tokens=1))
+        errors: list[RowError] = []
         while self.has_work:
             plan = self.scheduler.plan_step()
-            for failed in [*self._refused, *self._take_failed()]:
-                raise failed.error or RuntimeError("a failed row has an error")
+            errors += [output.error for output in (*self._refused, *self._take_failed()) if output.error]
+            self._refused = []
             self._compute(plan)
             for prefill in plan.ready:
                 rows[prefill.request.request_id] = self.model.logits(last_hidden(prefill)[None])[0]
                 prefill.samples[0].finish_reason = "length"
                 self.scheduler.start_decoding(prefill)
             self._count(plan)
-        return torch.stack([rows[index] for index in range(len(prompts))])
+        self._twins = Twins()
+        for error in errors:
+            raise error
+        return torch.stack([rows[first_with[chain]] for chain in chains])
 
     def loglikelihood(self, pairs: Sequence[tuple[Prompt, str | Sequence[int]]]) -> list[Score]:
         """The log-likelihood of each continuation after its context, in the order of `pairs`.
@@ -93,16 +102,35 @@ class Engine(EngineCore):
         be token ids. Raises RowError for a pair that cannot be scored.
         """
         encoder = PairEncoder(self._prompt_encoder(), self.model.tokenizer)
-        encoded = [encoder.encode(*pair) for pair in pairs]
-        for index in _tree_order([[*context, Segment(rest, False)] for context, rest in encoded]):
-            self.add_score(index, *encoded[index])
-        scores: dict[Hashable, Score] = {}
+        return self._scores([(*encoder.encode(*pair), True) for pair in pairs])
+
+    def loglikelihood_rolling(self, texts: Sequence[str]) -> list[Score]:
+        """The log-likelihood of each whole text, in windows of the context if it is longer than that.
+
+        As lm-evaluation-harness does it: every token is predicted once, the first of a text from the prefix token, and
+        later windows have one token of context. Raises RowError for a text without tokens.
+        """
+        encoder = PairEncoder(self._prompt_encoder(), self.model.tokenizer)
+        windows = [list(rolling_requests(*encoder.encode_text(text), self.max_model_len)) for text in texts]
+        scores = iter(self._scores([window for text in windows for window in text]))
+        return [total_score(islice(scores, len(text))) for text in windows]
+
+    def _scores(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        """Raises RowError if a request has no score, once the others are done."""
+        chains = [self._fed_chain(context, continuation) for context, continuation, _ in requests]
+        for index in sorted(range(len(requests)), key=lambda i: tree_order(chains[i])):
+            context, continuation, is_shared = requests[index]
+            self.add_score(index, context, continuation, is_shared=is_shared)
+        outputs: dict[Hashable, RequestOutput] = {}
         while self.has_work:
-            for output in self.step():
-                if output.score is None:
-                    raise output.error or RuntimeError("a row that is not scored has an error")
-                scores[output.request_id] = output.score
-        return [scores[index] for index in range(len(pairs))]
+            outputs.update((output.request_id, output) for output in self.step())
+        for index in range(len(requests)):
+            if error := outputs[index].error:
+                raise error
+        return [score for index in range(len(requests)) if (score := outputs[index].score)]
+
+    def _fed_chain(self, context: Sequence[Segment], continuation: Sequence[int]) -> tuple[Segment, ...]:
+        return canonical_segments([*context, Segment(tuple(continuation[:-1]), False)], mask=self.config.mask)
 
     def _chain(self, prompt: Prompt) -> Sequence[Segment]:
         if not isinstance(prompt, str) and all(isinstance(part, Segment) for part in prompt):
@@ -115,6 +143,6 @@ class Engine(EngineCore):
         return self._encoder
 
 
-def _tree_order(chains: Sequence[Sequence[Segment]]) -> list[int]:
-    """Rows that share a beginning are run together, shorter prompts before their continuations."""
-    return sorted(range(len(chains)), key=lambda i: [(s.bidirectional, s.token_ids) for s in chains[i]])
+def tree_order(chain: Sequence[Segment]) -> list[tuple[bool, Sequence[int]]]:
+    """Sorts rows that share a beginning together, shorter prompts before their continuations."""
+    return [(segment.bidirectional, segment.token_ids) for segment in chain]

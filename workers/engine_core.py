@@ -15,7 +15,7 @@ from attention.blocks import DecodeQuery, StepBlocks, blocks_of
 from attention.cpu import CpuBackend
 from attention.kv_cache import KVCache
 from attention.reference import ReferenceBackend
-from attention.segments import Segment, canonical_segments, num_tokens
+from attention.segments import Segment, canonical_segments
 from attention.step import Backend, TreeStep, tail_batches
 from attention.tree import SegmentTree
 from workers.generate import Finisher
@@ -25,9 +25,11 @@ from workers.row_errors import RowError, RowErrorCode
 from workers.sampler import draw
 from workers.sampling import SamplingParams
 from workers.scheduler import Prefill, Scheduler, StepPlan
-from workers.score import collect, score_blocks, score_tokens
+from workers.score import TokenScore, collect, score_step
 from workers.stats import EngineStats
+from workers.twins import Twins
 
+SCORING = SamplingParams(max_tokens=1)  # of rows that draw nothing
 BACKENDS: dict[str, type[Backend]] = {"cpu": CpuBackend, "reference": ReferenceBackend}
 
 
@@ -64,6 +66,7 @@ class EngineCore:
         )
         self.finisher = Finisher(model.tokenizer, model.eos_token_ids, self.max_model_len)
         self.stats = EngineStats()
+        self._twins = Twins()
         self._num_added = 0
         self._refused: list[RequestOutput] = []
 
@@ -84,34 +87,35 @@ class EngineCore:
         A row that cannot run becomes an output with `error`, like any other row error.
         """
         key = random_key if random_key is not None else str(self._num_added).encode()
-        root = None if self.config.enable_prefix_caching else self.tree.new_root()
         chain = canonical_segments(segments, mask=self.config.mask)
-        request = Request(request_id, chain, params or SamplingParams(), key, self._num_added, root)
-        self._num_added += 1
-        self.stats.num_rows += 1
-        self.stats.num_prompt_tokens += num_tokens(chain)
-        error = self._objection(request)
-        if error:
-            self._refused.append(self._failed_output(request, error))
-        else:
-            self.scheduler.add(request)
+        root = None if self.config.enable_prefix_caching else self.tree.new_root()
+        self._queue(Request(request_id, chain, params or SamplingParams(), key, self._num_added, root))
 
-    def add_score(self, request_id: Hashable, context: Sequence[Segment], continuation: Sequence[int]) -> None:
+    def add_score(
+        self,
+        request_id: Hashable,
+        context: Sequence[Segment],
+        continuation: Sequence[int],
+        *,
+        is_shared: bool = True,
+    ) -> None:
         """Queue a row whose `continuation` is scored after `context`; both need at least one token.
 
         All tokens but the last are fed, so context and continuation together may be one longer than `max_model_len`.
+        `is_shared=False` for what no other row begins with: it is forgotten as soon as it is scored.
         """
-        root = None if self.config.enable_prefix_caching else self.tree.new_root()
         chain = canonical_segments(context, mask=self.config.mask)
-        params = SamplingParams(max_tokens=1)
-        request = Request(request_id, chain, params, b"", self._num_added, root, tuple(continuation))
+        root = None if self.config.enable_prefix_caching and is_shared else self.tree.new_root()
+        self._queue(Request(request_id, chain, SCORING, b"", self._num_added, root, tuple(continuation)))
+
+    def _queue(self, request: Request) -> None:
         self._num_added += 1
         self.stats.num_rows += 1
-        self.stats.num_prompt_tokens += num_tokens(chain) + max(0, len(continuation) - 1)
+        self.stats.num_prompt_tokens += len(request.prompt_token_ids)
         error = self._objection(request)
         if error:
             self._refused.append(self._failed_output(request, error))
-        else:
+        elif not (self.config.enable_prefix_caching and self._twins.joins(request)):
             self.scheduler.add(request)
 
     def _objection(self, request: Request) -> RowError | None:
@@ -143,44 +147,43 @@ class EngineCore:
         plan = self.scheduler.plan_step()
         done += self._take_failed()
         if not plan.is_empty:
-            decode_hidden = self._compute(plan)
-            done += self._score(plan)
+            decode_hidden, last_scores = self._compute(plan)
+            done += self._score(plan, last_scores)
             done += self._draw(plan, decode_hidden)
             self._count(plan)
+        done = list(self._twins.answers(done))
+        self.stats.num_errors += sum(output.error is not None for output in done)
         self.stats.num_finished_rows += len(done)
         self.stats.num_finished_tokens += sum(len(output.prompt_token_ids) for output in done)
         return done
 
-    def _compute(self, plan: StepPlan) -> Tensor:
-        """Run the model over the step; returns the hidden states of the decoding samples, `[B, E]`."""
+    def _compute(self, plan: StepPlan) -> tuple[Tensor, list[TokenScore]]:
+        """Run the model over the step.
+
+        Returns the hidden states of the decoding samples, `[B, E]`, and the scores of the last tokens of `plan.scored`.
+        """
         decode = [DecodeQuery(s.end, s.token_ids[-1], s.end.stop + _tail_length(s)) for s in plan.decoding]
         blocks = blocks_of(plan.new_nodes, decode)
-        if not blocks.num_tokens:
-            return torch.empty(0)
-        tails = [sample.tail for sample in plan.decoding if sample.tail is not None]
-        batches = tail_batches(self.cache, tails, blocks.decode_index)
-        hidden = self.model.forward(TreeStep(blocks, batches, self.cache.shape.num_kv_heads, self.backend))
-        _keep_node_ends(blocks, hidden)
-        score_blocks(blocks.self_blocks, hidden, self.model.logits, self.model.vocab_size)
-        for tail in tails:
-            tail.length += 1
-        return hidden[list(blocks.decode_index)] if decode else hidden[:0]
+        hidden = torch.empty(0)
+        if blocks.num_tokens:
+            tails = [sample.tail for sample in plan.decoding if sample.tail is not None]
+            batches = tail_batches(self.cache, tails, blocks.decode_index)
+            hidden = self.model.forward(TreeStep(blocks, batches, self.cache.shape, self.backend))
+            _keep_node_ends(blocks, hidden)
+            for tail in tails:
+                tail.length += 1
+        ends = [(prefill.end, _continuation(prefill.request)[-1]) for prefill in plan.scored]
+        scores = score_step(blocks.self_blocks, ends, hidden, self.model.logits, self.model.vocab_size)
+        return (hidden[list(blocks.decode_index)] if decode else hidden[:0]), scores
 
-    def _score(self, plan: StepPlan) -> list[RequestOutput]:
-        """Finish the scoring rows whose last fed token is computed; they are taken out of `plan.ready`."""
-        scoring = [prefill for prefill in plan.ready if prefill.request.continuation is not None]
-        if not scoring:
-            return []
-        plan.ready = [prefill for prefill in plan.ready if prefill.request.continuation is None]
-        hidden = torch.stack([last_hidden(prefill) for prefill in scoring])
-        targets = torch.tensor([_continuation(prefill.request)[-1] for prefill in scoring], device=hidden.device)
-        last, is_greedy = score_tokens(hidden, targets, self.model.logits, self.model.vocab_size)
-        return [self._scored(*row) for row in zip(scoring, last.tolist(), is_greedy.tolist(), strict=True)]
+    def _score(self, plan: StepPlan, last_scores: Sequence[TokenScore]) -> list[RequestOutput]:
+        """Finish the scoring rows whose last fed token is computed."""
+        return [self._scored(*each) for each in zip(plan.scored, last_scores, strict=True)]
 
-    def _scored(self, prefill: Prefill, last_logprob: float, last_is_greedy: bool) -> RequestOutput:
+    def _scored(self, prefill: Prefill, last: TokenScore) -> RequestOutput:
         request = prefill.request
         logprob, is_greedy = collect(prefill.end, request.num_prompt_tokens)
-        score = Score(logprob + last_logprob, len(_continuation(request)), is_greedy and last_is_greedy)
+        score = Score(logprob + last[0], len(_continuation(request)), is_greedy and last[1])
         if not math.isfinite(score.logprob):
             self._discard(request)
             message = "the model gave logits that are not finite numbers"
@@ -239,7 +242,6 @@ class EngineCore:
         return RequestOutput(request.request_id, request.prompt_token_ids, request.num_cached_tokens or 0, outputs)
 
     def _failed_output(self, request: Request, error: RowError) -> RequestOutput:
-        self.stats.num_errors += 1
         return RequestOutput(request.request_id, request.prompt_token_ids, 0, error=error)
 
     def _count(self, plan: StepPlan) -> None:

@@ -86,6 +86,7 @@ class TreeModel:
             use_cache=False,
             segue_step=step,
         )
+        step.finish()
         return output.last_hidden_state[0]
 
     @torch.inference_mode()
@@ -222,5 +223,5 @@ def chain_logits(loaded: TreeModel, segments: list[Segment]) -> Tensor:
     tree = SegmentTree()
     end = tree.insert(segments)
     Residency(tree, KVCache(loaded.kv_shape, loaded.kv_shape.bytes_per_token * end.stop)).acquire(end)
-    step = TreeStep(blocks_of(end.path(), []), (), loaded.kv_shape.num_kv_heads, CpuBackend())
+    step = TreeStep(blocks_of(end.path(), []), (), loaded.kv_shape, CpuBackend())
     return loaded.logits(loaded.forward(step)[-1:])[0]

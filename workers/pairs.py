@@ -1,19 +1,24 @@
-"""A context and its continuation as tokens, joined as lm-evaluation-harness joins them.
+"""A context and its continuations as tokens, joined as lm-evaluation-harness joins them.
 
-Source: `_encode_pair` and `loglikelihood` of lm-evaluation-harness 0.4.13 (`lm_eval/api/model.py`). Knows the
-tokenizer; no model, no scores.
+Source: `_encode_pair` and `loglikelihood` of lm-evaluation-harness 0.4.13 (`lm_eval/api/model.py`). Knows prompts as
+blocks of text and their tokenizer; no model, no scores, no rows.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attention.segments import Segment, num_tokens
+from workers.presets import Block, Row, text_blocks
 from workers.prompt_encoder import PromptEncoder
 from workers.row_errors import RowError, RowErrorCode
 
 
 class PairEncoder:
-    """Turns (context, continuation) into segments and the token ids to score."""
+    """Turns a context and a continuation into segments and the token ids to score.
+
+    Contexts of text are tokenised together with what follows, and their last white space belongs to the continuation. A
+    chat is tokenised as it is, and the continuation follows its generation header.
+    """
 
     def __init__(self, encoder: PromptEncoder, tokenizer: Any) -> None:
         self._encoder = encoder
@@ -33,26 +38,50 @@ class PairEncoder:
     ) -> tuple[Sequence[Segment], tuple[int, ...]]:
         """(context segments, continuation token ids). Raises RowError(EMPTY_PROMPT) if nothing is left to score."""
         if isinstance(context, str) and isinstance(continuation, str):
-            pair = self._encode_text(context, continuation)
+            chain, (tokens,) = self.encode_blocks(text_blocks([Row(context)]), [continuation])
         else:
-            pair = self._segments(context), self._tokens(continuation)
-        if not pair[1]:
+            chain, tokens = self._segments(context), self._tokens(continuation)
+        if not tokens:
             raise RowError(RowErrorCode.EMPTY_PROMPT, "the continuation has no tokens, wanted at least one")
-        return pair
+        return chain, tokens
 
-    def _encode_text(self, context: str, continuation: str) -> tuple[Sequence[Segment], tuple[int, ...]]:
-        stripped = context.rstrip()
-        continuation = context[len(stripped) :] + continuation
-        if not stripped:
-            return self._after_nothing(self._tokens(continuation))
-        chain, whole = self._encoder.encode_prompt(stripped), self._encoder.encode_prompt(stripped + continuation)
-        return chain, tuple(token for segment in whole for token in segment.token_ids)[num_tokens(chain) :]
+    def encode_row(
+        self, row: Mapping[str, object], continuations: Sequence[str]
+    ) -> tuple[Sequence[Segment], list[tuple[int, ...]]]:
+        """The context that a row's prompt is, and the tokens of each continuation; any of these may have none.
 
-    def _after_nothing(self, tokens: tuple[int, ...]) -> tuple[Sequence[Segment], tuple[int, ...]]:
+        Raises RowError.
+        """
+        blocks = self._encoder.blocks_of(row)
+        if blocks is None:
+            return self._encoder.encode(row, may_be_blank=True), [self._tokens(text) for text in continuations]
+        return self.encode_blocks(blocks, continuations)
+
+    def encode_blocks(
+        self, blocks: Sequence[Block], continuations: Sequence[str]
+    ) -> tuple[Sequence[Segment], list[tuple[int, ...]]]:
+        """The same for a context of text."""
+        context, space = _without_last_space(blocks)
+        if not context:
+            return self._after_nothing([self._tokens(space + text) for text in continuations])
+        chain = self._encoder.encode_blocks(context)
+        start = num_tokens(chain)
+        return chain, [
+            _tokens_of(self._encoder.encode_blocks(_extended(context, space + text)))[start:] for text in continuations
+        ]
+
+    def encode_text(self, text: str) -> tuple[tuple[int, ...], int]:
+        """A text to score as a whole: (its tokens, the token to predict the first one from). Raises RowError."""
+        tokens = _tokens_of(self._encoder.encode_blocks(text_blocks([Row(text)])))
+        if not tokens:
+            raise RowError(RowErrorCode.EMPTY_PROMPT, "the text has no tokens, wanted at least one")
+        return tokens, self.prefix_token_id
+
+    def _after_nothing(self, continuations: list[tuple[int, ...]]) -> tuple[Sequence[Segment], list[tuple[int, ...]]]:
         prefix = self.prefix_token_id
-        if tokens[:1] == (prefix,):
-            tokens = tokens[1:]
-        return [Segment((prefix,), False)], tokens
+        return [Segment((prefix,), False)], [
+            tokens[1:] if tokens[:1] == (prefix,) else tokens for tokens in continuations
+        ]
 
     def _segments(self, context: Any) -> Sequence[Segment]:
         if not isinstance(context, str) and all(isinstance(part, Segment) for part in context):
@@ -63,3 +92,30 @@ class PairEncoder:
         if not isinstance(continuation, str):
             return tuple(continuation)
         return tuple(self._encoder.encode_continuation(continuation))
+
+
+def _without_last_space(blocks: Sequence[Block]) -> tuple[tuple[Block, ...], str]:
+    """(the blocks up to their last character that is not white space, the white space); no blocks for blank text"""
+    kept, space = list(blocks), ""
+    while kept:
+        bidirectional, parts = kept.pop()
+        while parts:
+            *before, last = parts
+            text = last.text.rstrip()
+            space = last.text[len(text) :] + space
+            if text:
+                return (*kept, (bidirectional, (*before, type(last)(text)))), space
+            parts = tuple(before)
+    return (), space
+
+
+def _extended(blocks: tuple[Block, ...], text: str) -> tuple[Block, ...]:
+    """With a row's text after them, which is causal whatever the last block is."""
+    bidirectional, parts = blocks[-1]
+    if bidirectional:
+        return (*blocks, (False, (Row(text),)))
+    return (*blocks[:-1], (False, (*parts, Row(text))))
+
+
+def _tokens_of(segments: Sequence[Segment]) -> tuple[int, ...]:
+    return tuple(token for segment in segments for token in segment.token_ids)

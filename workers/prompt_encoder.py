@@ -14,7 +14,7 @@ from workers.chat import ChatRenderer, SegmentedText
 from workers.chat_template import ChatTemplate
 from workers.conversation import Message, Role, check_texts, column_text, parse_messages
 from workers.placeholders import Placeholder, fill
-from workers.presets import Author, Row, alpaca_blocks, commonsense_blocks, segmented, text_blocks
+from workers.presets import Author, Block, Row, alpaca_blocks, commonsense_blocks, segmented, text_blocks
 from workers.prompts import PromptTemplate
 from workers.row_errors import RowError
 from workers.tokenizer import Piece, RunTokenizer
@@ -75,13 +75,21 @@ class PromptEncoder:
     def __reduce__(self) -> tuple[Callable[[], "PromptEncoder"], tuple[()]]:
         return (self._rebuild, ())
 
-    def encode(self, row: Mapping[str, object]) -> tuple[Segment, ...]:
-        """The row's prompt as segments, none empty. Raises RowError."""
-        if self._template.format == "chat":
-            return self._encode_chat(*self._messages_of(row))
-        if self._template.format == "text":
-            return self._encode_text(row)
-        return self._encode_preset(row)
+    def encode(self, row: Mapping[str, object], *, may_be_blank: bool = False) -> tuple[Segment, ...]:
+        """The row's prompt as segments, none empty. Raises RowError; `may_be_blank` where no text is no error."""
+        blocks = self._checked_blocks(row, may_be_blank)
+        if blocks is not None:
+            return self.encode_blocks(blocks)
+        messages, from_row = self._messages_of(row)
+        return self._encode_chat(messages, () if may_be_blank else from_row)
+
+    def blocks_of(self, row: Mapping[str, object]) -> tuple[Block, ...] | None:
+        """The row's prompt as blocks of text, which may be blank; None for a chat. Raises RowError."""
+        return self._checked_blocks(row, may_be_blank=True)
+
+    def encode_blocks(self, blocks: Sequence[Block]) -> tuple[Segment, ...]:
+        """Blocks of text as segments, none empty, with what the tokenizer adds to plain text by default."""
+        return self._encode_plain(segmented(blocks, self._tokenizer.split))
 
     def encode_prompt(self, prompt: str | Sequence[Mapping[str, object]]) -> tuple[Segment, ...]:
         """A string is plain text, one causal segment; a list is chat messages. Raises RowError.
@@ -92,7 +100,7 @@ class PromptEncoder:
             messages = parse_messages(prompt)
             return self._encode_chat(messages, [part for message in messages for part in message.parts])
         self._check([prompt], [prompt])
-        return self._encode_plain(segmented(text_blocks([Row(prompt)]), self._tokenizer.split))
+        return self.encode_blocks(text_blocks([Row(prompt)]))
 
     def encode_continuation(self, text: str) -> tuple[int, ...]:
         """Token ids of text that follows a prompt: nothing added, control tokens in it are text. May be empty."""
@@ -160,23 +168,27 @@ class PromptEncoder:
         # A rendered chat has its own BOS, or none: nothing is added to it.
         return self._encode(self._renderer.render(messages))
 
-    def _encode_text(self, row: Mapping[str, object]) -> tuple[Segment, ...]:
-        parts: list[Author | Row] = [
+    def _checked_blocks(self, row: Mapping[str, object], may_be_blank: bool) -> tuple[Block, ...] | None:
+        if self._template.format == "chat":
+            return None
+        blocks = self._text_blocks(row) if self._template.format == "text" else self._preset_blocks(row)
+        parts = [part for _, parts in blocks for part in parts]
+        from_row = [part.text for part in parts if isinstance(part, Row)]
+        self._check([part.text for part in parts], () if may_be_blank else from_row)
+        return blocks
+
+    def _text_blocks(self, row: Mapping[str, object]) -> tuple[Block, ...]:
+        return text_blocks(
             Row(column_text(row, piece.column)) if isinstance(piece, Placeholder) else Author(piece)
             for piece in self._template.text_pieces
-        ]
-        self._check([part.text for part in parts], [part.text for part in parts if isinstance(part, Row)])
-        return self._encode_plain(segmented(text_blocks(parts), self._tokenizer.split))
+        )
 
-    def _encode_preset(self, row: Mapping[str, object]) -> tuple[Segment, ...]:
+    def _preset_blocks(self, row: Mapping[str, object]) -> tuple[Block, ...]:
         instruction = column_text(row, self._template.instruction_column)
         has_input = row.get(self._template.input_column) is not None
         extra = column_text(row, self._template.input_column) if has_input else ""
-        self._check([instruction, extra], [instruction, extra])
         blocks_of = alpaca_blocks if self._template.format == "alpaca" else commonsense_blocks
-        return self._encode_plain(
-            segmented(blocks_of(instruction, extra if extra.strip() else ""), self._tokenizer.split)
-        )
+        return blocks_of(instruction, extra if extra.strip() else "")
 
     def _check(self, texts: Sequence[str], from_row: Sequence[str]) -> None:
         check_texts(texts, from_row=from_row, max_bytes=self._max_prompt_bytes)
@@ -185,6 +197,8 @@ class PromptEncoder:
         """With what the tokenizer adds to plain text by default; a BOS that the author wrote is not doubled."""
         prefix, suffix = self._tokenizer.prefix_ids, self._tokenizer.suffix_ids
         segments = self._encode(text)
+        if not segments:
+            return (Segment(prefix + suffix, False),) if prefix + suffix else ()
         if segments[0].token_ids[: len(prefix)] == prefix:
             prefix = ()
         if suffix and segments[-1].token_ids[-len(suffix) :] == suffix:

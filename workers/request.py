@@ -53,7 +53,7 @@ class RequestOutput:
     """The answer to one row. `error` is set, and `outputs` empty, when there is none."""
 
     request_id: Hashable
-    prompt_token_ids: list[int]
+    prompt_token_ids: list[int]  # of a scored row, with the continuation but its last token, which is not fed
     num_cached_tokens: int  # prompt tokens whose keys were there, or were being made by another row
     outputs: list[CompletionOutput] = field(default_factory=list)
     score: Score | None = None  # of the given continuation, if the request had one
@@ -69,10 +69,14 @@ class Request:
     params: SamplingParams
     random_key: bytes
     order: int  # arrival; earlier rows are never preempted for later ones
-    root: Node | None = None  # a tree of its own, when reuse is off
+    root: Node | None = None  # a tree of its own, for a row that shares nothing
     continuation: tuple[int, ...] | None = None  # tokens to score after the prompt, instead of generating
     num_cached_tokens: int | None = None  # known once admitted
     samples: list["Sample"] = field(default_factory=list)
+
+    @property
+    def is_scored(self) -> bool:
+        return self.continuation is not None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -80,7 +84,9 @@ class Request:
 
     @property
     def prompt_token_ids(self) -> list[int]:
-        return [token for segment in self.segments for token in segment.token_ids]
+        """What is fed: the prompt, and of a continuation all but the last token."""
+        prompt = [token for segment in self.segments for token in segment.token_ids]
+        return prompt if self.continuation is None else [*prompt, *self.continuation[:-1]]
 
     @property
     def is_finished(self) -> bool:

@@ -29,7 +29,7 @@ class Prefill:
     @property
     def num_tail_tokens(self) -> int:
         """Memory to keep free for the first generated tokens."""
-        is_short = self.request.continuation is not None or self.request.params.max_tokens == 1
+        is_short = self.request.is_scored or self.request.params.max_tokens == 1
         return 0 if is_short else TAIL_CAPACITIES[0] * len(self.samples)
 
 
@@ -40,10 +40,11 @@ class StepPlan:
     new_nodes: list[Node] = field(default_factory=list)
     decoding: list[Sample] = field(default_factory=list)
     ready: list[Prefill] = field(default_factory=list)  # prompts complete after this step: their samples draw
+    scored: list[Prefill] = field(default_factory=list)  # of scored rows, what is fed is complete after this step
 
     @property
     def is_empty(self) -> bool:
-        return not (self.new_nodes or self.decoding or self.ready)
+        return not (self.new_nodes or self.decoding or self.ready or self.scored)
 
 
 class Scheduler:
@@ -97,7 +98,10 @@ class Scheduler:
         self._admit()
         plan.decoding = list(self.running)
         self._fill(plan)
-        plan.ready = [p for p in self.prefilling if _is_complete(p.end, set(plan.new_nodes))]
+        new = set(plan.new_nodes)
+        complete = [prefill for prefill in self.prefilling if _is_complete(prefill.end, new)]
+        plan.ready = [prefill for prefill in complete if not prefill.request.is_scored]
+        plan.scored = [prefill for prefill in complete if prefill.request.is_scored]
         return plan
 
     def start_decoding(self, prefill: Prefill) -> None:
@@ -106,7 +110,7 @@ class Scheduler:
         for sample in prefill.samples:
             if sample.finish_reason:
                 self._unscore(prefill)
-                self._leave(sample.end)
+                self._leave(sample.end, sample.request)
             elif self._open_tail(sample):
                 self.running.append(sample)
 
@@ -114,7 +118,7 @@ class Scheduler:
         """A running sample is done: free what only it needed."""
         self.running.remove(sample)
         self._close(sample)
-        self._leave(sample.end)
+        self._leave(sample.end, sample.request)
 
     def abort(self, request: Request) -> None:
         """Take every sample of a row out, wherever it is."""
@@ -128,17 +132,33 @@ class Scheduler:
     # -- memory
 
     def _admit(self) -> None:
-        while self.waiting and self.num_active + len(self.waiting[0].samples) <= max(self.max_num_seqs, self._floor()):
+        num_pending = self._num_pending_tokens()
+        while self.waiting and self._has_place(self.waiting[0], num_pending):
             if not self._try_admit(self.waiting[0]):
                 if self.num_active:
                     return
                 self._fail(self.waiting.popleft())
                 continue
-            self.prefilling.append(self.waiting.popleft())
+            admitted = self.waiting.popleft()
+            self.prefilling.append(admitted)
+            num_pending += admitted.end.stop - (admitted.request.num_cached_tokens or 0)
 
-    def _floor(self) -> int:
-        """A row with more samples than `max_num_seqs` may still run, alone."""
-        return 0 if self.num_active else len(self.waiting[0].samples)
+    def _has_place(self, prefill: Prefill, num_pending: int) -> bool:
+        """A row that generates takes a sequence of `max_num_seqs`, or more of them if it runs alone.
+
+        A scored row is done as soon as it is fed: of these there are as many as fill the next step.
+        """
+        if prefill.request.is_scored:
+            return max(num_pending, len(self.prefilling)) < self.max_num_batched_tokens
+        num_generating = len(self.running) + sum(len(p.samples) for p in self.prefilling if not p.request.is_scored)
+        return num_generating + len(prefill.samples) <= max(
+            self.max_num_seqs, 0 if self.num_active else len(prefill.samples)
+        )
+
+    def _num_pending_tokens(self) -> int:
+        """What admitted rows still have to compute."""
+        nodes = {node for prefill in self.prefilling for node in prefill.end.path() if not node.is_computed}
+        return sum(len(node) for node in nodes)
 
     def _try_admit(self, prefill: Prefill) -> bool:
         if prefill.end.is_computed and prefill.end.last_hidden is None:
@@ -224,7 +244,7 @@ class Scheduler:
         end = self.tree.insert(chain, request.root)
         sample.end = end
         self.waiting.appendleft(self._prefill(request, [sample], end))
-        self._leave(old_end)
+        self._leave(old_end, request)
 
     def _take_waiting(self, sample: Sample) -> Prefill:
         prefill = next(p for p in self.waiting if sample in p.samples)
@@ -239,7 +259,7 @@ class Scheduler:
         return Prefill(request, samples, end)
 
     def _unscore(self, prefill: Prefill) -> None:
-        if prefill.request.continuation is not None:
+        if prefill.request.is_scored:
             self.tree.remove_scored(prefill.end, prefill.request.num_prompt_tokens)
 
     def _drop(self, prefill: Prefill, *, held: bool) -> None:
@@ -249,8 +269,9 @@ class Scheduler:
                 self.residency.release(prefill.end)
             self.tree.remove_row(prefill.end)
 
-    def _leave(self, end: Node) -> None:
-        self.residency.release(end)
+    def _leave(self, end: Node, request: Request) -> None:
+        """What stands under a root of its own is of no use to others."""
+        self.residency.release(end, keep_idle=request.root is None)
         self.tree.remove_row(end)
 
     def _close(self, sample: Sample) -> None:

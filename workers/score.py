@@ -1,12 +1,14 @@
 """Log-likelihood of given tokens: each node of the tree is scored once, whoever asks.
 
 The probability of a token needs the hidden state before it: inside a node that is the node's own, for its first token
-it is the parent's last. The last token of a continuation is scored from its parent and never fed. Logits exist for a
-bounded number of positions at a time. Knows nodes and the model's head; no rows, no scheduler.
+it is the parent's last. The last token of a continuation is scored from its parent and never fed. A hidden state goes
+through the vocabulary once a step, however many choices follow it, and logits exist for a bounded number of positions
+at a time. Knows nodes and the model's head; no rows, no scheduler.
 
-Shapes: `N` positions, `E` hidden width, `V` vocabulary.
+Shapes: `N` positions, `M` tokens scored at them, `T` packed tokens of a step, `E` hidden width, `V` vocabulary.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,97 +21,130 @@ from attention.tree import Node
 MAX_LOGITS = 1 << 24  # numbers of fp32 logits held at once: 64 MiB, whatever the vocabulary
 
 Head = Callable[[Tensor], Tensor]  # hidden [N, E] -> logits [N, V] fp32
+TokenScore = tuple[float, bool]  # log-probability; is the token the most likely one
 
 
 @dataclass(frozen=True, slots=True)
 class NodeScores:
     """Scores of a node's own tokens, and the hidden states that further tokens may need if it is cut."""
 
-    logprobs: Tensor  # [N] fp32
-    is_greedy: Tensor  # [N] bool
+    tokens: tuple[TokenScore, ...]  # N of them
     hidden: Tensor  # [N, E]
 
     def split(self, num_tokens: int) -> tuple["NodeScores", "NodeScores"]:
         """Copies, so that one half does not hold the other's memory."""
-        parts = (self.logprobs, self.is_greedy, self.hidden)
-        upper, lower = (
-            [part[:num_tokens].clone() for part in parts],
-            [part[num_tokens:].clone() for part in parts],
-        )
-        return NodeScores(*upper), NodeScores(*lower)
+        upper, lower = self.hidden[:num_tokens].clone(), self.hidden[num_tokens:].clone()
+        return NodeScores(self.tokens[:num_tokens], upper), NodeScores(self.tokens[num_tokens:], lower)
 
     @property
     def last_hidden(self) -> Tensor:
         return self.hidden[-1]
 
 
-def score_blocks(blocks: Sequence[SelfBlock], hidden: Tensor, head: Head, vocab_size: int) -> None:
-    """Give every newly computed node that a row wants scored its scores. hidden `[T, E]` is the step's."""
+def score_step(
+    blocks: Sequence[SelfBlock], ends: Sequence[tuple[Node, int]], hidden: Tensor, head: Head, vocab_size: int
+) -> list[TokenScore]:
+    """Give every newly computed node that a row wants scored its scores; returns those of `ends`.
+
+    `ends` are (node, the token after it); hidden `[T, E]` is the step's, and every node's last one is kept already.
+    """
     wanted = [block for block in blocks if block.node.num_scoring]
-    if not wanted:
-        return
-    before = torch.cat([_hidden_before(block, hidden) for block in wanted])
-    targets = torch.tensor([token for block in wanted for token in block.node.token_ids], device=hidden.device)
-    logprobs, is_greedy = score_tokens(before, targets, head, vocab_size)
+    positions = _Positions()
+    for block in wanted:
+        positions.add_node(block)
+    for node, token in ends:
+        positions.add_end(node, token)
+    found = positions.score(hidden, head, vocab_size)
     start = 0
     for block in wanted:
-        rows = slice(start, start + len(block.node))
-        own = hidden[block.start : block.stop].clone()
-        block.node.scores = NodeScores(logprobs[rows].clone(), is_greedy[rows].clone(), own)
-        start = rows.stop
+        stop = start + len(block.node)
+        block.node.scores = NodeScores(tuple(found[start:stop]), hidden[block.start : block.stop].clone())
+        start = stop
+    return found[start:]
 
 
-def score_tokens(hidden: Tensor, targets: Tensor, head: Head, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """hidden `[N, E]`, targets `[N]` -> log-probabilities `[N]` fp32, is each the most likely `[N]`."""
-    logprobs, is_greedy = [], []
-    for rows in _chunks(len(targets), max(1, MAX_LOGITS // vocab_size)):
-        logits, wanted = head(hidden[rows]), targets[rows]
-        chosen = logits.gather(-1, wanted[:, None])[:, 0]
-        logprobs.append(chosen - logits.logsumexp(dim=-1))
-        is_greedy.append(logits.argmax(dim=-1) == wanted)
-    return torch.cat(logprobs), torch.cat(is_greedy)
+class _Positions:
+    """Hidden states, each once, and the tokens to score at them."""
+
+    def __init__(self) -> None:
+        self._ends: dict[Node, int] = {}  # nodes whose last hidden state is wanted, numbered
+        self._packed: list[int] = []  # positions inside this step's nodes
+        self._rows: list[int] = []  # for each token: the number of an end, or ~number of a packed position
+        self._tokens: list[int] = []
+
+    def add_node(self, block: SelfBlock) -> None:
+        """All tokens of a node."""
+        parent = block.node.parent
+        if parent is None:
+            raise ValueError("the root has no tokens to score")
+        self.add_end(parent, block.node.token_ids[0])
+        for position, token in enumerate(block.node.token_ids[1:], start=block.start):
+            self._rows.append(~len(self._packed))
+            self._packed.append(position)
+            self._tokens.append(token)
+
+    def add_end(self, node: Node, token: int) -> None:
+        """The token after a node."""
+        self._rows.append(self._ends.setdefault(node, len(self._ends)))
+        self._tokens.append(token)
+
+    def score(self, hidden: Tensor, head: Head, vocab_size: int) -> list[TokenScore]:
+        """In the order of adding."""
+        if not self._tokens:
+            return []
+        states = [_last_hidden(node)[None] for node in self._ends]
+        if self._packed:
+            states.append(hidden[self._packed])
+        rows = [row if row >= 0 else len(self._ends) + ~row for row in self._rows]
+        logprobs, is_greedy = score_tokens(
+            torch.cat(states),
+            torch.tensor(rows, device=hidden.device),
+            torch.tensor(self._tokens, device=hidden.device),
+            head,
+            vocab_size,
+        )
+        return list(zip(logprobs.tolist(), is_greedy.tolist(), strict=True))
 
 
-def collect(end: Node, num_context_tokens: int) -> tuple[float, bool]:
+def score_tokens(hidden: Tensor, rows: Tensor, targets: Tensor, head: Head, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """hidden `[N, E]`, rows `[M]` into it, targets `[M]` -> log-probabilities `[M]` fp32, most likely ones `[M]`.
+
+    Of equal logits the first is the most likely, as for argmax.
+    """
+    logprobs = torch.empty(len(rows), device=hidden.device)
+    is_greedy = torch.empty(len(rows), dtype=torch.bool, device=hidden.device)
+    order = rows.argsort()
+    borders = torch.searchsorted(rows[order], torch.arange(len(hidden) + 1, device=hidden.device)).tolist()
+    for chunk in _chunks(len(hidden), max(1, MAX_LOGITS // vocab_size)):
+        logits = head(hidden[chunk])
+        which = order[borders[chunk.start] : borders[chunk.stop]]
+        local = rows[which] - chunk.start
+        chosen = logits[local, targets[which]]
+        logprobs[which] = chosen - logits.logsumexp(dim=-1)[local]
+        is_top = chosen == logits.amax(dim=-1)[local]
+        # Only where the token has the largest logit can it be the first of these.
+        top = is_top.nonzero()[:, 0]
+        is_top[top] = logits[local[top]].argmax(dim=-1) == targets[which[top]]
+        is_greedy[which] = is_top
+    return logprobs, is_greedy
+
+
+def collect(end: Node, num_context_tokens: int) -> TokenScore:
     """Summed log-probability, and greediness, of the tokens between the context and `end`."""
-    logprob, is_greedy = 0.0, True
+    scores: list[TokenScore] = []
     for node in end.path():
         if node.start < num_context_tokens:
             continue
         if not isinstance(node.scores, NodeScores):
             raise ValueError(f"a node of {len(node)} tokens at position {node.start} was not scored")
-        logprob += float(node.scores.logprobs.double().sum())
-        is_greedy = is_greedy and bool(node.scores.is_greedy.all())
-    return logprob, is_greedy
+        scores += node.scores.tokens
+    return math.fsum(logprob for logprob, _ in scores), all(is_greedy for _, is_greedy in scores)
 
 
-def rolling_windows(
-    token_ids: Sequence[int], prefix_token_id: int, max_length: int
-) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(context, continuation) pairs that predict each token of a text once, each with at least one token of context.
-
-    lm-evaluation-harness' `get_rolling_token_windows` with `context_len=1`, made disjoint: every window but the last is
-    full of new tokens, the last one is filled up with context.
-    """
-    tokens = tuple(token_ids)
-    first = min(max_length, len(tokens))
-    if first:
-        yield (prefix_token_id,), tokens[:first]
-    predicted = first
-    while predicted < len(tokens):
-        count = min(len(tokens) - predicted, max_length)
-        stop = predicted + count
-        start = max(0, stop - max_length - 1)
-        yield tokens[start:predicted], tokens[predicted:stop]
-        predicted = stop
-
-
-def _hidden_before(block: SelfBlock, hidden: Tensor) -> Tensor:
-    """The hidden states that predict a node's tokens, `[len(node), E]`."""
-    parent = block.node.parent
-    if parent is None or not isinstance(parent.last_hidden, Tensor):
-        raise ValueError(f"the token at position {block.node.start} has no hidden state before it")
-    return torch.cat([parent.last_hidden[None], hidden[block.start : block.stop - 1]])
+def _last_hidden(node: Node) -> Tensor:
+    if not isinstance(node.last_hidden, Tensor):
+        raise ValueError(f"the token at position {node.stop} has no hidden state before it")
+    return node.last_hidden
 
 
 def _chunks(total: int, size: int) -> Iterator[slice]:
