@@ -1,8 +1,9 @@
-"""Blocks of a step's small nodes as few padded batches: at these sizes a call costs more than what it computes.
+"""A step's small nodes as few padded batches: at these sizes a call costs more than what it computes.
 
-Only blocks whose keys were made in the same step are batched, since those lie packed side by side. A causal square is
-padded at its end, where causal attention never looks; a rectangle's padded keys are hidden by an additive bias. Every
-query of a rectangle has at least one key. Made once a step, used by every layer. Knows positions; no heads, no kernel.
+The small nodes that a step computes lie packed side by side, so their keys can be gathered. Each of them has two
+blocks: a square over itself, and a rectangle over its *lineage*, all small nodes right above it taken together. Padded
+keys are hidden by an additive bias, and in causal squares by their place after all queries. Made once a step, used by
+every layer. Knows positions; no heads, no kernel.
 
 Shapes: `B` blocks of a batch, `Q` queries and `K` keys of its largest block, `V` queries without the padding.
 """
@@ -17,27 +18,32 @@ from attention.blocks import CrossBlock, SelfBlock, StepBlocks
 from attention.step import SMALL_TOKENS
 from attention.tree import Node
 
+MAX_LINEAGE_TOKENS = 256  # a longer one is cut: its keys are gathered for every node below
+BATCH_SIZES = (4, 16, 32, 64, 128, 256)  # what blocks are padded to, at most
+
 Range = tuple[int, int]  # packed positions [start, stop)
+Block = tuple[Range, tuple[Range, ...], bool]  # queries, keys, is it a causal square
 
 
 @dataclass(frozen=True, slots=True)
-class SquareBatch:
-    """Small nodes over their own keys, causally."""
+class SmallBatch:
+    """Blocks of about equal size, padded: where their queries and keys are in what a group gathers."""
 
-    tokens: Tensor  # [B, Q] packed positions, each row padded with its last one
-    is_token: Tensor  # [V] where in the flattened [B * Q] there is no padding
-    index: Tensor  # [V] packed positions of these
+    num_blocks: int
+    queries: slice  # of the group's query positions: B * Q
+    keys: slice  # of the group's key positions: B * K
+    is_hidden: Tensor | None  # [B, 1, K] or, in causal squares, [1, Q, K] bool; None where every key is seen
 
 
 @dataclass(frozen=True, slots=True)
-class RectangleBatch:
-    """Queries over all keys of a small node."""
+class SmallGroup:
+    """Batches whose queries are disjoint: gathered together, and their results scattered together."""
 
-    queries: Tensor  # [B, Q]
-    is_query: Tensor  # [V]
-    index: Tensor  # [V]
-    keys: Tensor  # [B, K]
-    is_padding: Tensor | None  # [B, K] bool; None where all keys are real
+    batches: tuple[SmallBatch, ...]
+    queries: Tensor  # [sum of B * Q] packed positions, each block padded with its last one
+    keys: Tensor  # [sum of B * K]
+    is_query: Tensor  # [V] where in `queries` there is no padding
+    index: Tensor  # [V] packed positions of these, none twice
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +51,8 @@ class SmallBlocks:
     """A step's small blocks, batched, and the blocks that are none."""
 
     single: Tensor  # [V] tokens that are nodes of their own: each sees itself
-    squares: tuple[SquareBatch, ...]
-    own: tuple[RectangleBatch, ...]  # bidirectional nodes over themselves
-    above: tuple[RectangleBatch, ...]  # queries below small nodes of this step; disjoint within a batch
+    own: SmallGroup  # longer nodes over themselves
+    above: tuple[SmallGroup, ...]  # small nodes over their lineages
     large_self: tuple[SelfBlock, ...]
     large_cross: tuple[CrossBlock, ...]  # by level
     place: dict[Node, slice]  # where this step's own nodes lie in its packed tokens
@@ -55,54 +60,86 @@ class SmallBlocks:
 
 def small_blocks(blocks: StepBlocks) -> SmallBlocks:
     """Sort a step's blocks into batches."""
-    place = {block.node: (block.start, block.stop) for block in blocks.self_blocks if len(block.node) <= SMALL_TOKENS}
-    small = [block for block in blocks.self_blocks if block.node in place]
-    longer = [block for block in small if block.stop - block.start > 1]
-    crossing = [b for b in blocks.cross_blocks if b.node in place and b.stop - b.start <= SMALL_TOKENS]
-    levels: dict[int, list[tuple[Range, Range]]] = {}
-    for block in crossing:
-        levels.setdefault(block.level, []).append(((block.start, block.stop), place[block.node]))
-    batched = set(crossing)
+    small = {block.node: block for block in blocks.self_blocks if len(block.node) <= SMALL_TOKENS}
+    longer = [block for block in small.values() if len(block.node) > 1]
+    singles = [block.start for block in small.values() if len(block.node) == 1]
     return SmallBlocks(
-        single=torch.tensor([block.start for block in small if block.stop - block.start == 1], dtype=torch.long),
-        squares=tuple(_squares([(block.start, block.stop) for block in longer if block.is_causal])),
-        own=tuple(_rectangles([((b.start, b.stop), (b.start, b.stop)) for b in longer if not b.is_causal])),
-        above=tuple(batch for pairs in levels.values() for batch in _rectangles(pairs)),
-        large_self=tuple(block for block in blocks.self_blocks if block.node not in place),
-        large_cross=tuple(block for block in blocks.cross_blocks if block not in batched),
+        single=torch.tensor(singles, dtype=torch.long),
+        own=_group([(_only(block), (_only(block),), block.is_causal) for block in longer]),
+        above=tuple(_group(pairs) for pairs in _lineages(small, blocks.cross_blocks) if pairs),
+        large_self=tuple(block for block in blocks.self_blocks if block.node not in small),
+        large_cross=tuple(block for block in blocks.cross_blocks if block.node not in small),
         place={block.node: slice(block.start, block.stop) for block in blocks.self_blocks},
     )
 
 
-def _squares(ranges: Sequence[Range]) -> Iterable[SquareBatch]:
-    for group in _grouped(ranges, lambda tokens: (_bucket(tokens),)):
-        yield SquareBatch(*_padded(group))
+def _only(block: SelfBlock) -> Range:
+    return block.start, block.stop
 
 
-def _rectangles(pairs: Sequence[tuple[Range, Range]]) -> Iterable[RectangleBatch]:
-    for group in _grouped(pairs, lambda pair: (_bucket(pair[0]), _bucket(pair[1]))):
-        keys, is_key, _ = _padded([pair[1] for pair in group])
-        is_padding = torch.ones(keys.numel(), dtype=torch.bool).index_fill_(0, is_key, False).view(keys.shape)
-        yield RectangleBatch(*_padded([pair[0] for pair in group]), keys, is_padding if is_padding.any() else None)
+def _lineages(small: dict[Node, SelfBlock], cross: Sequence[CrossBlock]) -> list[list[Block]]:
+    """For each small node its queries over its lineage; lists of rectangles whose queries are disjoint.
+
+    A lineage that would become too long is closed: whatever is below attends to it as a whole, and a new one begins.
+    """
+    below = {block.node: block.stop for block in cross}
+    lineage: dict[Node, tuple[tuple[Range, ...], int]] = {}  # of each node's children: ranges, number of the lineage
+    levels: list[list[Block]] = [[]]
+    for node, block in small.items():
+        ranges, number = lineage.get(node.parent, ((), 0)) if node.parent is not None else ((), 0)
+        if sum(stop - start for start, stop in ranges) + len(node) > MAX_LINEAGE_TOKENS:
+            levels += [[] for _ in range(number + 2 - len(levels))]
+            levels[number] += _pieces(block.start, max(block.stop, below.get(node, 0)), ranges)
+            ranges, number = (), number + 1
+        if ranges:
+            levels[number].append(((block.start, block.stop), ranges, False))
+        lineage[node] = ((*ranges, (block.start, block.stop)), number)
+    return levels
 
 
-def _grouped(items, key_of):
-    groups: dict[tuple[int, ...], list] = {}
-    for item in items:
-        groups.setdefault(key_of(item), []).append(item)
-    return groups.values()
+def _pieces(start: int, stop: int, keys: tuple[Range, ...]) -> Iterable[Block]:
+    for piece in range(start, stop, SMALL_TOKENS):
+        yield (piece, min(piece + SMALL_TOKENS, stop)), keys, False
 
 
-def _bucket(tokens: Range) -> int:
-    """Blocks within a factor of two of each other share a batch."""
-    return (tokens[1] - tokens[0] - 1).bit_length()
+def _group(blocks: Sequence[Block]) -> SmallGroup:
+    """Blocks with disjoint queries, those of about equal size in one batch."""
+    by_size: dict[object, list[Block]] = {}
+    for block in blocks:
+        (start, stop), seen_ranges, is_causal = block
+        size = (_batch_size(stop - start), _batch_size(sum(end - begin for begin, end in seen_ranges)), is_causal)
+        by_size.setdefault(size, []).append(block)
+    batches: list[SmallBatch] = []
+    queries: list[Tensor] = [torch.empty(0, dtype=torch.long)]
+    keys: list[Tensor] = [torch.empty(0, dtype=torch.long)]
+    is_query: list[Tensor] = [torch.empty(0, dtype=torch.bool)]
+    num_queries = num_keys = 0
+    for alike in by_size.values():
+        own, is_own = _padded([(block[0],) for block in alike])
+        seen, is_key = _padded([block[1] for block in alike])
+        is_hidden = _triangle(own.shape[1]) if alike[0][2] else None if is_key.all() else ~is_key[:, None]
+        places = slice(num_queries, num_queries + own.numel()), slice(num_keys, num_keys + seen.numel())
+        batches.append(SmallBatch(len(alike), *places, is_hidden))
+        queries.append(own.flatten())
+        keys.append(seen.flatten())
+        is_query.append(is_own.flatten())
+        num_queries, num_keys = places[0].stop, places[1].stop
+    positions, real = torch.cat(queries), torch.cat(is_query).nonzero()[:, 0]
+    return SmallGroup(tuple(batches), positions, torch.cat(keys), real, positions[real])
 
 
-def _padded(ranges: Sequence[Range]) -> tuple[Tensor, Tensor, Tensor]:
-    """(packed positions `[B, N]`, flat places of real ones `[V]`, packed positions of real ones `[V]`)"""
-    starts = torch.tensor([start for start, _ in ranges])
-    lengths = torch.tensor([stop - start for start, stop in ranges])
-    offsets = torch.arange(int(lengths.max()))
-    positions = starts[:, None] + torch.minimum(offsets, lengths[:, None] - 1)
-    is_real = (offsets < lengths[:, None]).flatten().nonzero()[:, 0]
-    return positions, is_real, positions.flatten()[is_real]
+def _triangle(size: int) -> Tensor:
+    """`[1, size, size]`: what comes later, padding included. At most SMALL_TOKENS wide, one for a whole batch."""
+    return torch.ones(1, size, size, dtype=torch.bool).triu_(1)
+
+
+def _batch_size(num_tokens: int) -> int:
+    return next(size for size in BATCH_SIZES if num_tokens <= size)
+
+
+def _padded(rows: Sequence[tuple[Range, ...]]) -> tuple[Tensor, Tensor]:
+    """The positions of each row's ranges, padded with its last one, and which are real: `[B, N]` each."""
+    positions = [[position for start, stop in row for position in range(start, stop)] for row in rows]
+    width = max(map(len, positions))
+    padded = torch.tensor([row + row[-1:] * (width - len(row)) for row in positions])
+    return padded, torch.arange(width) < torch.tensor([len(row) for row in positions])[:, None]

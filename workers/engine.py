@@ -102,7 +102,7 @@ class Engine(EngineCore):
         be token ids. Raises RowError for a pair that cannot be scored.
         """
         encoder = PairEncoder(self._prompt_encoder(), self.model.tokenizer)
-        return self._scores([(*encoder.encode(*pair), True) for pair in pairs])
+        return self._scores([(*pair, True) for pair in encoder.encode_all(pairs)])
 
     def loglikelihood_rolling(self, texts: Sequence[str]) -> list[Score]:
         """The log-likelihood of each whole text, in windows of the context if it is longer than that.

@@ -12,6 +12,8 @@ from workers.presets import Block, Row, text_blocks
 from workers.prompt_encoder import PromptEncoder
 from workers.row_errors import RowError, RowErrorCode
 
+Context = str | Sequence[Mapping[str, object]] | Sequence[Segment]
+
 
 class PairEncoder:
     """Turns a context and a continuation into segments and the token ids to score.
@@ -33,17 +35,31 @@ class PairEncoder:
             raise ValueError("an empty context needs a tokenizer with a BOS or EOS token, got neither")
         return found
 
-    def encode(
-        self, context: str | Sequence[Mapping[str, object]] | Sequence[Segment], continuation: str | Sequence[int]
-    ) -> tuple[Sequence[Segment], tuple[int, ...]]:
-        """(context segments, continuation token ids). Raises RowError(EMPTY_PROMPT) if nothing is left to score."""
-        if isinstance(context, str) and isinstance(continuation, str):
-            chain, (tokens,) = self.encode_blocks(text_blocks([Row(context)]), [continuation])
-        else:
-            chain, tokens = self._segments(context), self._tokens(continuation)
-        if not tokens:
-            raise RowError(RowErrorCode.EMPTY_PROMPT, "the continuation has no tokens, wanted at least one")
-        return chain, tokens
+    def encode_all(
+        self, pairs: Sequence[tuple[Context, str | Sequence[int]]]
+    ) -> list[tuple[Sequence[Segment], tuple[int, ...]]]:
+        """(context segments, continuation token ids) of each pair, equal contexts of text being tokenised once.
+
+        Raises RowError(EMPTY_PROMPT) if nothing is left to score.
+        """
+        texts: dict[str, list[str]] = {}
+        for context, continuation in pairs:
+            if isinstance(context, str) and isinstance(continuation, str):
+                texts.setdefault(context, []).append(continuation)
+        encoded = {}
+        for context, continuations in texts.items():
+            chain, tokens = self.encode_blocks(text_blocks([Row(context)]), continuations)
+            encoded[context] = chain, iter(tokens)
+        found = []
+        for context, continuation in pairs:
+            if isinstance(context, str) and isinstance(continuation, str):
+                chain, tokens = encoded[context][0], next(encoded[context][1])
+            else:
+                chain, tokens = self._segments(context), self._tokens(continuation)
+            if not tokens:
+                raise RowError(RowErrorCode.EMPTY_PROMPT, "the continuation has no tokens, wanted at least one")
+            found.append((chain, tokens))
+        return found
 
     def encode_row(
         self, row: Mapping[str, object], continuations: Sequence[str]
@@ -65,10 +81,8 @@ class PairEncoder:
         if not context:
             return self._after_nothing([self._tokens(space + text) for text in continuations])
         chain = self._encoder.encode_blocks(context)
-        start = num_tokens(chain)
-        return chain, [
-            _tokens_of(self._encoder.encode_blocks(_extended(context, space + text)))[start:] for text in continuations
-        ]
+        wholes = self._encoder.token_ids_of_many([_extended(context, space + text) for text in continuations])
+        return chain, [whole[num_tokens(chain) :] for whole in wholes]
 
     def encode_text(self, text: str) -> tuple[tuple[int, ...], int]:
         """A text to score as a whole: (its tokens, the token to predict the first one from). Raises RowError."""

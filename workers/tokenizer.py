@@ -101,10 +101,36 @@ class RunTokenizer:
         cuts = [0, *(bisect_right(ends, border) for border in borders), len(ids)]
         return [tuple(ids[start:stop]) for start, stop in pairwise(cuts)]
 
+    def encode_many(self, texts: Sequence[Sequence[Piece]]) -> list[tuple[int, ...]]:
+        """`encode` without borders of many texts at once, which is several times as fast as one by one."""
+        runs = [
+            (number, place)
+            for number, text in enumerate(texts)
+            for place, piece in enumerate(text)
+            if piece.control_id is None
+        ]
+        ids: dict[tuple[int, int], list[int]] = {}
+        for tokenizer, is_later in ((self._first, False), (self._later, True)):
+            chosen = [(number, place) for number, place in runs if (place > 0) == is_later]
+            batch = [texts[number][place].text for number, place in chosen]
+            encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+            ids.update((run, self._real(encoding.ids)) for run, encoding in zip(chosen, encodings, strict=True))
+        return [
+            tuple(
+                token
+                for place, piece in enumerate(text)
+                for token in (ids[number, place] if piece.control_id is None else (piece.control_id,))
+            )
+            for number, text in enumerate(texts)
+        ]
+
     def _encode_run(self, text: str, offset: int, ids: list[int], ends: list[int]) -> None:
         encoding = (self._later if offset else self._first).encode(text, add_special_tokens=False)
-        ids += [self._real_ids.get(token, token) for token in encoding.ids] if self._real_ids else encoding.ids
+        ids += self._real(encoding.ids)
         ends += [offset + end for _, end in encoding.offsets]
+
+    def _real(self, ids: list[int]) -> list[int]:
+        return [self._real_ids.get(token, token) for token in ids] if self._real_ids else ids
 
     def _control_spans(self, text: str) -> list[tuple[int, int, int]]:
         encoding = self._splitter.encode(text, add_special_tokens=False)
