@@ -43,6 +43,19 @@ def canonical_segments(segments: Iterable[Segment], *, mask: str) -> tuple[Segme
     return tuple(runs)
 
 
+def first_tokens(segments: Sequence[Segment], count: int) -> tuple[Segment, ...]:
+    """The chain up to its first `count` tokens; a cut must lie in a causal segment, or at a border."""
+    kept: list[Segment] = []
+    for segment in segments:
+        if count <= 0:
+            break
+        if segment.bidirectional and len(segment) > count:
+            raise ValueError("a bidirectional segment is atomic and cannot be cut")
+        kept.append(Segment(segment.token_ids[:count], segment.bidirectional))
+        count -= len(segment)
+    return tuple(kept)
+
+
 def num_tokens(segments: Sequence[Segment]) -> int:
     """Tokens of a whole chain."""
     return sum(len(segment) for segment in segments)

@@ -137,6 +137,38 @@ def errors(
         _json({"output": output, "errors": counts})
 
 
+@app.command()
+def evaluate(
+    output: Annotated[str, typer.Argument(metavar="OUT", help="a finished output folder")],
+    other: Annotated[str | None, typer.Argument(metavar="[OUT2]", help="another, to compare row by row")] = None,
+    by: Annotated[str | None, typer.Option(help="group rows by this column; `task`, if they have it")] = None,
+    label: Annotated[str | None, typer.Option(help="of generated answers: the column with the right ones")] = None,
+    regex: Annotated[str | None, typer.Option(help="of generated answers: what in the text is the answer")] = None,
+    preset: Annotated[str | None, typer.Option(help="label and regex of a known format: commonsense")] = None,
+    ignore_case: Annotated[bool, typer.Option(help="of generated answers: case does not matter")] = False,
+    json_only: AsJson = False,
+) -> None:
+    """How often finished outputs are right, with 95% intervals; two of them compared."""
+    with _exit_codes():
+        from jobs.evaluate import compare, evaluation_json
+        from jobs.evaluate import evaluate as evaluated
+        from jobs.judge import judging_of
+        from jobs.show_evaluation import show_evaluation, show_pairings
+
+        judging = judging_of(by=by, label=label, regex=regex, preset=preset, ignore_case=ignore_case)
+        found, rows = evaluated(output, judging)
+        second, second_rows = evaluated(other, judging) if other is not None else (None, None)
+        pairings = compare(rows, second_rows) if second_rows is not None else []
+        if not json_only:
+            for each in filter(None, (found, second)):
+                show_evaluation(each)
+            show_pairings(pairings)
+        result = evaluation_json(found)
+        if second is not None:
+            result |= {"other": evaluation_json(second), "paired": [asdict(pairing) for pairing in pairings]}
+        _json(result)
+
+
 @contextmanager
 def _exit_codes() -> Iterator[None]:
     """Expected failures as one line each and their exit code; a bug keeps its traceback."""

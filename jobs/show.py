@@ -13,7 +13,7 @@ from rich.table import Table
 from pipeline.job import ReadyJob
 from pipeline.manifest import Manifest
 from pipeline.output import sample_rows
-from pipeline.results import RESULT_COLUMNS
+from pipeline.results import ANY_RESULT_COLUMN
 from pipeline.summary import RunSummary
 
 MAX_CELL_CHARS = 160
@@ -26,25 +26,29 @@ def show_plan(manifest: Manifest, job: ReadyJob) -> None:
     requested, distinct = stats["tokens_requested"], stats["tokens_distinct"]
     saved = 1 - distinct / requested if requested else 0.0
     num_workers = job.config.workers.max_size
-    out.print(f"{manifest.num_rows:,} rows in {len(manifest.units)} units, mask {job.mask}, dtype {job.facts.dtype}")
+    num_requests = f" ({stats['num_requests']:,} requests)" if job.config.task != "generate" else ""
+    out.print(
+        f"{manifest.num_rows:,} rows{num_requests} in {len(manifest.units)} units, "
+        f"mask {job.mask}, dtype {job.facts.dtype}"
+    )
     out.print(f"prompt tokens: {requested:,} requested, {distinct:,} distinct: {saved:.1%} need not be computed")
     if num_workers > 1:
         bound = distinct + stats["extra_tokens_bound"]
         out.print(f"with {num_workers} workers at most {bound:,}: each may compute a shared root once")
-    _print_shared(out, stats["top_shared"])
+    _print_shared(out, stats["top_shared"], "rows" if job.config.task == "generate" else "requests")
     _print_undeclared(out, stats["undeclared"])
     longest = ", ".join(f"{tokens:,} ({row})" for tokens, row in stats["longest"][:3])
     out.print(f"longest prompts, in tokens: {longest or 'none'}; limit {job.max_model_len:,}")
 
 
-def _print_shared(out: Console, nodes: Sequence[dict[str, Any]]) -> None:
+def _print_shared(out: Console, nodes: Sequence[dict[str, Any]], what: str) -> None:
     table = Table(title="most saving shared segments", title_justify="left", box=None, pad_edge=False)
-    for name in ("tokens", "at", "rows", "saved", "kind", "first row"):
+    for name in ("tokens", "at", what, "saved", "kind", "first row"):
         table.add_column(name, justify="left" if name in ("kind", "first row") else "right")
     for node in nodes[:10]:
         kind = "segment" if node["bidirectional"] else "causal"
         cells = (node["num_tokens"], node["start"], node["num_rows"], node["tokens_saved"])
-        table.add_row(*(f"{cell:,}" for cell in cells), kind, _plain(node["first_row"]))
+        table.add_row(*(f"{cell:,}" for cell in cells), kind, plain(node["first_row"]))
     if nodes:
         out.print(table)
 
@@ -53,7 +57,7 @@ def _print_undeclared(out: Console, prefixes: Sequence[dict[str, Any]]) -> None:
     for prefix in prefixes[:3]:
         out.print(
             f"{prefix['num_segments']:,} different messages begin with the same {prefix['num_tokens']:,} tokens "
-            f"(first in {_plain(prefix['first_row'])}): a bidirectional segment is shared as a whole only; "
+            f"(first in {plain(prefix['first_row'])}): a bidirectional segment is shared as a whole only; "
             "give that text a message or, with prompt.segment_by: part, a part of its own"
         )
 
@@ -64,12 +68,24 @@ def show_answers(output: str, count: int) -> None:
         return
     out = _console()
     for row in sample_rows(output, count, SAMPLE_SEED):
-        out.print(f"[bold]{_plain(row['src_path'])}:{row['src_row']}[/bold]")
+        out.print(f"[bold]{plain(row['src_path'])}:{row['src_row']}[/bold]")
         for name, value in row.items():
-            if name not in RESULT_COLUMNS and isinstance(value, str):
-                out.print(f"  {_plain(name)}: {_plain(value)}")
-        answer = row["generated_text"] if row["error"] is None else f"{row['error']['code']}: {row['error']['message']}"
-        out.print(f"  -> {_plain(answer)}\n")
+            if name not in ANY_RESULT_COLUMN and isinstance(value, str):
+                out.print(f"  {plain(name)}: {plain(value)}")
+        out.print(f"  -> {plain(_answer(row))}\n")
+
+
+def _answer(row: dict[str, Any]) -> str:
+    """A row's result in a line, whatever the task was."""
+    if row["error"] is not None:
+        return f"{row['error']['code']}: {row['error']['message']}"
+    if "generated_text" in row:
+        return row["generated_text"]
+    if "choice" in row:
+        verdict = {True: ", right", False: ", wrong", None: ""}[row["correct"]]
+        logprobs = ", ".join(f"{logprob:.2f}" for logprob in row["choice_logprobs"])
+        return f"choice {row['choice']}{verdict} (log-probabilities {logprobs})"
+    return f"log-probability {row['logprob']:.2f} over {row['num_tokens']:,} tokens"
 
 
 def show_summary(summary: RunSummary) -> None:
@@ -78,7 +94,7 @@ def show_summary(summary: RunSummary) -> None:
     errors = ", ".join(f"{count} {code}" for code, count in summary.errors.items()) or "none"
     out.print(
         f"{summary.status.replace('_', ' ')}: {summary.rows:,} rows in {summary.shards} shards "
-        f"in {_plain(summary.output)}"
+        f"in {plain(summary.output)}"
     )
     out.print(f"row errors: {errors}")
     out.print(
@@ -96,14 +112,14 @@ def show_errors(rows: Sequence[dict[str, Any]], total: int) -> None:
     """One line a row."""
     out = _console()
     for row in rows:
-        out.print(f"{_plain(row['src_path'])}:{row['src_row']} {row['code']}: {_plain(row['message'])}")
+        out.print(f"{plain(row['src_path'])}:{row['src_row']} {row['code']}: {plain(row['message'])}")
     if total > len(rows):
         out.print(f"... and {total - len(rows):,} more")
     if not total:
         out.print("no row has an error")
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """One line without control characters or markup."""
     line = "".join(char if char.isprintable() else " " for char in text).strip()
     return escape(line if len(line) <= MAX_CELL_CHARS else f"{line[: MAX_CELL_CHARS - 3]}...")

@@ -5,13 +5,14 @@ continuations, and a bidirectional segment beside its equals only. The bytes car
 moves each prompt once. Knows token ids; no text, no Ray.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
-from attention.segments import Segment
+from attention.segments import Segment, canonical_segments
+from workers.request import ScoringRequest
 
 # A segment's mark sorts before every token: so where a segment ends, what hangs below it comes before longer segments.
 _CAUSAL, _BIDIRECTIONAL, _FIRST_TOKEN = 0, 1, 2
@@ -35,3 +36,12 @@ def decode_chain(chain: bytes) -> tuple[Segment, ...]:
         Segment(tuple((words[start + 1 : stop] - _FIRST_TOKEN).tolist()), bool(words[start] == _BIDIRECTIONAL))
         for start, stop in pairwise(borders)
     )
+
+
+def shared_chains(requests: Iterable[ScoringRequest]) -> list[bytes]:
+    """What scoring requests feed that others may begin with, too; their contexts are canonical."""
+    return [
+        encode_chain(canonical_segments(request.fed_segments, mask="segment"))
+        for request in requests
+        if request.is_shared
+    ]

@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 
 from fsspec.utils import glob_translate
 
-from pipeline.config import InputConfig, JobConfig, OutputConfig, scheme_of, template_over
+from pipeline.config import InputConfig, JobConfig, scheme_of, scoring_over, template_over
 from pipeline.config_file import JobDraft, read_job
 from pipeline.listing import glob_root, has_magic, is_local
 from pipeline.problems import JobRefused, Problem, nearest, shown
-from pipeline.schemas import JobColumns, check_columns
+from pipeline.schemas import JobColumns, check_columns, columns_read
 from pipeline.sources import InputFile, discover
 from workers.prompts import PromptTemplate
+from workers.scoring import ScoringTemplate
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ def check_job(config: JobConfig, *, has_gpu: bool = False, others: Sequence[Prob
 
     Raises JobRefused with `others`, which the caller found, and every problem found here.
     """
-    return check_draft(JobDraft(config, config.input, config.prompt, config.output, ()), has_gpu=has_gpu, others=others)
+    draft = JobDraft(config, config.input, config.prompt, config.output, config.task, config.scoring, ())
+    return check_draft(draft, has_gpu=has_gpu, others=others)
 
 
 def check_job_file(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, has_gpu: bool = False) -> CheckedJob:
@@ -47,15 +49,13 @@ def check_draft(draft: JobDraft, *, has_gpu: bool = False, others: Sequence[Prob
     """`check_job` for a job file as read: sections that are right are checked even if others are wrong."""
     problems = [*draft.problems, *others]
     inputs: tuple[InputFile, ...] = ()
-    columns: JobColumns | None = None
     if draft.config is not None:
         problems += _check_dtype(draft.config, has_gpu)
     if draft.input is not None:
         inputs, found = _check_input(draft.input)
         problems += found
-    if draft.input is not None and draft.prompt is not None and draft.output is not None and inputs:
-        columns, found = _check_columns(inputs, draft.input, draft.prompt, draft.output)
-        problems += found
+    columns, found = _check_columns(draft, inputs)
+    problems += found
     if draft.output is not None:
         problems += check_output(draft.output.path, draft.input.path if draft.input else (), inputs)
     if problems or draft.config is None or columns is None:
@@ -82,17 +82,18 @@ def _check_input(config: InputConfig) -> tuple[tuple[InputFile, ...], list[Probl
         return (), list(refused.problems)
 
 
-def _check_columns(
-    inputs: Sequence[InputFile], rows: InputConfig, prompt: PromptTemplate, output: OutputConfig
-) -> tuple[JobColumns | None, list[Problem]]:
-    """Columns in every file, and `input.columns` only for what the prompt reads."""
-    template = template_over(prompt, rows.columns)
-    columns, problems = check_columns(inputs, template, output.columns)
+def _check_columns(draft: JobDraft, inputs: Sequence[InputFile]) -> tuple[JobColumns | None, list[Problem]]:
+    """Columns in every file, and `input.columns` only for what the job reads."""
+    if draft.input is None or draft.prompt is None or draft.output is None or draft.task is None or not inputs:
+        return None, []
+    template = template_over(draft.prompt, draft.input.columns)
+    scoring = scoring_over(draft.scoring or ScoringTemplate(), draft.input.columns)
+    columns, problems = check_columns(inputs, template, draft.output.columns, task=draft.task, scoring=scoring)
     names = {name for file in inputs for name in file.schema.names}
-    read = template.required_columns(names)
-    for part, column in rows.columns.model_dump(exclude_none=True).items():
+    read = columns_read(template, draft.task, scoring, names)
+    for part, column in draft.input.columns.model_dump(exclude_none=True).items():
         if column not in read:
-            wanted = f"a column that the prompt reads ({', '.join(sorted(read)) or 'it reads none'})"
+            wanted = f"a column that the job reads ({', '.join(sorted(read)) or 'it reads none'})"
             problems.append(Problem(f"input.columns.{part}", shown(column), wanted, nearest(column, names)))
     return (None if problems else columns), problems
 

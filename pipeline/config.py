@@ -13,8 +13,8 @@ from pydantic_core import PydanticCustomError
 from pipeline.problems import has_credentials
 from workers.prompts import PromptTemplate
 from workers.sampling import SamplingParams
+from workers.scoring import ScoringTemplate, Task
 
-FUTURE_TASKS = ("choose", "loglikelihood", "perplexity")
 DATA_SCHEMES = ("file", "s3")
 MIB = 2**20
 _JOB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -56,14 +56,6 @@ def _check_data_location(path: str) -> str:
     return path
 
 
-def _check_task(task: object) -> object:
-    if isinstance(task, str) and task in FUTURE_TASKS:
-        raise PydanticCustomError(
-            "future_task", "'generate'; the task {task} is not available yet in this version", {"task": task}
-        )
-    return task
-
-
 def _tuple_of_one_or_many(value: object) -> object:
     """YAML has lists, not tuples, and a single path is a string."""
     if isinstance(value, str):
@@ -73,6 +65,10 @@ def _tuple_of_one_or_many(value: object) -> object:
 
 def _list_to_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
+
+
+def _lists_to_tuples(section: object) -> object:
+    return {key: _list_to_tuple(value) for key, value in section.items()} if isinstance(section, dict) else section
 
 
 def _check_distinct(names: object) -> object:
@@ -127,6 +123,9 @@ class InputColumns(Section):
     messages: str | None = None
     instruction: str | None = None
     input: str | None = None
+    choices: str | None = None
+    label: str | None = None
+    continuation: str | None = None
 
 
 class InputConfig(Section):
@@ -182,20 +181,38 @@ class JobConfig(Section):
     """A whole job file."""
 
     name: Annotated[str, AfterValidator(_check_name)]
-    task: Annotated[Literal["generate"], BeforeValidator(_check_task)] = "generate"
+    task: Task = "generate"
     model: ModelConfig
     mask: Literal["auto", "segment", "causal"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     input: InputConfig
     prompt: PromptTemplate = PromptTemplate()
+    scoring: Annotated[ScoringTemplate, BeforeValidator(_lists_to_tuples)] = (
+        ScoringTemplate()
+    )  # what follows the prompt
     sampling_params: SamplingParams = SamplingParams()
     output: OutputConfig
     workers: WorkersConfig = WorkersConfig()
     limits: LimitsConfig = LimitsConfig()
 
+    @model_validator(mode="after")
+    def _check_task(self) -> "JobConfig":
+        foreign = [f"scoring.{name}" for name in self.scoring.foreign_keys(self.task)]
+        if self.task != "generate" and "sampling_params" in self.model_fields_set:
+            foreign.append("sampling_params")
+        if foreign:
+            raise ValueError(f"{', '.join(foreign)} must not be given: it means nothing to task {self.task}")
+        if self.task == "perplexity" and self.prompt.format != "text":
+            raise ValueError(f"prompt.format must be text for task perplexity, got {self.prompt.format}")
+        return self
+
     def prompt_template(self) -> PromptTemplate:
         """`prompt` with the names of `input.columns` put in."""
         return template_over(self.prompt, self.input.columns)
+
+    def scoring_template(self) -> ScoringTemplate:
+        """`scoring` with the names of `input.columns` put in."""
+        return scoring_over(self.scoring, self.input.columns)
 
 
 def template_over(prompt: PromptTemplate, columns: InputColumns) -> PromptTemplate:
@@ -209,3 +226,9 @@ def template_over(prompt: PromptTemplate, columns: InputColumns) -> PromptTempla
     if preset:
         changes["columns"] = prompt.columns | preset
     return prompt.model_copy(update=changes)
+
+
+def scoring_over(scoring: ScoringTemplate, columns: InputColumns) -> ScoringTemplate:
+    """What is scored, read from the columns that `columns` names."""
+    names = columns.model_dump(include={"choices", "label", "continuation"}, exclude_none=True)
+    return scoring.model_copy(update={f"{part}_column": name for part, name in names.items()})

@@ -9,7 +9,7 @@ import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -18,6 +18,7 @@ from pipeline.config_errors import JobPath, Where, problems_of
 from pipeline.problems import JobRefused, Problem, shown
 from pipeline.yaml_file import MAX_YAML_BYTES, YamlDocument, key_of, read_yaml
 from workers.prompts import PromptTemplate
+from workers.scoring import ScoringTemplate, Task
 
 AnySection = TypeVar("AnySection", bound=BaseModel)
 OVERRIDE = "--set"  # where a problem is that no line of the file has
@@ -32,6 +33,8 @@ class JobDraft:
     input: InputConfig | None
     prompt: PromptTemplate | None
     output: OutputConfig | None
+    task: Task | None
+    scoring: ScoringTemplate | None
     problems: tuple[Problem, ...]
     where: Where = lambda path: ""  # the place in the file that a key comes from
 
@@ -148,6 +151,8 @@ def _draft(values: dict[str, object], folder: Path, where: Where, problems: list
     rows = config.input if config else _section(InputConfig, values.get("input"))
     output = config.output if config else _section(OutputConfig, values.get("output"))
     prompt = config.prompt if config else _section(PromptTemplate, values.get("prompt", {}))
+    task = config.task if config else _task(values.get("task", "generate"))
+    scoring = config.scoring if config else _section(ScoringTemplate, values.get("scoring", {}))
     rows = rows and rows.model_copy(update={"path": tuple(_data_path(path, folder) for path in rows.path)})
     output = output and output.model_copy(update={"path": _data_path(output.path, folder)})
     try:
@@ -156,9 +161,13 @@ def _draft(values: dict[str, object], folder: Path, where: Where, problems: list
         problems = [*problems, Problem("prompt", "", str(error), where=where(("prompt",)))]
         prompt = None
     if config is None or problems:
-        return JobDraft(None, rows, prompt, output, tuple(problems), where)
+        return JobDraft(None, rows, prompt, output, task, scoring, tuple(problems), where)
     sections = {"input": rows, "output": output, "prompt": prompt, "model": _resolved_model(config.model, folder)}
-    return JobDraft(config.model_copy(update=sections), rows, prompt, output, (), where)
+    return JobDraft(config.model_copy(update=sections), rows, prompt, output, task, scoring, (), where)
+
+
+def _task(value: object) -> Task | None:
+    return next((task for task in get_args(Task) if task == value), None)
 
 
 def _section(section: type[AnySection], values: object) -> AnySection | None:

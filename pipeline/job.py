@@ -23,6 +23,7 @@ from pipeline.unit_worker import WorkerSpec
 from workers.echo import is_echo
 from workers.model_facts import ModelFacts, inspect_model
 from workers.model_source import ModelRefused
+from workers.pairs import PairEncoder
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class ReadyJob:
 
     @property
     def has_row_params(self) -> bool:
-        return ROW_PARAMS_COLUMN in self.checked.columns.schema.names
+        return self.config.task == "generate" and ROW_PARAMS_COLUMN in self.checked.columns.schema.names
 
     def render_spec(self, date: str) -> RenderSpec:
         """For the plan's tasks."""
@@ -69,6 +70,8 @@ class ReadyJob:
             prompt_columns=self.checked.columns.prompt,
             passed_columns=self.checked.columns.passed,
             params=self.config.sampling_params,
+            task=self.config.task,
+            scoring=self.config.scoring_template(),
         )
 
     def worker_spec(self, manifest: Manifest, threads: int) -> WorkerSpec:
@@ -86,9 +89,11 @@ class ReadyJob:
             adapter=self.config.model.adapter,
             dtype=self.facts.dtype,
             mask=self.mask,
+            task=self.config.task,
             params=self.config.sampling_params,
             has_row_params=self.has_row_params,
-            engine={**given, "seed": self.config.seed, "max_model_len": self.max_model_len},
+            max_model_len=self.max_model_len,
+            engine={**given, "seed": self.config.seed},
             threads=threads,
         )
 
@@ -103,10 +108,17 @@ def prepare(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Read
     mask = facts.adapter_mask or "causal" if checked.config.mask == "auto" else checked.config.mask
     ready = ReadyJob(checked, facts, mask, fingerprint_fields(checked, facts, mask))
     try:
-        encoder_of(ready.render_spec(today()))
+        _check_encoder(ready.render_spec(today()))
     except (ValueError, OSError) as error:
         raise JobRefused([Problem("prompt", "", str(error))]) from error
     return ready
+
+
+def _check_encoder(spec: RenderSpec) -> None:
+    """Raises ValueError for what would fail in every row."""
+    encoder = encoder_of(spec)
+    if spec.task != "generate":
+        _ = PairEncoder(encoder, encoder.tokenizer).prefix_token_id
 
 
 def existing_manifest(job: ReadyJob) -> Manifest | None:
@@ -152,7 +164,7 @@ def fingerprint_fields(checked: CheckedJob, facts: ModelFacts, mask: str) -> dic
         "mask": mask,
         "seed": config.seed,
         "prompt": checked.template.model_dump(mode="json"),
-        "sampling_params": config.sampling_params.model_dump(mode="json"),
+        **_what_is_asked(config),
         "limits.max_model_len": config.limits.max_model_len,
         "limits.max_prompt_bytes": config.limits.max_prompt_bytes,
         "input.limit": config.input.limit,
@@ -161,6 +173,15 @@ def fingerprint_fields(checked: CheckedJob, facts: ModelFacts, mask: str) -> dic
         "output.max_rows_per_file": config.output.max_rows_per_file,
         "output.max_bytes_per_file": config.output.max_bytes_per_file,
     }
+
+
+def _what_is_asked(config: JobConfig) -> dict[str, Any]:
+    """Of the two sections that tasks have of their own, the task's."""
+    if config.task == "generate":
+        return {"sampling_params": config.sampling_params.model_dump(mode="json")}
+    scoring = config.scoring_template()
+    delimiter = scoring.delimiter(config.prompt.format)
+    return {"scoring": scoring.model_dump(mode="json") | {"target_delimiter": delimiter}}
 
 
 def _input_identity(checked: CheckedJob) -> str:

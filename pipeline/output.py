@@ -5,14 +5,14 @@ Knows Parquet and the names of shards; no Ray, no model.
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.manifest import ForeignOutput, load_manifest
-from pipeline.results import RESULT_COLUMNS
+from pipeline.manifest import SUCCESS, ForeignOutput, Manifest, load_manifest
+from pipeline.results import ANY_RESULT_COLUMN
 from pipeline.schemas import is_text
 from pipeline.store import OutputStorageError, Store
 
@@ -25,6 +25,24 @@ def shard_paths(output: str) -> list[str]:
         raise ForeignOutput(f"{output} is not an output folder of Segue: it has no _job/manifest.json")
     present = set(store.names())
     return [store.path(unit.shard_name) for unit in manifest.units if unit.shard_name in present]
+
+
+def finished_manifest(output: str) -> Manifest:
+    """What a complete output folder belongs to. Raises ForeignOutput if it is not complete, or none of Segue's."""
+    store = Store(output)
+    manifest = load_manifest(store)
+    if manifest is None:
+        raise ForeignOutput(f"{output} is not an output folder of Segue: it has no _job/manifest.json")
+    if not store.exists(SUCCESS):
+        raise ForeignOutput(f"{output} is not complete: it has no {SUCCESS}; run its job again to finish it")
+    return manifest
+
+
+def read_columns(output: str, choose: Callable[[pa.Schema], Sequence[str]]) -> Iterator[pa.Table]:
+    """Each shard's columns among those that `choose` names, given the shard's schema; in plan order."""
+    for path in shard_paths(output):
+        schema = _schema(path)
+        yield _read(path, [name for name in dict.fromkeys(choose(schema)) if name in schema.names])
 
 
 def sample_rows(output: str, count: int, seed: int) -> list[dict[str, Any]]:
@@ -52,7 +70,7 @@ def _shown_rows(table: pa.Table) -> list[dict[str, Any]]:
         if is_text(field.type) and not pa.types.is_null(field.type):
             texts = column.cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
             columns[field.name] = [None if text is None else text.decode("utf-8", "replace") for text in texts]
-        elif field.name in RESULT_COLUMNS:
+        elif field.name in ANY_RESULT_COLUMN:
             columns[field.name] = column.to_pylist()
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
@@ -83,6 +101,13 @@ def _read(path: str, columns: Sequence[str] | None = None) -> pa.Table:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as shard:
             return shard.read(columns=columns)
+    except (OSError, pa.ArrowException) as error:
+        raise OutputStorageError(f"{path} cannot be read: {error}") from error
+
+
+def _schema(path: str) -> pa.Schema:
+    try:
+        return pq.read_schema(path)
     except (OSError, pa.ArrowException) as error:
         raise OutputStorageError(f"{path} cannot be read: {error}") from error
 

@@ -13,16 +13,19 @@ import pyarrow as pa
 import ray.data
 import ray.exceptions
 
+from attention.segments import num_tokens
 from pipeline.chains import decode_chain
 from pipeline.checks import CheckedJob
 from pipeline.cluster import cause_of
 from pipeline.manifest import MANIFEST, Manifest, check_same_job, load_manifest, versions
 from pipeline.render import RenderSpec, render_block
+from pipeline.request_counter import RequestCounter
 from pipeline.rows import InputChanged, InputUnreadable, ParquetRowsSource
 from pipeline.shards import PROTOCOL
 from pipeline.store import Store
 from pipeline.tree_stats import TreeCounter
-from pipeline.units import UnitSpec, serialize_unit
+from pipeline.units import SCORE_FIELD, UnitSpec, score_row, serialize_unit
+from workers.score_rows import requests_of
 
 ORDER = ["chain", "src_path", "src_row"]  # a total order: equal prompts stay in the order of the input
 STREAM_ROWS = 4096
@@ -33,7 +36,7 @@ def make_plan(job: CheckedJob, fields: dict[str, Any], spec: RenderSpec, store: 
 
     Raises InputChanged, InputUnreadable, WorkersFailed for what fails in a task, OutputStorageError.
     """
-    cutter = _UnitCutter(job, store)
+    cutter = _UnitCutter(job, spec, store)
     failure = _add_rows(cutter, job, spec)
     if failure is not None:
         raise failure
@@ -75,14 +78,16 @@ def _sorted_rows(job: CheckedJob, spec: RenderSpec) -> Iterator[pa.Table]:
 class _UnitCutter:
     """Collects sorted rows into units and publishes each as soon as it is full."""
 
-    def __init__(self, job: CheckedJob, store: Store) -> None:
-        self.counter = TreeCounter(job.config.workers.max_size)
+    def __init__(self, job: CheckedJob, spec: RenderSpec, store: Store) -> None:
+        self.counter = RequestCounter(TreeCounter(job.config.workers.max_size))
+        self._task = spec.task
+        self._max_model_len = spec.max_model_len
         self._max_rows = job.config.output.max_rows_per_file
         self._max_bytes = job.config.output.max_bytes_per_file
         self._store = store
         self._units: list[UnitSpec] = []
         self._pieces: list[pa.Table] = []
-        self._num_rows = self._num_bytes = self._num_tokens = 0
+        self._num_rows = self._num_bytes = self._num_requests = self._num_tokens = 0
 
     def add(self, batch: pa.Table) -> None:
         """Rows in depth-first order."""
@@ -90,13 +95,14 @@ class _UnitCutter:
             return  # Ray sorts no rows into a table without columns
         row_bytes = max(1, batch.nbytes // batch.num_rows)
         start = 0
-        for index, tokens in enumerate(self._count(batch)):
+        for index, (requests, tokens) in enumerate(self._count(batch)):
             if self._num_rows and (self._num_rows >= self._max_rows or self._num_bytes + row_bytes > self._max_bytes):
                 self._pieces.append(batch.slice(start, index - start))
                 self._flush()
                 start = index
             self._num_rows += 1
             self._num_bytes += row_bytes
+            self._num_requests += requests
             self._num_tokens += tokens
         self._pieces.append(batch.slice(start))
 
@@ -104,21 +110,27 @@ class _UnitCutter:
         self._flush()
         return self._units
 
-    def _count(self, batch: pa.Table) -> Iterator[int]:
-        """Each row's prompt tokens, counted into the tree when the row's unit is known."""
-        columns = (batch[name].to_pylist() for name in ORDER)
-        for chain, src_path, src_row in zip(*columns, strict=True):
-            segments = decode_chain(chain)
-            yield sum(len(segment) for segment in segments)
-            self.counter.add(segments, f"{src_path}:{src_row}")
+    def _count(self, batch: pa.Table) -> Iterator[tuple[int, int]]:
+        """Each row's requests and the tokens that they feed, counted into the tree when the row's unit is known."""
+        columns = [batch[name].to_pylist() for name in ORDER]
+        scores = [None] * batch.num_rows if self._task == "generate" else batch[SCORE_FIELD.name].to_pylist()
+        for chain, src_path, src_row, value in zip(*columns, scores, strict=True):
+            row, score = f"{src_path}:{src_row}", score_row(decode_chain(chain), value)
+            if score is None:
+                yield int(bool(chain)), num_tokens(decode_chain(chain))
+                self.counter.add(chain, row)
+            else:
+                requests = requests_of(score, self._task, self._max_model_len)
+                yield len(requests), sum(num_tokens(request.fed_segments) for request in requests)
+                self.counter.add_scored(chain, requests, row)
 
     def _flush(self) -> None:
         if not self._num_rows:
             return
         table = pa.concat_tables(self._pieces).combine_chunks()
         unit_id, content = serialize_unit(table)
-        unit = UnitSpec(len(self._units), unit_id, self._num_rows, self._num_tokens)
+        unit = UnitSpec(len(self._units), unit_id, self._num_rows, self._num_requests, self._num_tokens)
         self._store.create(unit.unit_name, content)
         self._units.append(unit)
-        self._pieces, self._num_rows, self._num_bytes, self._num_tokens = [], 0, 0, 0
+        self._pieces, self._num_rows, self._num_bytes, self._num_requests, self._num_tokens = [], 0, 0, 0, 0
         self.counter.end_unit()

@@ -94,6 +94,7 @@ class Totals:
 
     num_rows: int
     num_tokens: int  # requested prompt tokens of missing units
+    num_requests: int | None = None  # where rows have several, what is counted instead of them
 
 
 class ProgressDisplay:
@@ -133,8 +134,9 @@ class ProgressDisplay:
 def progress_line(totals: dict[str, float], wanted: Totals) -> str:
     """One line: rows, share of tokens, rate, time left, reuse, errors. Rates are since the first model was loaded."""
     rows, tokens, seconds = (totals.get(name, 0) for name in ("num_finished_rows", "num_finished_tokens", "seconds"))
+    total = f"{wanted.num_rows:,} rows" if wanted.num_requests is None else f"{wanted.num_requests:,} requests"
     if not totals:
-        return f"0/{wanted.num_rows:,} rows | loading the model"
+        return f"0/{total} | loading the model"
     generated, computed = totals.get("num_generated_tokens", 0), totals.get("num_computed_tokens", 0)
     requested = totals.get("num_prompt_tokens", 0)
     share = tokens / wanted.num_tokens if wanted.num_tokens else 1.0
@@ -142,7 +144,7 @@ def progress_line(totals: dict[str, float], wanted: Totals) -> str:
     rate = f"{(computed + generated) / seconds:,.0f}" if seconds else "0"
     reused = 1 - computed / requested if requested else 0.0
     return (
-        f"{rows:,}/{wanted.num_rows:,} rows | {share:.0%} of {wanted.num_tokens:,} prompt tokens, "
+        f"{rows:,}/{total} | {share:.0%} of {wanted.num_tokens:,} prompt tokens, "
         f"{rate} tokens/s computed | {left} | "
         f"{max(0.0, reused):.0%} reused | {totals.get('num_errors', 0)} errors"
     )

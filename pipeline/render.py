@@ -8,22 +8,26 @@ import datetime
 import functools
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
 from attention.segments import canonical_segments, num_tokens
-from pipeline.chains import encode_chain
+from pipeline.chains import encode_chain, shared_chains
 from pipeline.results import error_value
 from pipeline.schemas import ROW_PARAMS_COLUMN
-from pipeline.units import PASSED, PLANNED_FIELDS
+from pipeline.units import PASSED, PLANNED_FIELDS, SCORE_FIELD, score_value
 from workers.echo import echo_tokenizer, is_echo
 from workers.model_source import locate, safetensors_directory
+from workers.pairs import PairEncoder
 from workers.prompt_encoder import PromptEncoder
 from workers.prompts import PromptTemplate
 from workers.row_errors import RowError, RowErrorCode
 from workers.sampling import SamplingParams
+from workers.score_rows import RowScorer, check_fits, requests_of
+from workers.scoring import ScoringTemplate, Task
 
 
 @dataclass(frozen=True)
@@ -41,47 +45,68 @@ class RenderSpec:
     prompt_columns: tuple[str, ...]
     passed_columns: tuple[str, ...]
     params: SamplingParams
+    task: Task = "generate"
+    scoring: ScoringTemplate = field(default_factory=ScoringTemplate)
+
+    @property
+    def limit_name(self) -> str:
+        """What `max_model_len` comes from."""
+        return f"sliding window of {self.window}" if self.window == self.max_model_len else "limits.max_model_len"
 
 
 def render_block(block: pa.Table, spec: RenderSpec) -> pa.Table:
     """A block of `pipeline.rows` -> the same rows with PLANNED_FIELDS and passed-through columns."""
     encoder = encoder_of(spec)
+    plan = _planned if spec.task == "generate" else partial(_scored, scorer=scorer_of(spec, encoder))
     inputs = _fields(block["input"])
-    planned = [_planned(row, encoder, spec) for row in _rows(inputs, block.num_rows, spec)]
-    columns: dict[str, Any] = {
-        "chain": [row[0] for row in planned],
-        "src_path": block["src_path"],
-        "src_row": block["src_row"],
-        "sampling_params": [row[1] for row in planned],
-        "error": [row[2] for row in planned],
-    }
-    arrays = [_as_array(columns[field.name], field.type) for field in PLANNED_FIELDS]
+    planned = [plan(row, encoder=encoder, spec=spec) for row in _rows(inputs, block.num_rows, spec)]
+    fields = planned_fields(spec.task)
+    columns: dict[str, Any] = {"src_path": block["src_path"], "src_row": block["src_row"]}
+    columns |= {each.name: [row.get(each.name) for row in planned] for each in fields if each.name not in columns}
+    arrays = [_as_array(columns[each.name], each.type) for each in fields]
     passed = {PASSED + name: inputs[name] for name in spec.passed_columns}
-    names = [*(field.name for field in PLANNED_FIELDS), *passed]
-    return pa.table([*arrays, *passed.values()], names=names)
+    return pa.table([*arrays, *passed.values()], names=[*(each.name for each in fields), *passed])
 
 
-def _planned(
-    row: Mapping[str, object] | RowError, encoder: PromptEncoder, spec: RenderSpec
-) -> tuple[bytes, str | None, dict[str, str] | None]:
-    """(chain, the row's parameters as JSON, error)"""
+def planned_fields(task: Task) -> list[pa.Field]:
+    """The plan's own columns."""
+    return PLANNED_FIELDS if task == "generate" else [*PLANNED_FIELDS, SCORE_FIELD]
+
+
+def _planned(row: Mapping[str, object] | RowError, *, encoder: PromptEncoder, spec: RenderSpec) -> dict[str, Any]:
+    """chain, and the row's parameters as JSON; or error"""
     try:
         if isinstance(row, RowError):
             raise row
         params = _row_params(row.get(ROW_PARAMS_COLUMN), spec.params)
         segments = canonical_segments(encoder.encode(row), mask=spec.mask)
         _check_length(num_tokens(segments), spec)
-        return encode_chain(segments), params, None
+        return {"chain": encode_chain(segments), "sampling_params": params}
     except RowError as error:
-        return b"", None, error_value(error)
+        return {"chain": b"", "error": error_value(error)}
+
+
+def _scored(
+    row: Mapping[str, object] | RowError, *, encoder: PromptEncoder, spec: RenderSpec, scorer: RowScorer
+) -> dict[str, Any]:
+    """chain, and what is scored; or error"""
+    try:
+        if isinstance(row, RowError):
+            raise row
+        found = scorer.read(row, spec.mask)
+        requests = requests_of(found, spec.task, spec.max_model_len)
+        for request in requests:
+            check_fits(request, spec.max_model_len, spec.limit_name)
+        return {"chain": min(shared_chains(requests)), "score": score_value(found)}
+    except RowError as error:
+        return {"chain": b"", "error": error_value(error)}
 
 
 def _check_length(length: int, spec: RenderSpec) -> None:
     if length == 0:
         raise RowError(RowErrorCode.EMPTY_PROMPT, "the prompt has no tokens, wanted at least one")
     if length >= spec.max_model_len:
-        limit = f"sliding window of {spec.window}" if spec.window == spec.max_model_len else "limits.max_model_len"
-        message = f"the prompt has {length:,} tokens, wanted fewer than {spec.max_model_len:,} ({limit})"
+        message = f"the prompt has {length:,} tokens, wanted fewer than {spec.max_model_len:,} ({spec.limit_name})"
         raise RowError(RowErrorCode.PROMPT_TOO_LONG, message)
 
 
@@ -106,7 +131,7 @@ def _rows(
 ) -> Iterator[Mapping[str, object] | RowError]:
     """What the prompt reads of each row, or why it cannot be read."""
     names = [*spec.prompt_columns]
-    if ROW_PARAMS_COLUMN in inputs:
+    if spec.task == "generate" and ROW_PARAMS_COLUMN in inputs:
         names.append(ROW_PARAMS_COLUMN)
     columns = {name: _values(inputs[name]) for name in dict.fromkeys(names)}
     for index in range(num_rows):
@@ -151,6 +176,13 @@ def encoder_of(spec: RenderSpec) -> PromptEncoder:
     """
     template = spec.template.model_dump_json(exclude_unset=True)
     return _encoder(spec.source, spec.revision, template, spec.date, spec.max_prompt_bytes)
+
+
+def scorer_of(spec: RenderSpec, encoder: PromptEncoder) -> RowScorer:
+    """For a scoring task's rows."""
+    delimiter = spec.scoring.delimiter(spec.template.format)
+    pairs = PairEncoder(encoder, encoder.tokenizer)
+    return RowScorer(pairs, spec.task, spec.scoring, delimiter=delimiter, max_bytes=spec.max_prompt_bytes)
 
 
 @functools.lru_cache(maxsize=2)

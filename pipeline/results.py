@@ -1,6 +1,7 @@
 """The columns a job adds to the rows it was given: names, types, and the table of one shard.
 
-The schema depends on the job alone, never on what happened to be answered: a shard of errors has the same one.
+The schema depends on the job alone, never on what happened to be answered: a shard of errors has the same one. What
+scoring tasks put into theirs is in `pipeline/scores.py`.
 """
 
 from collections.abc import Sequence
@@ -10,19 +11,46 @@ import pyarrow as pa
 from workers.request import CompletionOutput, RequestOutput
 from workers.row_errors import RowError
 from workers.sampling import SamplingParams
+from workers.scoring import Task
 
-RESULT_COLUMNS: tuple[str, ...] = (
-    "src_path",
-    "src_row",
-    "generated_text",
-    "finish_reason",
-    "num_input_tokens",
-    "num_cached_tokens",
-    "num_generated_tokens",
-    "logprobs",
-    "samples",
-    "error",
-)
+_PROVENANCE, _COUNTS = ("src_path", "src_row"), ("num_input_tokens", "num_cached_tokens")
+RESULT_COLUMNS: dict[Task, tuple[str, ...]] = {
+    "generate": (
+        *_PROVENANCE,
+        "generated_text",
+        "finish_reason",
+        "num_generated_tokens",
+        *_COUNTS,
+        "logprobs",
+        "samples",
+        "error",
+    ),
+    "choose": (
+        *_PROVENANCE,
+        "choice",
+        "choice_norm",
+        "choice_logprobs",
+        "choice_num_tokens",
+        "choice_is_greedy",
+        "correct",
+        "correct_norm",
+        *_COUNTS,
+        "error",
+    ),
+    "loglikelihood": (*_PROVENANCE, "logprob", "num_tokens", "is_greedy", *_COUNTS, "error"),
+    "perplexity": (
+        *_PROVENANCE,
+        "logprob",
+        "num_tokens",
+        "num_words",
+        "num_bytes",
+        "perplexity",
+        *_COUNTS,
+        "error",
+    ),
+}
+
+ANY_RESULT_COLUMN = frozenset(name for names in RESULT_COLUMNS.values() for name in names)
 
 ERROR_TYPE = pa.struct([("code", pa.string()), ("message", pa.string())])
 _TOKEN_LOGPROB = [("token_id", pa.int32()), ("logprob", pa.float32())]
@@ -35,17 +63,15 @@ def result_schema(passed: pa.Schema, params: SamplingParams, *, has_row_params: 
     `logprobs` and `samples` only if the job asks for them, or its rows may (`has_row_params`).
     """
     answer = _answer_fields(params, has_row_params)
-    fields = [
-        *passed,
-        pa.field("src_path", pa.string()),
-        pa.field("src_row", pa.int64()),
-        *answer,
-        pa.field("num_input_tokens", pa.int32()),
-        pa.field("num_cached_tokens", pa.int32()),
-    ]
-    if params.n > 1 or has_row_params:
-        fields.append(pa.field("samples", pa.list_(pa.struct(answer))))
-    return pa.schema([*fields, pa.field("error", ERROR_TYPE)])
+    samples = [pa.field("samples", pa.list_(pa.struct(answer)))] if params.n > 1 or has_row_params else []
+    return framed_schema(passed, answer, samples)
+
+
+def framed_schema(passed: pa.Schema, answer: Sequence[pa.Field], last: Sequence[pa.Field] = ()) -> pa.Schema:
+    """What every task has around its answer: passed-through columns, provenance, token counts, error."""
+    provenance = [pa.field("src_path", pa.string()), pa.field("src_row", pa.int64())]
+    counts = [pa.field("num_input_tokens", pa.int32()), pa.field("num_cached_tokens", pa.int32())]
+    return pa.schema([*passed, *provenance, *answer, *counts, *last, pa.field("error", ERROR_TYPE)])
 
 
 def _answer_fields(params: SamplingParams, has_row_params: bool) -> list[pa.Field]:

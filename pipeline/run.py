@@ -155,7 +155,9 @@ def _run_pass(
     """One pass over `units`. Returns why it was lost if processes died; raises what an error in a worker was."""
     progress: Any = ProgressActor.remote()
     interrupt.on_set = threading.Thread(target=_drain, args=(progress, say), daemon=True).start
-    totals = Totals(sum(unit.num_rows for unit in units), sum(unit.num_tokens for unit in units))
+    num_rows, num_tokens = sum(unit.num_rows for unit in units), sum(unit.num_tokens for unit in units)
+    num_requests = None if job.config.task == "generate" else sum(unit.num_requests for unit in units)
+    totals = Totals(num_rows, num_tokens, num_requests)
     spec = job.worker_spec(manifest, threads_of(job.config.workers))
     try:
         with ProgressDisplay(progress, totals, quiet=quiet):

@@ -5,7 +5,7 @@ column into nulls and a number into text without a word; here each of these is a
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +16,7 @@ from pipeline.problems import Problem, nearest, shown
 from pipeline.results import RESULT_COLUMNS
 from pipeline.sources import InputFile
 from workers.prompts import PromptTemplate
+from workers.scoring import ScoringTemplate, Task
 
 ROW_PARAMS_COLUMN = "sampling_params"  # read from every dataset that has it, passed through or not
 _STRING_LIKE = "string, large_string, string_view or dictionary of string"
@@ -31,24 +32,36 @@ class JobColumns:
 
 
 def check_columns(
-    files: Sequence[InputFile], template: PromptTemplate, passed: Literal["all"] | Sequence[str]
+    files: Sequence[InputFile],
+    template: PromptTemplate,
+    passed: Literal["all"] | Sequence[str],
+    *,
+    task: Task = "generate",
+    scoring: ScoringTemplate | None = None,
 ) -> tuple[JobColumns | None, list[Problem]]:
     """The columns of a job and what is wrong with them; None if there is anything wrong."""
     names = list(dict.fromkeys(name for file in files for name in file.schema.names))
     through = names if passed == "all" else list(passed)
-    needed = _needed(template, names)
-    problems = _collisions(through)
-    own_params = {ROW_PARAMS_COLUMN: _ROW_PARAMS} if ROW_PARAMS_COLUMN in names else {}
-    uses = needed | own_params
-    wanted = list(dict.fromkeys([*sorted(needed), *through, *own_params]))
+    uses = _uses(template, task, scoring or ScoringTemplate(), names)
+    read = sorted({name for name, use in uses if use.key != "sampling_params"})
+    wanted = list(dict.fromkeys([*read, *through, *(name for name, _ in uses)]))
+    problems = _collisions(through, task)
     for name in wanted:
-        key = "sampling_params" if name in own_params else "prompt" if name in needed else "output.columns"
-        problems += _missing(files, name, key) or _repeated(files, name) or _unfit(files, name, key, uses.get(name))
+        own = [use for used, use in uses if used == name] or [_PASSED]
+        key = own[0].key
+        problems += _missing(files, name, key) or _repeated(files, name) or _unfit(files, name, own)
     if problems:
         return None, problems
     order = [name for name in names if name in wanted]
     schema = pa.schema([pa.field(name, unified(_types(files, name))) for name in order])
-    return JobColumns(tuple(sorted(needed)), tuple(through), schema), []
+    return JobColumns(tuple(read), tuple(through), schema), []
+
+
+def columns_read(
+    template: PromptTemplate, task: Task, scoring: ScoringTemplate, names: Collection[str]
+) -> frozenset[str]:
+    """The columns that a job reads of a dataset with these."""
+    return frozenset(name for name, _ in _uses(template, task, scoring, names))
 
 
 def unified(kinds: Iterable[pa.DataType]) -> pa.DataType | None:
@@ -95,6 +108,10 @@ def _is_scalar(kind: pa.DataType) -> bool:
     return is_text(kind) or types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)
 
 
+def _is_text_list(kind: pa.DataType) -> bool:
+    return _is_list(kind) and is_text(kind.value_type)
+
+
 def _is_list(kind: pa.DataType) -> bool:
     return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
 
@@ -109,32 +126,53 @@ def _unified_struct(kinds: Sequence[pa.DataType]) -> pa.DataType | None:
 
 @dataclass(frozen=True, slots=True)
 class _Use:
-    """What the prompt does with a column."""
+    """What a job does with a column."""
 
     fits: Callable[[pa.DataType], bool]
     wanted: str
+    key: str = "prompt"  # of the job file, where the column is named
 
 
+_ANY_SCALAR = f"{_STRING_LIKE}, or int, float, bool"
 _MESSAGES = _Use(is_messages, "list<struct<role: string, content: string>>")
 _TEXT = _Use(is_text, _STRING_LIKE)
-_PLACEHOLDER = _Use(_is_scalar, f"{_STRING_LIKE}, or int, float, bool")
+_PLACEHOLDER = _Use(_is_scalar, _ANY_SCALAR)
+_SCORED = _Use(_is_scalar, _ANY_SCALAR, "scoring")
+_CHOICES = _Use(lambda kind: types.is_null(kind) or _is_text_list(kind), "list<string>", "scoring.choices_column")
+_LABEL = _Use(
+    lambda kind: is_text(kind) or types.is_integer(kind),
+    "int, the position of the right choice from 0, or string, its text",
+    "scoring.label_column",
+)
 _ROW_PARAMS = _Use(
     lambda kind: types.is_struct(kind) or is_text(kind),
     "a struct of parameters, or a string of JSON; a column of this name is each row's own sampling parameters",
+    "sampling_params",
 )
+_PASSED = _Use(lambda kind: True, "", "output.columns")
 
 
-def _needed(template: PromptTemplate, names: Sequence[str]) -> dict[str, _Use]:
-    """The columns that the template reads, and how."""
-    required = template.required_columns(names)
+def _uses(
+    template: PromptTemplate, task: Task, scoring: ScoringTemplate, names: Collection[str]
+) -> list[tuple[str, _Use]]:
+    """The columns that a job reads, and how; a column may have several uses."""
+    prompt = template.required_columns(names)
     if template.messages is not None or template.text is not None:
-        return dict.fromkeys(required, _PLACEHOLDER)
-    is_chat = template.format == "chat"
-    return {name: _MESSAGES if is_chat and name == template.messages_column else _TEXT for name in required}
+        uses = [(name, _PLACEHOLDER) for name in prompt]
+    else:
+        is_chat = template.format == "chat"
+        uses = [(name, _MESSAGES if is_chat and name == template.messages_column else _TEXT) for name in prompt]
+    uses += [(name, _SCORED) for name in scoring.text_columns(task)]
+    choices, label = scoring.list_column(task), scoring.label_of(task, names)
+    uses += [(choices, _CHOICES)] if choices is not None else []
+    uses += [(label, _LABEL)] if label is not None else []
+    if task == "generate" and ROW_PARAMS_COLUMN in names:
+        uses.append((ROW_PARAMS_COLUMN, _ROW_PARAMS))
+    return uses
 
 
-def _collisions(through: Iterable[str]) -> list[Problem]:
-    taken = [name for name in through if name in RESULT_COLUMNS]
+def _collisions(through: Iterable[str], task: Task) -> list[Problem]:
+    taken = [name for name in through if name in RESULT_COLUMNS[task]]
     wanted = "no passed-through column with the name of a result"
     hint = "list the columns to pass through in output.columns, or rename it in the input"
     return [Problem("output.columns", f"the input column {shown(name)}", wanted, hint) for name in taken]
@@ -157,13 +195,14 @@ def _repeated(files: Sequence[InputFile], name: str) -> list[Problem]:
     return []
 
 
-def _unfit(files: Sequence[InputFile], name: str, key: str, use: _Use | None) -> list[Problem]:
-    """The first file whose type is not what the prompt can use, or not what the files before it have."""
+def _unfit(files: Sequence[InputFile], name: str, uses: Sequence[_Use]) -> list[Problem]:
+    """The first file whose type is not what the job can use, or not what the files before it have."""
     seen: list[pa.DataType] = []
     for file in files:
         kind = file.schema.field(name).type
-        if use is not None and not use.fits(kind):
-            return [Problem(key, f"{file.path} with column {shown(name)} of type {kind}", use.wanted)]
+        for use in uses:
+            if not use.fits(kind):
+                return [Problem(use.key, f"{file.path} with column {shown(name)} of type {kind}", use.wanted)]
         if unified([*seen, kind]) is None:
             wanted = f"one type in all files ({unified(seen)} in {files[0].path})"
             return [Problem("input.path", f"{file.path} with column {shown(name)} of type {kind}", wanted)]

@@ -20,7 +20,7 @@ class SharedNode:
     """Consecutive tokens that several rows have at the same place, after the same beginning."""
 
     tokens_saved: int
-    num_rows: int
+    num_rows: int  # requests, where rows have several
     num_tokens: int
     start: int  # position of the first token
     bidirectional: bool
@@ -32,7 +32,8 @@ class TreeStats:
     """Totals of a plan."""
 
     num_rows: int = 0
-    tokens_requested: int = 0  # sum of all prompts
+    num_requests: int = 0  # a row of a scoring task has one for each choice, or for each window of its text
+    tokens_requested: int = 0  # what computing every request alone would feed
     tokens_distinct: int = 0  # what one worker computes
     extra_tokens_bound: int = 0  # what `num_workers` may compute beside that, if units land anywhere
     top_shared: list[SharedNode] = field(default_factory=list)
@@ -52,7 +53,7 @@ class _Open:
 
 
 class TreeCounter:
-    """Feed rows in depth-first order with `add`, unit borders with `end_unit`; read with `finish`."""
+    """Feed requests in depth-first order with `add`, unit borders with `end_unit`; read with `finish`."""
 
     def __init__(self, num_workers: int = 1, *, min_undeclared_tokens: int = MIN_UNDECLARED_TOKENS) -> None:
         self.stats = TreeStats()
@@ -65,7 +66,7 @@ class TreeCounter:
         self._border_pending = False
 
     def add(self, segments: tuple[Segment, ...], row: str) -> int:
-        """Count a row; returns the tokens it adds to those before it."""
+        """Count a request; returns the tokens it adds to those before it."""
         length, common = num_tokens(segments), common_tokens(self._previous, segments)
         self._undeclared.add(segments, row)
         self._close(common)
@@ -77,18 +78,25 @@ class TreeCounter:
             self._cross(common)
         self._previous, self._border_pending = segments, False
         stats = self.stats
-        stats.num_rows += 1
+        stats.num_requests += 1
         stats.tokens_requested += length
         stats.tokens_distinct += length - common
         _keep_largest(stats.longest, (length, row), LONGEST_ROWS)
         return length - common
 
+    def add_private(self, length: int, row: str, *, is_new: bool) -> None:
+        """Count a request that shares nothing, at any time; `is_new` unless it equals one that is computed."""
+        self.stats.num_requests += 1
+        self.stats.tokens_requested += length
+        self.stats.tokens_distinct += length if is_new else 0
+        _keep_largest(self.stats.longest, (length, row), LONGEST_ROWS)
+
     def end_unit(self) -> None:
-        """The next row belongs to another unit, which another worker may get."""
+        """The next request belongs to another unit, which another worker may get."""
         self._border_pending = True
 
     def finish(self) -> TreeStats:
-        """The totals; no row may follow."""
+        """The totals; no request may follow."""
         self._close(0)
         self.stats.top_shared = sorted(self._top, reverse=True)
         self.stats.undeclared = self._undeclared.finish()

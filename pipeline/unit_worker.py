@@ -12,19 +12,23 @@ import uuid
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.progress import Reporter
 from pipeline.results import error_value, result_row, result_schema, result_table
+from pipeline.scores import score_schema, score_values
 from pipeline.shards import PROTOCOL, ShardFooter, commit_shard, serialize_shard
 from pipeline.store import Store
 from pipeline.units import PASSED, PlannedRow, UnitSpec, load_unit, planned_rows
 from workers.echo import EchoEngine, is_echo, seconds_per_step
-from workers.loop import EngineLoop, EngineStopped, RowEngine
-from workers.request import RequestOutput
+from workers.loop import EngineLoop, EngineRow, EngineStopped, RowEngine
+from workers.request import GenerationRequest, RequestOutput
 from workers.sampling import SamplingParams
+from workers.score_rows import requests_of
+from workers.scoring import Task
 
 DRAIN_SECONDS = 10.0  # how long units in flight may go on once a drain is asked for
 
@@ -40,8 +44,10 @@ class WorkerSpec:
     adapter: str | None
     dtype: str
     mask: str
+    task: Task
     params: SamplingParams
     has_row_params: bool
+    max_model_len: int
     engine: dict[str, Any] = field(default_factory=dict)  # EngineConfig fields
     threads: int | None = None
 
@@ -85,23 +91,32 @@ class UnitWorker:
             return Receipt(unit.ordinal, "drained")
         table = await asyncio.to_thread(load_unit, self._store, unit)
         rows = list(planned_rows(table, self._spec.params))
-        answerable = [(row.segments, row.params, row.random_key) for row in rows if row.error is None]
+        requests = [self._requests(row) for row in rows]
         try:
-            outputs = await asyncio.wrap_future(self._loop.submit(answerable))
+            outputs = await asyncio.wrap_future(self._loop.submit([request for own in requests for request in own]))
         except EngineStopped:
             return Receipt(unit.ordinal, "drained")
-        return await asyncio.to_thread(self._commit, unit, table, rows, outputs)
+        each = iter(outputs)
+        answers = [list(islice(each, len(own))) for own in requests]
+        return await asyncio.to_thread(self._commit, unit, table, rows, answers)
+
+    def _requests(self, row: PlannedRow) -> Sequence[EngineRow]:
+        """What the engine is asked for a row: nothing if it has an error already."""
+        if row.error is not None:
+            return ()
+        if row.score is not None:
+            return requests_of(row.score, self._spec.task, self._spec.max_model_len)
+        return (GenerationRequest(row.segments, row.params, row.random_key),)
 
     def _commit(
-        self, unit: UnitSpec, table: pa.Table, rows: Sequence[PlannedRow], outputs: Sequence[RequestOutput]
+        self, unit: UnitSpec, table: pa.Table, rows: Sequence[PlannedRow], answers: Sequence[Sequence[RequestOutput]]
     ) -> Receipt:
-        answers = iter(outputs)
-        results = [_result(row, None if row.error else next(answers)) for row in rows]
+        results = [_result(row, self._spec.task, outputs) for row, outputs in zip(rows, answers, strict=True)]
         names = [name for name in table.column_names if name.startswith(PASSED)]
         passed = table.select(names).rename_columns([name.removeprefix(PASSED) for name in names])
-        schema = result_schema(passed.schema, self._spec.params, has_row_params=self._spec.has_row_params)
+        schema = self._schema(passed.schema)
         shard = result_table(schema, passed, results)
-        footer = _footer(unit, self._spec.fingerprint, results, outputs)
+        footer = _footer(unit, self._spec.fingerprint, results, [output for own in answers for output in own])
         content = serialize_shard(shard, footer)
         won = commit_shard(self._store, unit, content, self._spec.fingerprint)
         return Receipt(
@@ -114,6 +129,11 @@ class UnitWorker:
             footer.num_generated_tokens,
         )
 
+    def _schema(self, passed: pa.Schema) -> pa.Schema:
+        if self._spec.task == "generate":
+            return result_schema(passed, self._spec.params, has_row_params=self._spec.has_row_params)
+        return score_schema(passed, self._spec.task)
+
     def _drain(self) -> None:
         self._drain_timer = threading.Timer(DRAIN_SECONDS, self._loop.stop)
         self._drain_timer.daemon = True
@@ -122,27 +142,29 @@ class UnitWorker:
 
 def make_engine(spec: WorkerSpec) -> RowEngine:
     """The engine of a job, in the thread that will drive it."""
-    mask: Any = spec.mask
     if is_echo(spec.source):
-        return EchoEngine(mask, seconds_per_step=seconds_per_step(spec.source))
+        return EchoEngine(seconds_per_step=seconds_per_step(spec.source))
     import torch
 
     from workers.engine import Engine
 
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
+    options: dict[str, Any] = {"mask": spec.mask, "max_model_len": spec.max_model_len, **spec.engine}
     return Engine.from_pretrained(
-        spec.source, mask=mask, dtype=spec.dtype, adapter=spec.adapter, revision=spec.revision, **spec.engine
+        spec.source, dtype=spec.dtype, adapter=spec.adapter, revision=spec.revision, **options
     )
 
 
-def _result(row: PlannedRow, output: RequestOutput | None) -> dict[str, Any]:
+def _result(row: PlannedRow, task: Task, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
     origin: dict[str, Any] = {"src_path": row.src_path, "src_row": row.src_row}
     if row.error is not None:
         return origin | {"error": error_value(row.error)}
-    if output is None:
+    if not outputs:
         raise ValueError("a row without an error was not answered")
-    return origin | result_row(output)
+    if row.score is not None:
+        return origin | score_values(row.score, task, outputs)
+    return origin | result_row(outputs[0])
 
 
 def _footer(

@@ -7,18 +7,20 @@ have an error. Knows Parquet; no model, no Ray.
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from attention.segments import Segment
+from attention.segments import Segment, first_tokens, num_tokens
 from pipeline.chains import decode_chain
 from pipeline.results import ERROR_TYPE
 from pipeline.store import OutputStorageError, Store
 from workers.row_errors import RowError, RowErrorCode
 from workers.sampling import SamplingParams
+from workers.score_rows import ScoreRow
 
 _WAY_OUT = "restore the file, or plan again into another output.path"
 PASSED = "in:"  # prefix of passed-through columns inside the plan, so that none can collide
@@ -29,6 +31,18 @@ PLANNED_FIELDS = [
     pa.field("sampling_params", pa.string()),  # JSON, the row's own; null for the job's
     pa.field("error", ERROR_TYPE),
 ]
+# Of a scoring task's rows: `chain` is then the smallest that the row feeds, and begins with the context.
+SCORE_FIELD = pa.field(
+    "score",
+    pa.struct(
+        [
+            ("num_context_tokens", pa.int32()),
+            ("continuations", pa.list_(pa.list_(pa.int32()))),
+            ("sizes", pa.list_(pa.int32())),
+            ("label", pa.int32()),
+        ]
+    ),
+)
 
 
 class UnitDamaged(OutputStorageError):
@@ -42,7 +56,8 @@ class UnitSpec:
     ordinal: int
     unit_id: str  # sha256 of its file, 16 hex digits
     num_rows: int
-    num_tokens: int  # sum of its prompts
+    num_requests: int  # to the engine: a row of a scoring task has several, one with an error none
+    num_tokens: int  # sum of what its rows feed: prompts, and continuations without their last token
 
     @property
     def unit_name(self) -> str:
@@ -64,11 +79,12 @@ class UnitSpec:
 class PlannedRow:
     """One row of a unit."""
 
-    segments: tuple[Segment, ...]
+    segments: tuple[Segment, ...]  # of a prompt to answer
     src_path: str
     src_row: int
     params: SamplingParams
     error: RowError | None
+    score: ScoreRow | None = None  # of a scoring task
 
     @property
     def random_key(self) -> bytes:
@@ -96,10 +112,30 @@ def load_unit(store: Store, unit: UnitSpec) -> pa.Table:
     return pq.read_table(io.BytesIO(content), page_checksum_verification=True)
 
 
+def score_value(row: ScoreRow) -> dict[str, object]:
+    """As the `score` column holds it."""
+    return {
+        "num_context_tokens": num_tokens(row.context),
+        "continuations": row.continuations,
+        "sizes": row.sizes,
+        "label": row.label,
+    }
+
+
+def score_row(chain: Sequence[Segment], value: dict[str, Any] | None) -> ScoreRow | None:
+    """The inverse, given the row's chain."""
+    if value is None:
+        return None
+    context = first_tokens(chain, value["num_context_tokens"])
+    return ScoreRow(context, tuple(map(tuple, value["continuations"])), tuple(value["sizes"]), value["label"])
+
+
 def planned_rows(table: pa.Table, params: SamplingParams) -> Iterator[PlannedRow]:
     """The rows of a unit, `params` being the job's."""
-    columns = (table[field.name].to_pylist() for field in PLANNED_FIELDS)
-    for chain, src_path, src_row, own, error in zip(*columns, strict=True):
+    columns = [table[field.name].to_pylist() for field in PLANNED_FIELDS]
+    scores = table[SCORE_FIELD.name].to_pylist() if SCORE_FIELD.name in table.column_names else [None] * len(table)
+    for chain, src_path, src_row, own, error, score in zip(*columns, scores, strict=True):
+        segments = decode_chain(chain)
         row_params = params.with_row(json.loads(own)) if own else params
         row_error = RowError(RowErrorCode(error["code"]), error["message"]) if error else None
-        yield PlannedRow(decode_chain(chain), src_path, src_row, row_params, row_error)
+        yield PlannedRow(segments, src_path, src_row, row_params, row_error, score_row(segments, score))

@@ -29,7 +29,7 @@ def segue(*arguments: str | Path) -> tuple[int, str, str]:
 
 def finished_output(folder: Path, texts: list[bytes | None], errors: list[dict[str, str] | None]) -> Path:
     """An output folder of one shard, without a run. A text of None is a row with an error."""
-    store, unit = Store(folder / "out"), UnitSpec(0, "0" * 16, len(texts), 1)
+    store, unit = Store(folder / "out"), UnitSpec(0, "0" * 16, len(texts), len(texts), 1)
     manifest = Manifest(PROTOCOL, "job", "2026-01-02", {}, {}, (unit,), {})
     store.create("_job/manifest.json", manifest.to_bytes())
     passed = pa.table({"note": pa.array(texts, pa.binary()).view(pa.string())})

@@ -18,6 +18,7 @@ from attention.segments import Segment, num_tokens
 from attention.tree import SegmentTree
 from workers.engine import Engine, EngineConfig
 from workers.model import tree_model
+from workers.request import GenerationRequest
 from workers.sampling import SamplingParams
 
 TOLERANCE = 1e-4
@@ -108,7 +109,7 @@ def test_sampled_answers_of_permuted_rows_are_permuted(order):
 
 def run_with_keys(subject, rows, keys, params):
     for index, (row, key) in enumerate(zip(rows, keys, strict=True)):
-        subject.add(index, row, params, random_key=key)
+        subject.add(index, GenerationRequest(row, params, key))
     outputs = {}
     while subject.has_work:
         outputs.update((output.request_id, output) for output in subject.step())
@@ -182,7 +183,7 @@ def test_kv_bytes_of_rows_over_a_shared_segment_are_exactly_the_distinct_tokens(
     assert subject.cache.allocated_bytes == 0
     before = resident_bytes()
     for index, row in enumerate(rows):
-        subject.add(index, row, SamplingParams(max_tokens=1))
+        subject.add(index, GenerationRequest(row, SamplingParams(max_tokens=1), b""))
     while subject.has_work:
         subject.step()
     wanted = (4096 + own) * subject.cache.shape.bytes_per_token

@@ -11,6 +11,7 @@ from attention.segments import Segment, num_tokens
 from workers import score
 from workers.engine import Engine, EngineConfig
 from workers.model import tree_model
+from workers.request import GenerationRequest, ScoringRequest
 from workers.row_errors import RowError
 from workers.sampling import SamplingParams
 from workers.windows import rolling_windows
@@ -99,8 +100,8 @@ def test_scores_are_the_same_whatever_the_size_of_logit_chunks(monkeypatch):
 def test_scores_and_generation_in_one_engine_do_not_disturb_each_other():
     context = [Segment(tuple(range(3, 20)), True)]
     subject = engine()
-    subject.add("generated", context, SamplingParams(max_tokens=6), random_key=b"0")
-    subject.add_score("scored", context, (30, 31, 32))
+    subject.add("generated", GenerationRequest(context, SamplingParams(max_tokens=6), b"0"))
+    subject.add("scored", ScoringRequest(context, (30, 31, 32)))
     outputs = {}
     while subject.has_work:
         outputs.update((output.request_id, output) for output in subject.step())

@@ -63,7 +63,7 @@ def unit_table(errors: Sequence[RowError | None] = (None, ERROR, None)) -> pa.Ta
 def planned(store: Store) -> UnitSpec:
     """A unit that is in the store."""
     unit_id, content = serialize_unit(unit_table())
-    unit = UnitSpec(7, unit_id, 3, 6)
+    unit = UnitSpec(7, unit_id, 3, 3, 6)
     store.create(unit.unit_name, content)
     return unit
 
@@ -106,7 +106,7 @@ def test_unit_id_depends_on_the_content_alone():
 
 
 def test_unit_spec_round_trip_through_json():
-    unit = UnitSpec(12, "00ff", 3, 400)
+    unit = UnitSpec(12, "00ff", 3, 3, 400)
     assert UnitSpec.from_json(unit.to_json()) == unit
     assert unit.shard_name == "part-000012-00ff.parquet"
 

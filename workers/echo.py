@@ -1,19 +1,25 @@
 """An engine without weights: the same contract as `workers.engine.Engine`, and answers that can be computed by hand.
 
-A row's answer is its own prompt's last tokens. Prompts are bytes: a token is a byte of UTF-8, and the chat template is
-ChatML with three control tokens. For tests of everything around a model, and for dry runs of a job: `source: echo`, or
-`echo:0.5` for steps that take half a second.
+A row's answer is its own prompt's last tokens, and what it scores high are tokens of the context. Prompts are bytes: a
+token is a byte of UTF-8, and the chat template is ChatML with three control tokens. For tests of everything around a
+model, and for dry runs of a job: `source: echo`, or `echo:0.5` for steps that take half a second.
 """
 
 import re
 import time
 from collections import deque
-from collections.abc import Hashable, Sequence
-from typing import Any, Literal
+from collections.abc import Hashable, Iterable
+from typing import Any
 
-from attention.segments import Segment, canonical_segments
-from workers.request import CompletionOutput, RequestOutput, TokenLogprobs
-from workers.sampling import SamplingParams
+from attention.segments import Segment
+from workers.request import (
+    CompletionOutput,
+    GenerationRequest,
+    RequestOutput,
+    Score,
+    ScoringRequest,
+    TokenLogprobs,
+)
 from workers.stats import EngineStats
 
 SOURCE = "echo"
@@ -58,27 +64,19 @@ def echo_tokenizer() -> Any:
 class EchoEngine:
     """Answers each row with the end of its own prompt, control tokens left out."""
 
-    def __init__(self, mask: Literal["segment", "causal"] = "causal", *, seconds_per_step: float = 0.0) -> None:
-        self.mask = mask
+    def __init__(self, *, seconds_per_step: float = 0.0) -> None:
         self.seconds_per_step = seconds_per_step
         self.tokenizer = echo_tokenizer()
         self.stats = EngineStats()
-        self._queue: deque[tuple[Hashable, tuple[Segment, ...], SamplingParams]] = deque()
+        self._queue: deque[tuple[Hashable, GenerationRequest | ScoringRequest]] = deque()
 
     @property
     def has_work(self) -> bool:
         return bool(self._queue)
 
-    def add(
-        self,
-        request_id: Hashable,
-        segments: Sequence[Segment],
-        params: SamplingParams | None = None,
-        *,
-        random_key: bytes | None = None,
-    ) -> None:
+    def add(self, request_id: Hashable, row: GenerationRequest | ScoringRequest) -> None:
         """Queue a row."""
-        self._queue.append((request_id, canonical_segments(segments, mask=self.mask), params or SamplingParams()))
+        self._queue.append((request_id, row))
         self.stats.num_rows += 1
 
     def step(self) -> list[RequestOutput]:
@@ -87,18 +85,36 @@ class EchoEngine:
         self.stats.num_steps += 1
         return [self._answer(*self._queue.popleft()) for _ in range(min(len(self._queue), ROWS_PER_STEP))]
 
-    def _answer(self, request_id: Hashable, segments: tuple[Segment, ...], params: SamplingParams) -> RequestOutput:
-        prompt = [token for segment in segments for token in segment.token_ids]
+    def _answer(self, request_id: Hashable, row: GenerationRequest | ScoringRequest) -> RequestOutput:
+        if isinstance(row, ScoringRequest):
+            return self._score(request_id, row)
+        prompt, params = _tokens(row.segments), row.params
         text = self.tokenizer.decode(prompt, skip_special_tokens=True)[-params.max_tokens :]
         answer = self.tokenizer(text, add_special_tokens=False).input_ids[-params.max_tokens :]
-        self.stats.num_finished_rows += 1
-        self.stats.num_finished_tokens += len(prompt)
-        self.stats.num_prompt_tokens += len(prompt)
-        self.stats.num_computed_tokens += len(prompt)
+        self._count(prompt)
         self.stats.num_generated_tokens += len(answer) * params.n
         logprobs = None if params.logprobs is None else [_certain(token, params.logprobs) for token in answer]
         samples = [CompletionOutput(i, text, list(answer), "length", logprobs=logprobs) for i in range(params.n)]
         return RequestOutput(request_id, prompt, 0, samples)
+
+    def _score(self, request_id: Hashable, row: ScoringRequest) -> RequestOutput:
+        """A token of the context is expected, with log-probability -1; any other has -2."""
+        expected = set(_tokens(row.context))
+        prompt = _tokens(row.fed_segments)
+        self._count(prompt)
+        hits = [token in expected for token in row.continuation]
+        score = Score(-float(sum(1 if hit else 2 for hit in hits)), len(hits), all(hits))
+        return RequestOutput(request_id, prompt, 0, score=score)
+
+    def _count(self, prompt: list[int]) -> None:
+        self.stats.num_finished_rows += 1
+        self.stats.num_finished_tokens += len(prompt)
+        self.stats.num_prompt_tokens += len(prompt)
+        self.stats.num_computed_tokens += len(prompt)
+
+
+def _tokens(segments: Iterable[Segment]) -> list[int]:
+    return [token for segment in segments for token in segment.token_ids]
 
 
 def _certain(token: int, num_top: int) -> TokenLogprobs:

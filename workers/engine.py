@@ -21,12 +21,12 @@ from workers.model import TreeModel, load_model
 from workers.pairs import PairEncoder
 from workers.prompt_encoder import PromptEncoder
 from workers.prompts import PromptTemplate
-from workers.request import RequestOutput, Score
+from workers.request import GenerationRequest, RequestOutput, Score, ScoringRequest
 from workers.row_errors import RowError
 from workers.sampling import SamplingParams
 from workers.stats import EngineStats
 from workers.twins import Twins
-from workers.windows import ScoreRequest, rolling_requests, total_score
+from workers.windows import rolling_requests, total_score
 
 __all__ = ["Engine", "EngineConfig", "EngineStats", "Prompt"]
 
@@ -59,12 +59,13 @@ class Engine(EngineCore):
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[RequestOutput]:
         """Answers in the order of `prompts`. A prompt is text, chat messages, or segments of token ids."""
-        each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
+        common = SamplingParams() if params is None else params
+        each = [common] * len(prompts) if isinstance(common, SamplingParams) else list(common)
         if len(each) != len(prompts):
             raise ValueError(f"as many sampling params as prompts wanted ({len(prompts)}), got {len(each)}")
         chains = [self._chain(prompt) for prompt in prompts]
         for index in sorted(range(len(chains)), key=lambda i: tree_order(chains[i])):
-            self.add(index, chains[index], each[index], random_key=str(index).encode())
+            self.add(index, GenerationRequest(chains[index], each[index], str(index).encode()))
         outputs: dict[Hashable, RequestOutput] = {}
         while self.has_work:
             outputs.update((output.request_id, output) for output in self.step())
@@ -77,7 +78,7 @@ class Engine(EngineCore):
         first_with = {chain: index for index, chain in reversed(list(enumerate(chains)))}
         rows: dict[Hashable, Tensor] = {}
         for chain in sorted(first_with, key=tree_order):
-            self.add(first_with[chain], chain, SamplingParams(max_tokens=1))
+            self.add(first_with[chain], GenerationRequest(chain, SamplingParams(max_tokens=1), b""))
         errors: list[RowError] = []
         while self.has_work:
             plan = self.scheduler.plan_step()
@@ -102,7 +103,7 @@ class Engine(EngineCore):
         be token ids. Raises RowError for a pair that cannot be scored.
         """
         encoder = PairEncoder(self._prompt_encoder(), self.model.tokenizer)
-        return self._scores([(*pair, True) for pair in encoder.encode_all(pairs)])
+        return self._scores([ScoringRequest(*pair) for pair in encoder.encode_all(pairs)])
 
     def loglikelihood_rolling(self, texts: Sequence[str]) -> list[Score]:
         """The log-likelihood of each whole text, in windows of the context if it is longer than that.
@@ -115,12 +116,11 @@ class Engine(EngineCore):
         scores = iter(self._scores([window for text in windows for window in text]))
         return [total_score(islice(scores, len(text))) for text in windows]
 
-    def _scores(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+    def _scores(self, requests: Sequence[ScoringRequest]) -> list[Score]:
         """Raises RowError if a request has no score, once the others are done."""
-        chains = [self._fed_chain(context, continuation) for context, continuation, _ in requests]
+        chains = [canonical_segments(request.fed_segments, mask=self.config.mask) for request in requests]
         for index in sorted(range(len(requests)), key=lambda i: tree_order(chains[i])):
-            context, continuation, is_shared = requests[index]
-            self.add_score(index, context, continuation, is_shared=is_shared)
+            self.add(index, requests[index])
         outputs: dict[Hashable, RequestOutput] = {}
         while self.has_work:
             outputs.update((output.request_id, output) for output in self.step())
@@ -128,9 +128,6 @@ class Engine(EngineCore):
             if error := outputs[index].error:
                 raise error
         return [score for index in range(len(requests)) if (score := outputs[index].score)]
-
-    def _fed_chain(self, context: Sequence[Segment], continuation: Sequence[int]) -> tuple[Segment, ...]:
-        return canonical_segments([*context, Segment(tuple(continuation[:-1]), False)], mask=self.config.mask)
 
     def _chain(self, prompt: Prompt) -> Sequence[Segment]:
         if not isinstance(prompt, str) and all(isinstance(part, Segment) for part in prompt):

@@ -15,12 +15,12 @@ from attention.blocks import DecodeQuery, StepBlocks, blocks_of
 from attention.cpu import CpuBackend
 from attention.kv_cache import KVCache
 from attention.reference import ReferenceBackend
-from attention.segments import Segment, canonical_segments
+from attention.segments import canonical_segments
 from attention.step import Backend, TreeStep, tail_batches
 from attention.tree import SegmentTree
 from workers.generate import Finisher
 from workers.model import TreeModel
-from workers.request import Request, RequestOutput, Sample, Score
+from workers.request import GenerationRequest, Request, RequestOutput, Sample, Score, ScoringRequest
 from workers.row_errors import RowError, RowErrorCode
 from workers.sampler import draw
 from workers.sampling import SamplingParams
@@ -48,7 +48,7 @@ class EngineConfig:
 
 
 class EngineCore:
-    """One model on one device, driven by `add`, `add_score` and `step`."""
+    """One model on one device, driven by `add` and `step`."""
 
     def __init__(self, model: TreeModel, config: EngineConfig | None = None) -> None:
         self.model = model
@@ -74,39 +74,21 @@ class EngineCore:
     def has_work(self) -> bool:
         return bool(self.scheduler.has_work or self._refused)
 
-    def add(
-        self,
-        request_id: Hashable,
-        segments: Sequence[Segment],
-        params: SamplingParams | None = None,
-        *,
-        random_key: bytes | None = None,
-    ) -> None:
-        """Queue a row. `random_key` names the row for its draws; by default the order of adding does.
+    def add(self, request_id: Hashable, row: GenerationRequest | ScoringRequest) -> None:
+        """Queue a row. One that cannot run becomes an output with `error`, like any other row error.
 
-        A row that cannot run becomes an output with `error`, like any other row error.
+        Of a continuation to score all tokens but the last are fed, so it and its context may together be one longer
+        than `max_model_len`; both need at least one token. What no other row begins with is forgotten when scored.
         """
-        key = random_key if random_key is not None else str(self._num_added).encode()
-        chain = canonical_segments(segments, mask=self.config.mask)
-        root = None if self.config.enable_prefix_caching else self.tree.new_root()
-        self._queue(Request(request_id, chain, params or SamplingParams(), key, self._num_added, root))
-
-    def add_score(
-        self,
-        request_id: Hashable,
-        context: Sequence[Segment],
-        continuation: Sequence[int],
-        *,
-        is_shared: bool = True,
-    ) -> None:
-        """Queue a row whose `continuation` is scored after `context`; both need at least one token.
-
-        All tokens but the last are fed, so context and continuation together may be one longer than `max_model_len`.
-        `is_shared=False` for what no other row begins with: it is forgotten as soon as it is scored.
-        """
-        chain = canonical_segments(context, mask=self.config.mask)
-        root = None if self.config.enable_prefix_caching and is_shared else self.tree.new_root()
-        self._queue(Request(request_id, chain, SCORING, b"", self._num_added, root, tuple(continuation)))
+        config = self.config
+        if isinstance(row, ScoringRequest):
+            root = None if config.enable_prefix_caching and row.is_shared else self.tree.new_root()
+            chain = canonical_segments(row.context, mask=config.mask)
+            self._queue(Request(request_id, chain, SCORING, b"", self._num_added, root, tuple(row.continuation)))
+        else:
+            root = None if config.enable_prefix_caching else self.tree.new_root()
+            chain = canonical_segments(row.segments, mask=config.mask)
+            self._queue(Request(request_id, chain, row.params, row.random_key, self._num_added, root))
 
     def _queue(self, request: Request) -> None:
         self._num_added += 1

@@ -10,10 +10,10 @@ from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
-from attention.segments import Segment
-from workers.request import RequestOutput
-from workers.sampling import SamplingParams
+from workers.request import GenerationRequest, RequestOutput, ScoringRequest
 from workers.stats import EngineStats
+
+EngineRow = GenerationRequest | ScoringRequest
 
 
 class EngineStopped(Exception):
@@ -28,14 +28,7 @@ class RowEngine(Protocol):
     @property
     def has_work(self) -> bool: ...
 
-    def add(
-        self,
-        request_id: Hashable,
-        segments: Sequence[Segment],
-        params: SamplingParams | None,
-        *,
-        random_key: bytes | None,
-    ) -> None: ...
+    def add(self, request_id: Hashable, row: EngineRow) -> None: ...
 
     def step(self) -> list[RequestOutput]: ...
 
@@ -43,7 +36,7 @@ class RowEngine(Protocol):
 class _Batch:
     """Rows that are answered together."""
 
-    def __init__(self, rows: Sequence[tuple[Sequence[Segment], SamplingParams, bytes]]) -> None:
+    def __init__(self, rows: Sequence[EngineRow]) -> None:
         self.rows = rows
         self.outputs: list[RequestOutput | None] = [None] * len(rows)
         self.num_left = len(rows)
@@ -67,8 +60,8 @@ class EngineLoop:
         self._thread = threading.Thread(target=self._run, name="segue-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, rows: Sequence[tuple[Sequence[Segment], SamplingParams, bytes]]) -> "Future[list[RequestOutput]]":
-        """Answers in the order of `rows` of (segments, parameters, random key). Fails as the engine fails."""
+    def submit(self, rows: Sequence[EngineRow]) -> "Future[list[RequestOutput]]":
+        """Answers in the order of `rows`. Fails as the engine fails."""
         batch = _Batch(rows)
         self._inbox.put(batch)
         if self._failure is not None:
@@ -117,8 +110,8 @@ class EngineLoop:
         number = self._next_id
         self._next_id += 1
         self._batches[number] = batch
-        for index, (segments, params, key) in enumerate(batch.rows):
-            engine.add((number, index), segments, params, random_key=key)
+        for index, row in enumerate(batch.rows):
+            engine.add((number, index), row)
 
     def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
         for output in outputs:

@@ -86,7 +86,17 @@ class PairEncoder:
 
     def encode_text(self, text: str) -> tuple[tuple[int, ...], int]:
         """A text to score as a whole: (its tokens, the token to predict the first one from). Raises RowError."""
-        tokens = _tokens_of(self._encoder.encode_blocks(text_blocks([Row(text)])))
+        return self._whole_text(text_blocks([Row(text)]))
+
+    def encode_row_text(self, row: Mapping[str, object]) -> tuple[str, tuple[int, ...], int]:
+        """The same for a row whose prompt is that text, with the text. Raises RowError."""
+        blocks = self._encoder.blocks_of(row)
+        if blocks is None:
+            raise ValueError("a chat cannot be scored as one text")
+        return "".join(part.text for _, parts in blocks for part in parts), *self._whole_text(blocks)
+
+    def _whole_text(self, blocks: Sequence[Block]) -> tuple[tuple[int, ...], int]:
+        tokens = _tokens_of(self._encoder.encode_blocks(blocks))
         if not tokens:
             raise RowError(RowErrorCode.EMPTY_PROMPT, "the text has no tokens, wanted at least one")
         return tokens, self.prefix_token_id

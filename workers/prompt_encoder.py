@@ -75,6 +75,11 @@ class PromptEncoder:
     def __reduce__(self) -> tuple[Callable[[], "PromptEncoder"], tuple[()]]:
         return (self._rebuild, ())
 
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The model's own."""
+        return self._hf_tokenizer
+
     def encode(self, row: Mapping[str, object], *, may_be_blank: bool = False) -> tuple[Segment, ...]:
         """The row's prompt as segments, none empty. Raises RowError; `may_be_blank` where no text is no error."""
         blocks = self._checked_blocks(row, may_be_blank)

@@ -3,7 +3,7 @@
 Outputs have vLLM's shape and names. Knows tokens and parameters; no tensor, no text, no scheduler.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -16,6 +16,29 @@ if TYPE_CHECKING:
     from attention.kv_cache import Tail  # it imports torch, which planning does not need
 
 FinishReason = Literal["stop", "length", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """A prompt to answer."""
+
+    segments: Sequence[Segment]
+    params: SamplingParams
+    random_key: bytes  # names the row for its draws
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringRequest:
+    """Tokens to score after a context."""
+
+    context: Sequence[Segment]
+    continuation: tuple[int, ...]
+    is_shared: bool = True  # may others have its beginning
+
+    @property
+    def fed_segments(self) -> list[Segment]:
+        """Context and continuation without the last token, which is scored but not fed; not canonical."""
+        return [*self.context, Segment(self.continuation[:-1], False)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,8 @@ class RowErrorCode(StrEnum):
     BAD_MESSAGES = "BAD_MESSAGES"  # a messages column is not a list of {role, content}
     UNSUPPORTED_CONTENT = "UNSUPPORTED_CONTENT"  # a content part that is not text
     TEMPLATE_ERROR = "TEMPLATE_ERROR"  # the chat template raised, or lost or repeated a message
+    BAD_CHOICES = "BAD_CHOICES"  # no list of choices, or one that has nothing to score
+    BAD_LABEL = "BAD_LABEL"  # the label is none of the row's choices
     BAD_PARAMS = "BAD_PARAMS"  # the row's own sampling parameters are out of range
     PROMPT_TOO_LONG = "PROMPT_TOO_LONG"  # as many tokens as the model's context, or more
     PROMPT_TOO_LARGE = "PROMPT_TOO_LARGE"  # more bytes than limits.max_prompt_bytes

@@ -7,9 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 
 from attention.segments import Segment
-from workers.request import Score
-
-ScoreRequest = tuple[Sequence[Segment], tuple[int, ...], bool]  # context, continuation, may others share its beginning
+from workers.request import Score, ScoringRequest
 
 
 def rolling_windows(
@@ -33,10 +31,10 @@ def rolling_windows(
         predicted = stop
 
 
-def rolling_requests(token_ids: Sequence[int], prefix_token_id: int, max_length: int) -> Iterator[ScoreRequest]:
+def rolling_requests(token_ids: Sequence[int], prefix_token_id: int, max_length: int) -> Iterator[ScoringRequest]:
     """The windows of a text. Only the first is a beginning that another text may have, too."""
     for number, (context, continuation) in enumerate(rolling_windows(token_ids, prefix_token_id, max_length)):
-        yield (Segment(context, False),), continuation, number == 0
+        yield ScoringRequest((Segment(context, False),), continuation, is_shared=number == 0)
 
 
 def total_score(scores: Iterable[Score]) -> Score:
