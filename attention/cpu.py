@@ -42,8 +42,8 @@ def flash(
 class CpuBackend:
     """Executes a step's blocks on the CPU: small ones in batches, the others one by one."""
 
-    def plan(self, step: TreeStep) -> SmallBlocks:
-        return small_blocks(step.blocks)
+    def plan(self, step: TreeStep) -> "_Plan":
+        return _Plan(small_blocks(step.blocks))
 
     def attend(self, step: TreeStep, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """query `[H, T, D]`, key and value `[Hkv, T, D]` -> `[T, H, D]`."""
@@ -52,19 +52,51 @@ class CpuBackend:
         sums = _Sums(
             torch.empty(packed.shape, dtype=torch.float32), torch.empty(packed.shape[:-1], dtype=torch.float32)
         )
-        plan: SmallBlocks = step.plan
-        _single_tokens(plan.single, packed, key, value, scale, sums)
-        if plan.own.batches:
-            sums.set(plan.own.index, *_small(plan.own, packed, key, value, scale))
-        for block in plan.large_self:
+        plan: _Plan = step.plan
+        blocks = plan.blocks
+        _single_tokens(blocks.single, packed, key, value, scale, sums)
+        if blocks.own.batches:
+            sums.set(blocks.own.index, *plan.small(blocks.own, packed, key, value, scale))
+        for block in blocks.large_self:
             sums.set(slice(block.start, block.stop), *_large_self(block, query, packed, key, value, scale))
         for batch in step.tails:
             sums.set(batch.query_index, *_tail_batch(batch, layer, packed, scale))
-        for above in plan.above:
-            sums.merge(above.index, *_small(above, packed, key, value, scale))
-        for level in _levels(plan.large_cross):
-            _merge_level(level, partial(_keys_of, plan.place, layer, key, value), packed, scale, sums)
+        for above in blocks.above:
+            sums.merge(above.index, *plan.small(above, packed, key, value, scale))
+        for level in _levels(blocks.large_cross):
+            _merge_level(level, partial(_keys_of, blocks.place, layer, key, value), packed, scale, sums)
         return sums.out.permute(1, 0, 2, 3).reshape(num_tokens, num_heads, head_dim).to(query.dtype)
+
+
+class _Plan:
+    """What all layers of a step share: the batches of small blocks, and the biases that hide their padding."""
+
+    def __init__(self, blocks: SmallBlocks) -> None:
+        self.blocks = blocks
+        self._biases: dict[int, Tensor] = {}  # by batch; made in the first layer, which knows the number of heads
+
+    def small(self, group: SmallGroup, packed: Tensor, key: Tensor, value: Tensor, scale: float) -> KeysValues:
+        """-> (`[Hkv, V, G, D]`, LSE `[Hkv, V, G]`)"""
+        queries = packed.index_select(1, group.queries)
+        keys, values = key.index_select(1, group.keys), value.index_select(1, group.keys)
+        parts = [
+            _small_batch(
+                queries[:, batch.queries],
+                keys[:, batch.keys],
+                values[:, batch.keys],
+                scale,
+                num_blocks=batch.num_blocks,
+                bias=self._bias(batch, len(key), packed.shape[2]),
+            )
+            for batch in group.batches
+        ]
+        part, part_lse = (torch.cat(column, dim=1) for column in zip(*parts, strict=True))
+        return part.index_select(1, group.is_query), part_lse.index_select(1, group.is_query)
+
+    def _bias(self, batch: SmallBatch, num_heads: int, groups: int) -> Tensor:
+        if id(batch) not in self._biases:
+            self._biases[id(batch)] = _bias(batch, num_heads, groups)
+        return self._biases[id(batch)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,40 +138,28 @@ def _single_tokens(index: Tensor, packed: Tensor, key: Tensor, value: Tensor, sc
     sums.out[:, index] = value[:, index].float()[:, :, None].expand(queries.shape)
 
 
-def _small(group: SmallGroup, packed: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """-> (`[Hkv, V, G, D]`, LSE `[Hkv, V, G]`)"""
-    queries = packed.index_select(1, group.queries)
-    keys, values = key.index_select(1, group.keys), value.index_select(1, group.keys)
-    parts = [
-        _small_batch(batch, queries[:, batch.queries], keys[:, batch.keys], values[:, batch.keys], scale)
-        for batch in group.batches
-    ]
-    part, part_lse = (torch.cat(column, dim=1) for column in zip(*parts, strict=True))
-    return part.index_select(1, group.is_query), part_lse.index_select(1, group.is_query)
-
-
-def _small_batch(batch: SmallBatch, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _small_batch(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, *, num_blocks: int, bias: Tensor
+) -> tuple[Tensor, Tensor]:
     """query `[Hkv, B * Q, G, D]`, key and value `[Hkv, B * K, D]` -> (`[Hkv, B * Q, G, D]`, LSE `[Hkv, B * Q, G]`)
 
     Plain products in fp32: at these sizes twice to six times as fast as a flash kernel, which has a call to make for
-    every block and head.
+    every block and head. The log-sum-exp comes from the largest weight, which is exp(its score - LSE).
     """
-    num_heads, _, groups, head_dim = query.shape
-    num_rows = num_heads * batch.num_blocks
-    q, k, v = (part.float().reshape(num_rows, -1, head_dim) for part in (query, key, value))  # [Hkv * B, ..., D]
-    bias = torch.zeros(1) if batch.is_hidden is None else _bias(batch.is_hidden, num_heads, groups)
+    rows = (len(query) * num_blocks, -1, query.shape[-1])  # [Hkv * B, Q * G or K, D]
+    q, k, v = (part.float().reshape(rows) for part in (query, key, value))
     scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale)  # [Hkv * B, Q * G, K]
-    top = scores.amax(dim=-1, keepdim=True)
-    weights = scores.sub_(top).exp_()
-    total = weights.sum(dim=-1, keepdim=True)
-    part = torch.bmm(weights, v).div_(total)
-    return part.view(query.shape), total.log_().add_(top).view(query.shape[:-1])
+    weights = scores.softmax(dim=-1)
+    lse = scores.amax(dim=-1).sub_(weights.amax(dim=-1).log_())
+    return torch.bmm(weights, v).view(query.shape), lse.view(query.shape[:-1])
 
 
-def _bias(is_hidden: Tensor, num_heads: int, groups: int) -> Tensor:
-    """is_hidden `[B or 1, Q or 1, K]` -> what `[Hkv * B, Q * G, K]` takes: -inf for hidden keys."""
-    bias = torch.zeros(is_hidden.shape).masked_fill_(is_hidden, -torch.inf)
-    if is_hidden.shape[1] > 1:
+def _bias(batch: SmallBatch, num_heads: int, groups: int) -> Tensor:
+    """What `[Hkv * B, Q * G, K]` takes: -inf for hidden keys."""
+    if batch.is_hidden is None:
+        return torch.zeros(1)
+    bias = torch.zeros(batch.is_hidden.shape).masked_fill_(batch.is_hidden, -torch.inf)  # [B or 1, Q or 1, K]
+    if bias.shape[1] > 1:
         bias = bias.repeat_interleave(groups, dim=1)
     return bias if len(bias) == 1 else bias.repeat(num_heads, 1, 1)
 

@@ -19,7 +19,7 @@ from attention.step import SMALL_TOKENS
 from attention.tree import Node
 
 MAX_LINEAGE_TOKENS = 256  # a longer one is cut: its keys are gathered for every node below
-BATCH_SIZES = (4, 16, 32, 64, 128, 256)  # what blocks are padded to, at most
+BATCH_SIZES = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # what blocks are padded to, at most
 
 Range = tuple[int, int]  # packed positions [start, stop)
 Block = tuple[Range, tuple[Range, ...], bool]  # queries, keys, is it a causal square

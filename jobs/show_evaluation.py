@@ -56,7 +56,8 @@ def show_pairings(pairings: Sequence[Pairing]) -> None:
     for pair in pairings:
         out.print(
             f"{pair.metric}: {pair.n:,} rows in both outputs; right in both {pair.both:,}, "
-            f"only in the first {pair.only_first:,}, only in the second {pair.only_second:,}, in neither {pair.neither:,}; McNemar p = {pair.p_value:.4g}"
+            f"only in the first {pair.only_first:,}, only in the second {pair.only_second:,}, "
+            f"in neither {pair.neither:,}; McNemar p = {pair.p_value:.4g}"
         )
 
 

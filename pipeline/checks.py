@@ -50,7 +50,7 @@ def check_draft(draft: JobDraft, *, has_gpu: bool = False, others: Sequence[Prob
     problems = [*draft.problems, *others]
     inputs: tuple[InputFile, ...] = ()
     if draft.config is not None:
-        problems += _check_dtype(draft.config, has_gpu)
+        problems += [*_check_dtype(draft.config, has_gpu), *_check_task(draft.config)]
     if draft.input is not None:
         inputs, found = _check_input(draft.input)
         problems += found
@@ -73,6 +73,18 @@ def _check_dtype(config: JobConfig, has_gpu: bool) -> list[Problem]:
     if config.model.dtype != "float16" or (has_gpu if gpus == "auto" else gpus > 0):
         return []
     return [Problem("model.dtype", "'float16' without a GPU", "auto, bfloat16 or float32", "fp16 is slow on CPUs")]
+
+
+def _check_task(config: JobConfig) -> list[Problem]:
+    """Sections that the task has no use for, and a format that it cannot have."""
+    foreign = [f"scoring.{name}" for name in config.scoring.foreign_keys(config.task)]
+    if config.task != "generate" and "sampling_params" in config.model_fields_set:
+        foreign.append("sampling_params")
+    wanted = f"it left out: it means nothing to task {config.task}"
+    problems = [Problem(key, "a value", wanted) for key in foreign]
+    if config.task == "perplexity" and config.prompt.format != "text":
+        problems.append(Problem("prompt.format", shown(config.prompt.format), "text, for task perplexity"))
+    return problems
 
 
 def _check_input(config: InputConfig) -> tuple[tuple[InputFile, ...], list[Problem]]:

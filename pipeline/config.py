@@ -195,17 +195,6 @@ class JobConfig(Section):
     workers: WorkersConfig = WorkersConfig()
     limits: LimitsConfig = LimitsConfig()
 
-    @model_validator(mode="after")
-    def _check_task(self) -> "JobConfig":
-        foreign = [f"scoring.{name}" for name in self.scoring.foreign_keys(self.task)]
-        if self.task != "generate" and "sampling_params" in self.model_fields_set:
-            foreign.append("sampling_params")
-        if foreign:
-            raise ValueError(f"{', '.join(foreign)} must not be given: it means nothing to task {self.task}")
-        if self.task == "perplexity" and self.prompt.format != "text":
-            raise ValueError(f"prompt.format must be text for task perplexity, got {self.prompt.format}")
-        return self
-
     def prompt_template(self) -> PromptTemplate:
         """`prompt` with the names of `input.columns` put in."""
         return template_over(self.prompt, self.input.columns)

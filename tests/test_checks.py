@@ -110,7 +110,7 @@ def test_check_passed_column_missing_in_one_file_is_named(tmp_path):
     assert "b.parquet without column 'id'" in line
 
 
-@pytest.mark.parametrize("name", RESULT_COLUMNS)
+@pytest.mark.parametrize("name", RESULT_COLUMNS["generate"])
 def test_check_passed_column_named_like_a_result_is_refused(tmp_path, name):
     write(tmp_path / "in/a.parquet", {"prompt": ["x"], name: ["y"]})
     line = refusal(job(tmp_path))

@@ -124,9 +124,9 @@ output: {path: out}
     ("line", "key", "words"),
     [
         ("tsak: generate", "tsak", "'task'"),
-        ("task: choose", "task", "choose is not available yet"),
-        ("task: loglikelihood", "task", "loglikelihood is not available yet"),
-        ("task: perplexity", "task", "perplexity is not available yet"),
+        ("task: rank", "task", "'generate', 'choose', 'loglikelihood' or 'perplexity'"),
+        ("scoring: {choices: []}", "scoring.choices", "at least 1 item"),
+        ('scoring: {choices: ["{a.b}"]}', "scoring", "not a plain column name"),
         ("mask: full", "mask", "'auto', 'segment' or 'causal'"),
         ("seed: 1.5", "seed", "whole number"),
         ("seed: 0x" + "F" * 9000, "seed", "less than 9223372036854775808"),

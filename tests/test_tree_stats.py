@@ -45,7 +45,7 @@ def distinct_tokens(rows: list[Chain]) -> int:
 def test_tree_stats_tokens_equal_the_trees(data, mask):
     rows = in_order(data.draw(chains(max_rows=8, mask=mask)))
     stats = count(rows)
-    assert stats.num_rows == len(rows)
+    assert stats.num_requests == len(rows)
     assert stats.tokens_requested == sum(len(segment) for row in rows for segment in row)
     assert stats.tokens_distinct == distinct_tokens(rows)
 
