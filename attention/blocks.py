@@ -81,6 +81,8 @@ class _Layout:
         for node in new_nodes:
             self._link(node)
         for index, query in enumerate(decode):
+            if query.end in self.new_nodes:
+                raise ValueError("a row cannot decode below a node that is computed in the same step")
             self._link(query.end)
             self.rows_at.setdefault(query.end, []).append(index)
 

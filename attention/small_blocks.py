@@ -8,7 +8,7 @@ every layer. Knows positions; no heads, no kernel.
 Shapes: `B` blocks of a batch, `Q` queries and `K` keys of its largest block, `V` queries without the padding.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from attention.blocks import CrossBlock, SelfBlock, StepBlocks
 from attention.step import SMALL_TOKENS
 from attention.tree import Node
 
+MAX_GROUP_KEYS = 1 << 14  # gathered at once, for every key head
 MAX_LINEAGE_TOKENS = 256  # a longer one is cut: its keys are gathered for every node below
 BATCH_SIZES = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # what blocks are padded to, at most
 
@@ -66,7 +67,7 @@ def small_blocks(blocks: StepBlocks) -> SmallBlocks:
     return SmallBlocks(
         single=torch.tensor(singles, dtype=torch.long),
         own=_group([(_only(block), (_only(block),), block.is_causal) for block in longer]),
-        above=tuple(_group(pairs) for pairs in _lineages(small, blocks.cross_blocks) if pairs),
+        above=tuple(_group(part) for level in _lineages(blocks, small) for part in _bounded(level)),
         large_self=tuple(block for block in blocks.self_blocks if block.node not in small),
         large_cross=tuple(block for block in blocks.cross_blocks if block.node not in small),
         place={block.node: slice(block.start, block.stop) for block in blocks.self_blocks},
@@ -77,24 +78,44 @@ def _only(block: SelfBlock) -> Range:
     return block.start, block.stop
 
 
-def _lineages(small: dict[Node, SelfBlock], cross: Sequence[CrossBlock]) -> list[list[Block]]:
-    """For each small node its queries over its lineage; lists of rectangles whose queries are disjoint.
+def _lineages(blocks: StepBlocks, small: Collection[Node]) -> list[list[Block]]:
+    """For each node its queries over its lineage; lists of blocks whose queries are disjoint.
 
-    A lineage that would become too long is closed: whatever is below attends to it as a whole, and a new one begins.
+    A lineage is closed above a large node, and where it would become too long: whatever is below attends to it as a
+    whole, and a new one begins.
     """
-    below = {block.node: block.stop for block in cross}
-    lineage: dict[Node, tuple[tuple[Range, ...], int]] = {}  # of each node's children: ranges, number of the lineage
+    below = {block.node: block.stop for block in blocks.cross_blocks}
+    lineage: dict[
+        Node | None, tuple[tuple[Range, ...], int]
+    ] = {}  # of each node's children: ranges, number of closed ones
     levels: list[list[Block]] = [[]]
-    for node, block in small.items():
-        ranges, number = lineage.get(node.parent, ((), 0)) if node.parent is not None else ((), 0)
-        if sum(stop - start for start, stop in ranges) + len(node) > MAX_LINEAGE_TOKENS:
+    for block in blocks.self_blocks:
+        node = block.node
+        ranges, number = lineage.get(node.parent, ((), 0))
+        is_small = node in small
+        if ranges and (not is_small or sum(stop - start for start, stop in ranges) + len(node) > MAX_LINEAGE_TOKENS):
             levels += [[] for _ in range(number + 2 - len(levels))]
             levels[number] += _pieces(block.start, max(block.stop, below.get(node, 0)), ranges)
             ranges, number = (), number + 1
-        if ranges:
+        elif ranges:
             levels[number].append(((block.start, block.stop), ranges, False))
-        lineage[node] = ((*ranges, (block.start, block.stop)), number)
+        lineage[node] = ((*ranges, (block.start, block.stop)), number) if is_small else ((), number)
     return levels
+
+
+def _bounded(blocks: Sequence[Block]) -> Iterator[list[Block]]:
+    """In parts of at most MAX_GROUP_KEYS keys, so that what is gathered at once stays small."""
+    part: list[Block] = []
+    num_keys = 0
+    for block in blocks:
+        size = sum(stop - start for start, stop in block[1])
+        if part and num_keys + size > MAX_GROUP_KEYS:
+            yield part
+            part, num_keys = [], 0
+        part.append(block)
+        num_keys += size
+    if part:
+        yield part
 
 
 def _pieces(start: int, stop: int, keys: tuple[Range, ...]) -> Iterable[Block]:

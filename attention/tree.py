@@ -115,7 +115,7 @@ class SegmentTree:
 
         Does not count the row: call `add_row` on the result.
         """
-        node = root or self.root
+        node = self.root if root is None else root  # an empty node is falsy
         for segment in segments:
             if segment.bidirectional:
                 node = _whole_child(node, segment.token_ids)

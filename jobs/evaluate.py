@@ -128,9 +128,9 @@ def _perplexity(name: str, rows: pa.Table) -> Group:
     group = _counted(name, rows, "logprob")
     if group.n:
         logprob = _total(rows["logprob"])
-        group.word_perplexity = _exp(-logprob / _total(rows["num_words"]))
-        group.byte_perplexity = _exp(-logprob / _total(rows["num_bytes"]))
-        group.token_perplexity = _exp(-logprob / _total(rows["num_tokens"]))
+        group.word_perplexity = _finite_exp(-logprob / _total(rows["num_words"]))
+        group.byte_perplexity = _finite_exp(-logprob / _total(rows["num_bytes"]))
+        group.token_perplexity = _finite_exp(-logprob / _total(rows["num_tokens"]))
         group.bits_per_byte = -logprob / _total(rows["num_bytes"]) / math.log(2)
     return group
 
@@ -155,8 +155,9 @@ def _equals(column: pa.ChunkedArray, value: str | None) -> pa.ChunkedArray:
     return column.is_null() if value is None else pc.call_function("equal", [column, pa.scalar(value)])
 
 
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
+def _finite_exp(value: float) -> float | None:
+    """None where it is no number of fp64, which JSON could not hold: a text without spaces is a single word."""
+    return math.exp(value) if value < 700 else None
 
 
 _MEASURES = {"choose": _accuracy, "loglikelihood": _likelihood, "perplexity": _perplexity, "generate": _accuracy}

@@ -73,10 +73,11 @@ def _answers(output: str, judging: Judging) -> pa.Table:
     except re.error as error:
         raise JobRefused([Problem("--regex", shown(judging.regex), f"a regular expression ({error})")]) from None
     rows = _rows(output, judging, ["generated_text", judging.label])
-    texts, labels = rows["generated_text"].to_pylist(), rows[judging.label].to_pylist()
+    texts, labels = rows["generated_text"].to_pylist(), _as_text(rows[judging.label]).to_pylist()
+    rows = rows.select([*KEY, "group", "is_error"])
     answers = [None if text is None else _extracted(text, pattern) for text in texts]
     correct = [
-        None if text is None or label is None else _is_same(answer, str(label), judging.ignore_case)
+        None if text is None or label is None else _is_same(answer, label, judging.ignore_case)
         for text, answer, label in zip(texts, answers, labels, strict=True)
     ]
     unparsed = [text is not None and answer is None for text, answer in zip(texts, answers, strict=True)]
@@ -103,17 +104,21 @@ def _rows(output: str, judging: Judging, names: Sequence[str]) -> pa.Table:
 
 
 def _tables(output: str, judging: Judging, names: Sequence[str]) -> Iterator[pa.Table]:
-    for table in read_columns(output, lambda schema: [*KEY, *names, "error", *_group_column(schema, judging, output)]):
-        missing = [name for name in names if name not in table.column_names]
+    def columns(schema: pa.Schema) -> list[str]:
+        missing = [name for name in names if name not in schema.names]
         if missing:
-            hint = nearest(missing[0], table.column_names)
             wanted = "a column that the output has; list it in output.columns of the job"
+            hint = nearest(missing[0], schema.names)
             raise JobRefused([Problem("--label", shown(missing[0]), wanted, hint, where=output)])
+        return [*KEY, *names, "error", *_group_column(schema, judging, output)]
+
+    for table in read_columns(output, columns):
         by = judging.by or TASK_COLUMN
         has_groups = by in table.column_names
         group = _as_text(table[by]) if has_groups else pa.array(["all"] * len(table))
-        rows = table.select(list(dict.fromkeys([*KEY, *names])))
-        yield rows.append_column("group", group).append_column("is_error", table["error"].is_valid())
+        own = {name: table[name] for name in (*KEY, *names)}
+        # Names of ours come last: a label column may be called like one of them.
+        yield pa.table(own | {"group": group, "is_error": table["error"].is_valid()})
 
 
 def _group_column(schema: pa.Schema, judging: Judging, output: str) -> list[str]:
@@ -126,7 +131,11 @@ def _group_column(schema: pa.Schema, judging: Judging, output: str) -> list[str]
     return [judging.by]
 
 
-def _as_text(column: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
+def _as_text(column: pa.ChunkedArray) -> pa.Array:
+    """Any value as text; bytes that are not UTF-8 become U+FFFD, since such a row may have been answered."""
+    if is_text(column.type) and not pa.types.is_null(column.type):
+        values = column.cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
+        return pa.array([None if value is None else value.decode("utf-8", "replace") for value in values], pa.string())
     return pa.array([None if value is None else str(value) for value in column.to_pylist()], pa.string())
 
 

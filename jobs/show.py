@@ -12,9 +12,10 @@ from rich.table import Table
 
 from pipeline.job import ReadyJob
 from pipeline.manifest import Manifest
-from pipeline.output import sample_rows
-from pipeline.results import ANY_RESULT_COLUMN
+from pipeline.output import sample_rows, task_of
+from pipeline.results import RESULT_COLUMNS
 from pipeline.summary import RunSummary
+from workers.scoring import Task
 
 MAX_CELL_CHARS = 160
 SAMPLE_SEED = 0
@@ -66,22 +67,22 @@ def show_answers(output: str, count: int) -> None:
     """A fixed sample of rows with their answers."""
     if count <= 0:
         return
-    out = _console()
+    out, task = _console(), task_of(output)
     for row in sample_rows(output, count, SAMPLE_SEED):
         out.print(f"[bold]{plain(row['src_path'])}:{row['src_row']}[/bold]")
         for name, value in row.items():
-            if name not in ANY_RESULT_COLUMN and isinstance(value, str):
+            if name not in RESULT_COLUMNS[task] and isinstance(value, str):
                 out.print(f"  {plain(name)}: {plain(value)}")
-        out.print(f"  -> {plain(_answer(row))}\n")
+        out.print(f"  -> {plain(_answer(row, task))}\n")
 
 
-def _answer(row: dict[str, Any]) -> str:
-    """A row's result in a line, whatever the task was."""
+def _answer(row: dict[str, Any], task: Task) -> str:
+    """A row's result in a line."""
     if row["error"] is not None:
         return f"{row['error']['code']}: {row['error']['message']}"
-    if "generated_text" in row:
+    if task == "generate":
         return row["generated_text"]
-    if "choice" in row:
+    if task == "choose":
         verdict = {True: ", right", False: ", wrong", None: ""}[row["correct"]]
         logprobs = ", ".join(f"{logprob:.2f}" for logprob in row["choice_logprobs"])
         return f"choice {row['choice']}{verdict} (log-probabilities {logprobs})"

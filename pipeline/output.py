@@ -15,6 +15,7 @@ from pipeline.manifest import SUCCESS, ForeignOutput, Manifest, load_manifest
 from pipeline.results import ANY_RESULT_COLUMN
 from pipeline.schemas import is_text
 from pipeline.store import OutputStorageError, Store
+from workers.scoring import Task
 
 
 def shard_paths(output: str) -> list[str]:
@@ -25,6 +26,14 @@ def shard_paths(output: str) -> list[str]:
         raise ForeignOutput(f"{output} is not an output folder of Segue: it has no _job/manifest.json")
     present = set(store.names())
     return [store.path(unit.shard_name) for unit in manifest.units if unit.shard_name in present]
+
+
+def task_of(output: str) -> Task:
+    """What the folder's job does. Raises ForeignOutput."""
+    manifest = load_manifest(Store(output))
+    if manifest is None:
+        raise ForeignOutput(f"{output} is not an output folder of Segue: it has no _job/manifest.json")
+    return manifest.fields.get("task", "generate")
 
 
 def finished_manifest(output: str) -> Manifest:

@@ -7,6 +7,7 @@ The plan is content-addressed, and complete only when its manifest is there.
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import pyarrow as pa
@@ -113,7 +114,8 @@ class _UnitCutter:
     def _count(self, batch: pa.Table) -> Iterator[tuple[int, int]]:
         """Each row's requests and the tokens that they feed, counted into the tree when the row's unit is known."""
         columns = [batch[name].to_pylist() for name in ORDER]
-        scores = [None] * batch.num_rows if self._task == "generate" else batch[SCORE_FIELD.name].to_pylist()
+        # One by one: as Python numbers, a batch of long texts would need gigabytes.
+        scores = repeat(None, len(batch)) if self._task == "generate" else (v.as_py() for v in batch[SCORE_FIELD.name])
         for chain, src_path, src_row, value in zip(*columns, scores, strict=True):
             row, score = f"{src_path}:{src_row}", score_row(decode_chain(chain), value)
             if score is None:

@@ -182,7 +182,14 @@ def scorer_of(spec: RenderSpec, encoder: PromptEncoder) -> RowScorer:
     """For a scoring task's rows."""
     delimiter = spec.scoring.delimiter(spec.template.format)
     pairs = PairEncoder(encoder, encoder.tokenizer)
-    return RowScorer(pairs, spec.task, spec.scoring, delimiter=delimiter, max_bytes=spec.max_prompt_bytes)
+    return RowScorer(
+        pairs,
+        spec.task,
+        spec.scoring,
+        delimiter=delimiter,
+        max_bytes=spec.max_prompt_bytes,
+        max_model_len=spec.max_model_len,
+    )
 
 
 @functools.lru_cache(maxsize=2)

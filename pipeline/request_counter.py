@@ -13,6 +13,8 @@ from pipeline.chains import decode_chain, shared_chains
 from pipeline.tree_stats import TreeCounter, TreeStats
 from workers.request import ScoringRequest
 
+MAX_WAITING_BYTES = 1 << 28  # beyond this requests are counted before their turn, and tokens they share as new ones
+
 
 class RequestCounter:
     """Feed rows in the plan's order with `add` and `add_scored`, unit borders with `end_unit`; read with `finish`."""
@@ -20,6 +22,7 @@ class RequestCounter:
     def __init__(self, counter: TreeCounter) -> None:
         self._counter = counter
         self._waiting: list[tuple[bytes, int, str, int]] = []  # chain, order of arrival, row, unit
+        self._waiting_bytes = 0
         self._arrivals = count()
         self._unit = 0  # of the rows that come
         self._last_unit = 0  # of the request that was counted last
@@ -27,9 +30,10 @@ class RequestCounter:
 
     def add(self, chain: bytes, row: str) -> None:
         """A row with one request, or with an error and no chain."""
-        self._release(chain)
-        self._wait(chain, row)
         self._counter.stats.num_rows += 1
+        if chain:
+            self._release(chain)
+            self._wait(chain, row)
 
     def add_scored(self, chain: bytes, requests: Sequence[ScoringRequest], row: str) -> None:
         """A row with several requests, of which `chain` is the smallest."""
@@ -53,15 +57,22 @@ class RequestCounter:
 
     def _wait(self, chain: bytes, row: str) -> None:
         heapq.heappush(self._waiting, (chain, next(self._arrivals), row, self._unit))
+        self._waiting_bytes += len(chain)
+        while self._waiting_bytes > MAX_WAITING_BYTES:
+            self._count_next()
 
     def _release(self, limit: bytes | None) -> None:
         """Count what comes before every request of the rows to come."""
         while self._waiting and (limit is None or self._waiting[0][0] <= limit):
-            chain, _, row, unit = heapq.heappop(self._waiting)
-            if unit != self._last_unit:
-                self._counter.end_unit()
-                self._last_unit = unit
-            self._counter.add(decode_chain(chain), row)
+            self._count_next()
+
+    def _count_next(self) -> None:
+        chain, _, row, unit = heapq.heappop(self._waiting)
+        self._waiting_bytes -= len(chain)
+        if unit != self._last_unit:
+            self._counter.end_unit()
+            self._last_unit = unit
+        self._counter.add(decode_chain(chain), row)
 
     def _count_private(self, request: ScoringRequest, row: str) -> None:
         tokens = [token for segment in request.fed_segments for token in segment.token_ids]

@@ -47,7 +47,7 @@ def score_schema(passed: pa.Schema, task: Task) -> pa.Schema:
 
 def score_values(row: ScoreRow, task: Task, outputs: Sequence[RequestOutput]) -> dict[str, object]:
     """One row's results from those of its requests; what fails one of them fails the row."""
-    counts: dict[str, object] = {"num_input_tokens": sum(len(output.prompt_token_ids) for output in outputs)}
+    counts: dict[str, object] = {"num_input_tokens": sum(output.num_prompt_tokens for output in outputs)}
     failed = next((output.error for output in outputs if output.error is not None), None)
     if failed is not None:
         return counts | {"error": error_value(failed)}

@@ -4,6 +4,7 @@ Holds one path of the tree at a time, so memory does not grow with the rows. Kno
 """
 
 import heapq
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -106,9 +107,11 @@ class TreeCounter:
     def _cross(self, common: int) -> None:
         """Each worker computes a stretch once at most, and each unit that has it may land on another worker."""
         self._crossings += [0] * (common - len(self._crossings))
-        for position in range(common):
+        # Deeper positions have crossed fewer borders; those that every worker may have are counted already.
+        start = bisect_left(self._crossings, True, hi=common, key=lambda times: times + 1 < self._num_workers)
+        for position in range(start, common):
             self._crossings[position] += 1
-            self.stats.extra_tokens_bound += self._crossings[position] < self._num_workers
+        self.stats.extra_tokens_bound += common - start
 
     def _close(self, common: int) -> None:
         """End what reaches beyond `common`, cutting a stretch there if it must be cut."""

@@ -178,7 +178,7 @@ def _footer(
         unit_id=unit.unit_id,
         num_rows=len(results),
         errors=dict(sorted(errors.items())),
-        num_input_tokens=sum(len(output.prompt_token_ids) for output in answered),
-        num_computed_tokens=sum(len(output.prompt_token_ids) - output.num_cached_tokens for output in answered),
+        num_input_tokens=sum(output.num_prompt_tokens for output in answered),
+        num_computed_tokens=sum(output.num_prompt_tokens - output.num_cached_tokens for output in answered),
         num_generated_tokens=sum(len(sample.token_ids) for output in answered for sample in output.outputs),
     )

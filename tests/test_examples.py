@@ -19,6 +19,8 @@ from workers.row_errors import RowError
 EXAMPLES = Path(__file__).parents[1] / "jobs" / "examples"
 TRIAGE = EXAMPLES / "triage"
 MULTI_TURN = EXAMPLES / "multi_turn"
+QUIZ = EXAMPLES / "quiz"
+NUM_ROWS = {TRIAGE: 360, MULTI_TURN: 60, QUIZ: 125}
 TICKET_FILES = sorted((TRIAGE / "data").glob("*.parquet"))
 SHARED = ("system_prompt", "rubric", "article")  # from what most rows share to what fewest do
 CONTEXT_TOKENS = 8192  # SmolLM2's
@@ -78,6 +80,20 @@ def test_multi_turn_data_made_again_equals_the_committed_file() -> None:
     assert committed.to_pylist() == made.to_pylist()
 
 
+def test_quiz_data_made_again_equals_the_committed_file() -> None:
+    committed = pq.read_table(QUIZ / "data" / "questions.parquet")
+    made = load_generator(QUIZ).make_table()
+    assert committed.schema == made.schema
+    assert committed.to_pylist() == made.to_pylist()
+
+
+def test_quiz_questions_have_one_right_choice_and_are_not_solved_before() -> None:
+    for row in pq.read_table(QUIZ / "data" / "questions.parquet").to_pylist():
+        assert len(set(row["choices"])) == 4
+        assert 0 <= row["label"] < 4
+        assert row["question"] not in row["shots"]
+
+
 def test_triage_generator_with_another_seed_gives_other_rows() -> None:
     generator = load_generator(TRIAGE)
     assert generator.make_rows(1) != generator.make_rows(2)
@@ -120,11 +136,11 @@ def test_triage_texts_have_the_length_the_example_promises(rows: list[dict]) -> 
         assert max(lengths) <= most, name
 
 
-@pytest.mark.parametrize("folder", [TRIAGE, MULTI_TURN], ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", NUM_ROWS, ids=lambda folder: folder.name)
 def test_example_job_is_valid_and_reads_every_row(folder: Path, tmp_path: Path) -> None:
     job = check_example(folder, tmp_path / "out")
     assert job.config.sampling_params.temperature == 0
-    assert sum(file.num_rows for file in job.inputs) == (360 if folder is TRIAGE else 60)
+    assert sum(file.num_rows for file in job.inputs) == NUM_ROWS[folder]
 
 
 def test_triage_prompts_repeat_three_quarters_of_their_tokens(rows: list[dict], triage_encoder: PromptEncoder) -> None:

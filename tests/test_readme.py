@@ -32,10 +32,10 @@ def commands(program: str) -> list[list[str]]:
 
 def redirected(args: Sequence[str], folder: Path, *, extra: Sequence[str] = ()) -> list[str]:
     """The same command writing, or looking, below `folder` instead of the checkout."""
-    if args[0] not in ("run", "plan", "validate", "errors"):
+    if args[0] not in ("run", "plan", "validate", "errors", "evaluate"):
         return list(args)
-    if args[0] == "errors":
-        return ["errors", str(folder / args[1]), *args[2:]]
+    if args[0] in ("errors", "evaluate"):
+        return [args[0], str(folder / args[1]), *args[2:]]
     words = [*args, *extra]
     if "--output" in words:
         place = words.index("--output") + 1
@@ -115,21 +115,23 @@ def test_design_names_modules_and_tests_that_exist_and_leaves_no_module_out() ->
 def test_readme_job_file_is_valid_and_asks_what_the_example_asks(tmp_path: Path) -> None:
     from pipeline.config_file import load_job
 
-    (block,) = blocks("yaml")
-    (tmp_path / "job.yaml").write_text(block)
-    shown, example = load_job(tmp_path / "job.yaml"), load_job(ROOT / "jobs/examples/triage/job.yaml")
-    assert (shown.model, shown.sampling_params, shown.workers) == (
-        example.model,
-        example.sampling_params,
-        example.workers,
-    )
+    for name, block in zip(("triage", "quiz"), blocks("yaml"), strict=True):
+        (tmp_path / "job.yaml").write_text(block)
+        shown, example = load_job(tmp_path / "job.yaml"), load_job(ROOT / "jobs/examples" / name / "job.yaml")
+        for section in ("task", "model", "sampling_params", "scoring", "workers"):
+            if section != "workers" or name == "triage":
+                assert getattr(shown, section) == getattr(example, section), (name, section)
 
 
 def test_readme_result_columns_are_those_of_a_shard() -> None:
     from pipeline.results import RESULT_COLUMNS
 
     (paragraph,) = re.findall(r"^\*\*Results\*\*.*?\n\n", README, re.MULTILINE | re.DOTALL)
-    assert set(RESULT_COLUMNS["generate"]) <= set(re.findall(r"`(\w+)`", paragraph))
+    common = set(re.findall(r"`(\w+)`", paragraph))
+    assert set(RESULT_COLUMNS["generate"]) <= common
+    for task in ("choose", "loglikelihood", "perplexity"):
+        (row,) = re.findall(rf"^\| `{task}` \|.*$", README, re.MULTILINE)
+        assert set(RESULT_COLUMNS[task]) - common <= set(re.findall(r"`(\w+)`", row)), task
 
 
 def test_readme_python_runs_and_prints_what_it_says() -> None:
@@ -144,7 +146,7 @@ def test_readme_python_runs_and_prints_what_it_says() -> None:
 @pytest.mark.commands
 def test_readme_lines_that_need_no_weights_work_with_the_echo_model(tmp_path: Path) -> None:
     printed = run_lines(tmp_path, weights=False, extra=ECHO)
-    assert {line.split()[0] for line in printed} == {"run", "validate", "errors", "schema"}
+    assert {line.split()[0] for line in printed} == {"run", "validate", "errors", "evaluate", "schema"}
     finished = [value for line, value in printed.items() if line.startswith("run ")]
     assert [(value["status"], value["rows"]) for value in finished] == [("done", 7)] * len(finished)
     assert sum(printed["errors out-bad"]["errors"].values()) > 0

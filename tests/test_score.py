@@ -5,15 +5,15 @@ import torch
 from chains import chains, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import oracle_logits, oracle_model, tiny_model, tiny_tokenizer, tiny_tree_model
+from tiny_models import oracle_logits, oracle_model, tiny_tokenizer, tiny_tree_model
 
 from attention.segments import Segment, num_tokens
 from workers import score
 from workers.engine import Engine, EngineConfig
-from workers.model import tree_model
 from workers.request import GenerationRequest, ScoringRequest
 from workers.row_errors import RowError
 from workers.sampling import SamplingParams
+from workers.score import score_tokens
 from workers.windows import rolling_windows
 
 TOLERANCE = 1e-4
@@ -143,6 +143,30 @@ def test_empty_continuation_is_a_row_error(continuation):
 # -- text, as lm-evaluation-harness joins it
 
 
+def test_scores_put_each_hidden_state_through_the_vocabulary_once():
+    """Four choices after one context begin at the same hidden state; one of them goes on."""
+    subject = engine()
+    context = [Segment(tuple(range(3, 20)), True)]
+    assert_scores(subject, [(context, (50,)), (context, (51,)), (context, (52,)), (context, (53, 54))])
+    assert subject.stats.num_scored_positions == 2
+
+
+def test_of_equal_logits_the_first_token_is_the_greedy_one():
+    logits = torch.tensor([[1.0, 3.0, 3.0, 0.0]])
+    hidden, rows = torch.zeros(1, 2), torch.tensor([0, 0, 0])
+    logprobs, is_greedy = score_tokens(hidden, rows, torch.tensor([2, 1, 0]), lambda states: logits, 4)
+    assert is_greedy.tolist() == [False, True, False]
+    assert logprobs[0] == logprobs[1] == pytest.approx(float(logits.log_softmax(-1)[0, 1]))
+
+
+def test_error_of_one_pair_leaves_the_engine_usable():
+    subject = engine(max_model_len=20)
+    good = ([Segment((5, 6, 7), True)], (8, 9))
+    with pytest.raises(RowError, match="max_model_len"):
+        subject.loglikelihood([good, ([Segment((5, 6, 7), True)], tuple(range(10, 60)))])
+    assert_scores(subject, [good])
+
+
 def test_space_at_the_end_of_the_context_belongs_to_the_continuation():
     subject = engine(mask="causal")
     joined, spaced = subject.loglikelihood([("the sky is", " blue"), ("the sky is ", "blue")])
@@ -202,19 +226,31 @@ def test_rolling_windows_equal_those_of_lm_evaluation_harness(length, size):
     assert [token for _, continuation in got for token in continuation] == text
 
 
-def test_rolling_windows_of_a_long_text_score_like_windows_of_transformers():
-    model = tree_model(tiny_model("llama", max_position_embeddings=32), tiny_tokenizer())
-    subject = Engine(model, EngineConfig(mask="causal"))
-    text = torch.randint(3, 250, (100,), generator=torch.Generator().manual_seed(0)).tolist()
-    pairs = [
-        ([Segment((1,), False)] if i == 0 else [Segment(context, False)], continuation)
-        for i, (context, continuation) in enumerate(rolling_windows(text, 1, 32))
-    ]
-    got = sum(found.logprob for found in subject.loglikelihood(pairs))
-    own = tiny_model("llama", max_position_embeddings=32)
+def long_text(length):
+    return torch.randint(97, 122, (length,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def test_rolling_scores_of_a_long_text_equal_windows_of_transformers():
+    text = long_text(100)
+    subject = engine(mask="causal", max_model_len=32)
+    (got,) = subject.loglikelihood_rolling([bytes(text).decode()])
+    tokens = tiny_tokenizer()(bytes(text).decode()).input_ids
     wanted = 0.0
-    for context, continuation in pairs:
-        logprobs = oracle_logits(own, context, tuple(continuation)).log_softmax(-1)
-        start = num_tokens(context) - 1
-        wanted += sum(float(logprobs[start + i, token]) for i, token in enumerate(continuation))
-    assert got == pytest.approx(wanted, abs=1e-2)
+    prefix = tiny_tokenizer().eos_token_id
+    assert isinstance(prefix, int)
+    for context, continuation in rolling_windows(tokens, prefix, 32):
+        logprobs = oracle_logits(oracle_model(), [Segment(context, False)], continuation).log_softmax(-1)
+        wanted += sum(float(logprobs[len(context) - 1 + i, token]) for i, token in enumerate(continuation))
+    assert got.logprob == pytest.approx(wanted, abs=1e-2)
+    assert got.num_tokens == 100
+
+
+def test_rolling_scores_keep_memory_flat_however_long_the_text():
+    """What was held at most, and what is left: the first window alone may be another text's beginning."""
+    held = []
+    for length in (256, 2560):
+        subject = engine(mask="causal", max_model_len=128, max_num_batched_tokens=128)
+        subject.loglikelihood_rolling([bytes(long_text(length)).decode()])
+        held.append((subject.stats.max_kv_bytes, subject.cache.allocated_bytes))
+    assert held[0] == held[1]
+    assert held[1][1] == 128 * tiny_tree_model().kv_shape.bytes_per_token

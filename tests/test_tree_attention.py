@@ -1,5 +1,7 @@
 """Every backend against the dense reference, on random trees: the specification's first line."""
 
+import itertools
+
 import pytest
 import torch
 from chains import chains
@@ -12,6 +14,7 @@ from attention.kv_cache import KVCache, KVShape
 from attention.merge import merge_part_
 from attention.reference import ReferenceBackend, block_sequence_ids, dense_attention, visible
 from attention.residency import Residency
+from attention.segments import Segment, canonical_segments
 from attention.step import TreeStep, tail_batches
 from attention.tree import SegmentTree
 
@@ -101,6 +104,39 @@ def test_tree_attention_on_random_trees_equals_dense_reference(backend, rows, cu
             torch.testing.assert_close(got[index], wanted, atol=TOLERANCE, rtol=0)
 
 
+LONG, SHORT = 80, 50  # more and fewer tokens than a node that is batched with others may have
+
+
+@pytest.mark.parametrize("backend", [CpuBackend(), ReferenceBackend()], ids=["cpu", "reference"])
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_tree_attention_of_long_nodes_deep_trees_and_many_queries_equals_dense_reference(backend, bidirectional):
+    """Nodes that are batched and nodes that are not, under each other; a lineage too long to be gathered as one."""
+    ids = itertools.count()
+
+    def segment(length, kind=bidirectional):
+        return Segment(tuple(next(ids) for _ in range(length)), kind)
+
+    root, short = segment(LONG), segment(SHORT, True)
+    deep = [segment(SHORT, True) for _ in range(7)]
+    rows = [(root, short, segment(1 + n % 9), segment(3, True)) for n in range(40)]
+    rows += [(root, short, *deep[:depth], segment(2)) for depth in range(1, 8)]
+    rows += [(short, segment(LONG), segment(1)), (segment(1), segment(LONG, True))]
+    rows = [canonical_segments(row, mask="segment") for row in rows]
+    harness = Harness(backend, rows, 0)
+    nodes = list(harness.tree)
+    outputs = {}
+    for step_nodes in (nodes[:60], nodes[60:]):  # depth-first: no child before its parent
+        outputs.update(harness.prefill(step_nodes))
+    for index, end in enumerate(harness.ends):
+        got = torch.cat([outputs[node] for node in end.path()])
+        torch.testing.assert_close(got, harness.expected(index, []), atol=TOLERANCE, rtol=0)
+    tails = [harness.cache.open_tail() for _ in rows]
+    fed = [[] for _ in rows]
+    got = harness.decode(tails, fed)
+    for index in range(len(rows)):
+        torch.testing.assert_close(got[index], harness.expected(index, fed[index])[-1], atol=TOLERANCE, rtol=0)
+
+
 def _prefeed(harness, tail, fed, count):
     """Give a tail some tokens already, as if generated in earlier steps."""
     for _ in range(count):
@@ -119,8 +155,6 @@ def test_blocks_of_node_before_its_parent_is_computed_is_refused():
 
 
 def test_blocks_of_shared_node_is_one_block_over_all_rows_below():
-    from attention.segments import Segment
-
     rows = [(Segment((1, 2), True), Segment((i,), False)) for i in range(5)]
     harness = Harness(CpuBackend(), rows, 0)
     blocks = blocks_of(list(harness.tree), [])
@@ -128,8 +162,6 @@ def test_blocks_of_shared_node_is_one_block_over_all_rows_below():
 
 
 def _two_segments():
-    from attention.segments import Segment
-
     return [(Segment((1, 2), True), Segment((3,), False))]
 
 

@@ -104,7 +104,7 @@ class EchoEngine:
         self._count(prompt)
         hits = [token in expected for token in row.continuation]
         score = Score(-float(sum(1 if hit else 2 for hit in hits)), len(hits), all(hits))
-        return RequestOutput(request_id, prompt, 0, score=score)
+        return RequestOutput(request_id, [], 0, score=score, num_scored_prompt_tokens=len(prompt))
 
     def _count(self, prompt: list[int]) -> None:
         self.stats.num_finished_rows += 1

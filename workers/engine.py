@@ -136,7 +136,9 @@ class Engine(EngineCore):
 
     def _prompt_encoder(self) -> PromptEncoder:
         if self._encoder is None:
-            self._encoder = PromptEncoder(self.model.tokenizer, PromptTemplate(), date=datetime.date.today())
+            # Strings need no chat template; messages look for it when they come.
+            template = PromptTemplate(format="text")
+            self._encoder = PromptEncoder(self.model.tokenizer, template, date=datetime.date.today())
         return self._encoder
 
 

@@ -93,7 +93,7 @@ class EngineCore:
     def _queue(self, request: Request) -> None:
         self._num_added += 1
         self.stats.num_rows += 1
-        self.stats.num_prompt_tokens += len(request.prompt_token_ids)
+        self.stats.num_prompt_tokens += request.num_fed_tokens
         error = self._objection(request)
         if error:
             self._refused.append(self._failed_output(request, error))
@@ -136,7 +136,7 @@ class EngineCore:
         done = list(self._twins.answers(done))
         self.stats.num_errors += sum(output.error is not None for output in done)
         self.stats.num_finished_rows += len(done)
-        self.stats.num_finished_tokens += sum(len(output.prompt_token_ids) for output in done)
+        self.stats.num_finished_tokens += sum(output.num_prompt_tokens for output in done)
         return done
 
     def _compute(self, plan: StepPlan) -> tuple[Tensor, list[TokenScore]]:
@@ -173,7 +173,7 @@ class EngineCore:
             return self._failed_output(request, RowError(RowErrorCode.NUMERIC_ERROR, message))
         prefill.samples[0].finish_reason = "stop"
         self.scheduler.start_decoding(prefill)
-        return RequestOutput(request.request_id, request.prompt_token_ids, request.num_cached_tokens or 0, score=score)
+        return request.output(num_cached_tokens=request.num_cached_tokens or 0, score=score)
 
     def _draw(self, plan: StepPlan, decode_hidden: Tensor) -> list[RequestOutput]:
         """Next tokens for decoding samples and first tokens for completed prompts."""
@@ -222,10 +222,10 @@ class EngineCore:
 
     def _output(self, request: Request) -> RequestOutput:
         outputs = [self.finisher.output(sample) for sample in request.samples]
-        return RequestOutput(request.request_id, request.prompt_token_ids, request.num_cached_tokens or 0, outputs)
+        return request.output(num_cached_tokens=request.num_cached_tokens or 0, outputs=outputs)
 
     def _failed_output(self, request: Request, error: RowError) -> RequestOutput:
-        return RequestOutput(request.request_id, request.prompt_token_ids, 0, error=error)
+        return request.output(error=error)
 
     def _count(self, plan: StepPlan) -> None:
         self.stats.num_steps += 1

@@ -4,7 +4,7 @@ Source: `_encode_pair` and `loglikelihood` of lm-evaluation-harness 0.4.13 (`lm_
 blocks of text and their tokenizer; no model, no scores, no rows.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from attention.segments import Segment, num_tokens
@@ -12,6 +12,7 @@ from workers.presets import Block, Row, text_blocks
 from workers.prompt_encoder import PromptEncoder
 from workers.row_errors import RowError, RowErrorCode
 
+BATCH_TEXTS = 16  # tokenised in one call
 Context = str | Sequence[Mapping[str, object]] | Sequence[Segment]
 
 
@@ -42,18 +43,11 @@ class PairEncoder:
 
         Raises RowError(EMPTY_PROMPT) if nothing is left to score.
         """
-        texts: dict[str, list[str]] = {}
-        for context, continuation in pairs:
-            if isinstance(context, str) and isinstance(continuation, str):
-                texts.setdefault(context, []).append(continuation)
-        encoded = {}
-        for context, continuations in texts.items():
-            chain, tokens = self.encode_blocks(text_blocks([Row(context)]), continuations)
-            encoded[context] = chain, iter(tokens)
+        texts = iter(self._encode_texts([(c, t) for c, t in pairs if isinstance(c, str) and isinstance(t, str)]))
         found = []
         for context, continuation in pairs:
             if isinstance(context, str) and isinstance(continuation, str):
-                chain, tokens = encoded[context][0], next(encoded[context][1])
+                chain, tokens = next(texts)
             else:
                 chain, tokens = self._segments(context), self._tokens(continuation)
             if not tokens:
@@ -61,28 +55,51 @@ class PairEncoder:
             found.append((chain, tokens))
         return found
 
+    def _encode_texts(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[Sequence[Segment], tuple[int, ...]]]:
+        """Contexts, each once, and wholes in one call of the tokenizer."""
+        stripped = [(context.rstrip(), context[len(context.rstrip()) :] + text) for context, text in pairs]
+        contexts = list(dict.fromkeys(context for context, _ in stripped if context))
+        joined = [context + text for context, text in stripped if context]
+        ids = self._encoder.token_ids_of_many([text_blocks([Row(text)]) for text in (*contexts, *joined)])
+        chains = {context: [Segment(own, False)] for context, own in zip(contexts, ids, strict=False)}
+        wholes = iter(ids[len(contexts) :])
+        found: list[tuple[Sequence[Segment], tuple[int, ...]]] = []
+        for context, text in stripped:
+            if context:
+                found.append((chains[context], next(wholes)[num_tokens(chains[context]) :]))
+            else:
+                chain, (tokens,) = self._after_nothing([self._tokens(text)])
+                found.append((chain, tokens))
+        return found
+
     def encode_row(
-        self, row: Mapping[str, object], continuations: Sequence[str]
+        self, row: Mapping[str, object], continuations: Sequence[str], max_context: int
     ) -> tuple[Sequence[Segment], list[tuple[int, ...]]]:
         """The context that a row's prompt is, and the tokens of each continuation; any of these may have none.
 
-        Raises RowError.
+        Raises RowError, for a context of more than `max_context` tokens before any continuation is tokenised.
         """
         blocks = self._encoder.blocks_of(row)
         if blocks is None:
-            return self._encoder.encode(row, may_be_blank=True), [self._tokens(text) for text in continuations]
-        return self.encode_blocks(blocks, continuations)
+            chain = self._encoder.encode(row, may_be_blank=True)
+            _check_context(chain, max_context)
+            return chain, [self._tokens(text) for text in continuations]
+        return self._encode_blocks(blocks, continuations, max_context)
 
-    def encode_blocks(
-        self, blocks: Sequence[Block], continuations: Sequence[str]
+    def _encode_blocks(
+        self, blocks: Sequence[Block], continuations: Sequence[str], max_context: int
     ) -> tuple[Sequence[Segment], list[tuple[int, ...]]]:
-        """The same for a context of text."""
+        """The same for a context of text; with many continuations it is tokenised again with a few at a time."""
         context, space = _without_last_space(blocks)
         if not context:
             return self._after_nothing([self._tokens(space + text) for text in continuations])
         chain = self._encoder.encode_blocks(context)
-        wholes = self._encoder.token_ids_of_many([_extended(context, space + text) for text in continuations])
-        return chain, [whole[num_tokens(chain) :] for whole in wholes]
+        _check_context(chain, max_context)
+        start, found = num_tokens(chain), []
+        for few in batched(continuations, BATCH_TEXTS):
+            wholes = self._encoder.token_ids_of_many([_extended(context, space + text) for text in few])
+            found += [whole[start:] for whole in wholes]
+        return chain, found
 
     def encode_text(self, text: str) -> tuple[tuple[int, ...], int]:
         """A text to score as a whole: (its tokens, the token to predict the first one from). Raises RowError."""
@@ -116,6 +133,17 @@ class PairEncoder:
         if not isinstance(continuation, str):
             return tuple(continuation)
         return tuple(self._encoder.encode_continuation(continuation))
+
+
+def batched(texts: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    """Consecutive parts; itertools has it from Python 3.12 on."""
+    return (texts[start : start + size] for start in range(0, len(texts), size))
+
+
+def _check_context(chain: Sequence[Segment], max_context: int) -> None:
+    if num_tokens(chain) > max_context:
+        message = f"the context has {num_tokens(chain):,} tokens, wanted at most {max_context:,} (max_model_len)"
+        raise RowError(RowErrorCode.PROMPT_TOO_LONG, message)
 
 
 def _without_last_space(blocks: Sequence[Block]) -> tuple[tuple[Block, ...], str]:

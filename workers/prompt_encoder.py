@@ -97,7 +97,9 @@ class PromptEncoder:
         return self._encode_plain(segmented(blocks, self._tokenizer.split))
 
     def token_ids_of_many(self, texts: Sequence[Sequence[Block]]) -> list[tuple[int, ...]]:
-        """The tokens alone of many such texts, which is faster than one by one."""
+        """The tokens alone of many such texts, which is faster than one by one. Raises RowError."""
+        for blocks in texts:
+            self._check([part.text for _, parts in blocks for part in parts], ())
         pieces = [segmented(blocks, self._tokenizer.split).pieces for blocks in texts]
         return [
             self._before(ids) + ids + self._after(self._before(ids) + ids)

@@ -76,11 +76,17 @@ class RequestOutput:
     """The answer to one row. `error` is set, and `outputs` empty, when there is none."""
 
     request_id: Hashable
-    prompt_token_ids: list[int]  # of a scored row, with the continuation but its last token, which is not fed
+    prompt_token_ids: list[int]  # empty for a scored row: there may be hundreds over one long context
     num_cached_tokens: int  # prompt tokens whose keys were there, or were being made by another row
     outputs: list[CompletionOutput] = field(default_factory=list)
     score: Score | None = None  # of the given continuation, if the request had one
     error: RowError | None = None
+    num_scored_prompt_tokens: int | None = None  # of a scored row: context, and continuation without its last token
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """What was to be fed, generated tokens aside."""
+        return len(self.prompt_token_ids) if self.num_scored_prompt_tokens is None else self.num_scored_prompt_tokens
 
 
 @dataclass(eq=False, slots=True)
@@ -106,10 +112,25 @@ class Request:
         return num_tokens(self.segments)
 
     @property
+    def num_fed_tokens(self) -> int:
+        """The prompt, and of a continuation all but the last token."""
+        return self.num_prompt_tokens + max(0, len(self.continuation or ()) - 1)
+
+    @property
     def prompt_token_ids(self) -> list[int]:
-        """What is fed: the prompt, and of a continuation all but the last token."""
-        prompt = [token for segment in self.segments for token in segment.token_ids]
-        return prompt if self.continuation is None else [*prompt, *self.continuation[:-1]]
+        return [token for segment in self.segments for token in segment.token_ids]
+
+    def output(
+        self,
+        *,
+        num_cached_tokens: int = 0,
+        outputs: "list[CompletionOutput] | None" = None,
+        score: "Score | None" = None,
+        error: RowError | None = None,
+    ) -> "RequestOutput":
+        """The answer to this row."""
+        ids, num_scored = ([], self.num_fed_tokens) if self.is_scored else (self.prompt_token_ids, None)
+        return RequestOutput(self.request_id, ids, num_cached_tokens, outputs or [], score, error, num_scored)
 
     @property
     def is_finished(self) -> bool:

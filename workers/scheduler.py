@@ -133,14 +133,16 @@ class Scheduler:
 
     def _admit(self) -> None:
         num_pending = self._num_pending_tokens()
+        num_promised = sum(prefill.num_tail_tokens for prefill in self.prefilling)
         while self.waiting and self._has_place(self.waiting[0], num_pending):
-            if not self._try_admit(self.waiting[0]):
+            if not self._try_admit(self.waiting[0], num_promised):
                 if self.num_active:
                     return
                 self._fail(self.waiting.popleft())
                 continue
             admitted = self.waiting.popleft()
             self.prefilling.append(admitted)
+            num_promised += admitted.num_tail_tokens
             num_pending += admitted.end.stop - (admitted.request.num_cached_tokens or 0)
 
     def _has_place(self, prefill: Prefill, num_pending: int) -> bool:
@@ -160,15 +162,15 @@ class Scheduler:
         nodes = {node for prefill in self.prefilling for node in prefill.end.path() if not node.is_computed}
         return sum(len(node) for node in nodes)
 
-    def _try_admit(self, prefill: Prefill) -> bool:
+    def _try_admit(self, prefill: Prefill, num_promised: int) -> bool:
+        """`num_promised`: the room that rows admitted before need for their first tails."""
         if prefill.end.is_computed and prefill.end.last_hidden is None:
             self._fork_end(prefill)
         try:
             num_cached = self.residency.acquire(prefill.end)
         except KVMemoryExceeded:
             return False
-        promised = sum(p.num_tail_tokens for p in self.prefilling) + prefill.num_tail_tokens
-        if not self.residency.make_room(promised):
+        if not self.residency.make_room(num_promised + prefill.num_tail_tokens):
             self.residency.release(prefill.end)
             return False
         for _ in prefill.samples[1:]:

@@ -34,13 +34,21 @@ class RowScorer:
     """Reads rows for one job."""
 
     def __init__(
-        self, encoder: PairEncoder, task: str, scoring: ScoringTemplate, *, delimiter: str, max_bytes: int
+        self,
+        encoder: PairEncoder,
+        task: str,
+        scoring: ScoringTemplate,
+        *,
+        delimiter: str,
+        max_bytes: int,
+        max_model_len: int,
     ) -> None:
         self._encoder = encoder
         self._task = task
         self._scoring = scoring
         self._delimiter = delimiter
         self._max_bytes = max_bytes
+        self._max_model_len = max_model_len
 
     def read(self, row: Mapping[str, object], mask: str) -> ScoreRow:
         """Raises RowError."""
@@ -54,7 +62,7 @@ class RowScorer:
         texts = self._choice_texts(row)
         label = _label(row.get(self._scoring.label_column), texts)
         check_texts(texts, from_row=(), max_bytes=self._max_bytes)
-        context, tokens = self._encoder.encode_row(row, [self._delimiter + text for text in texts])
+        context, tokens = self._encoder.encode_row(row, [self._delimiter + text for text in texts], self._max_model_len)
         empty = [number for number, ids in enumerate(tokens) if not ids]
         if empty:
             raise RowError(RowErrorCode.BAD_CHOICES, f"choice {empty[0]} has no tokens, wanted at least one")
@@ -77,13 +85,15 @@ class RowScorer:
         template = scoring.continuation
         text = column_text(row, scoring.continuation_column) if template is None else _filled(template, row)
         check_texts([text], from_row=(), max_bytes=self._max_bytes)
-        context, (tokens,) = self._encoder.encode_row(row, [text])
+        context, (tokens,) = self._encoder.encode_row(row, [text], self._max_model_len)
         if not tokens:
             raise RowError(RowErrorCode.EMPTY_PROMPT, "the continuation has no tokens, wanted at least one")
         return ScoreRow(canonical_segments(context, mask=mask), (tokens,))
 
     def _text(self, row: Mapping[str, object]) -> ScoreRow:
         text, tokens, prefix = self._encoder.encode_row_text(row)
+        if not text:
+            raise RowError(RowErrorCode.EMPTY_PROMPT, "the text is empty, wanted at least one character")
         sizes = len(_SPACE.split(text)), len(text.encode())
         return ScoreRow((Segment((prefix,), False),), (tokens,), sizes)
 

@@ -46,7 +46,7 @@ class Twins:
             if first is None:
                 continue
             del self._id_of[first.identity]
-            num_cached = len(output.prompt_token_ids) if output.error is None else 0
+            num_cached = output.num_prompt_tokens if output.error is None else 0
             for request_id in first.followers:
                 yield replace(output, request_id=request_id, num_cached_tokens=num_cached)
 

@@ -48,12 +48,13 @@ Pairs = Sequence[tuple[str, str]]
 class LmEval:
     """lm-evaluation-harness' HF backend on the CPU."""
 
-    def __init__(self, directory: str, dtype: str) -> None:
+    def __init__(self, directory: str, dtype: str, max_length: int | None = None) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         from lm_eval.models.huggingface import HFLM
 
-        self._model: Any = HFLM(pretrained=directory, dtype=dtype, device="cpu", batch_size=1)  # pyright: ignore
+        options: dict[str, Any] = {"pretrained": directory, "dtype": dtype, "device": "cpu", "max_length": max_length}
+        self._model: Any = HFLM(**options, batch_size=1)  # pyright: ignore
 
     def scores(self, pairs: Pairs, batch_size: int) -> list[tuple[float, bool]]:
         """(log-likelihood, is_greedy) of each pair."""
@@ -63,12 +64,21 @@ class LmEval:
         requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
         return self._model.loglikelihood(requests, disable_tqdm=True)
 
+    def rolling_score(self, text: str) -> float:
+        """The log-likelihood of a whole text."""
+        from lm_eval.api.instance import Instance
+
+        (found,) = self._model.loglikelihood_rolling(
+            [Instance("loglikelihood_rolling", {}, (text,), 0)], disable_tqdm=True
+        )
+        return found
+
 
 def main() -> None:
     args = _arguments()
     directory = str(safetensors_directory(locate(SOURCE)))
     questions, pairs = workload(args.data, args.questions)
-    report: dict[str, Any] = {"benchmark": "score", **_machine(), "questions": len(questions), "requests": len(pairs)}
+    report: dict[str, Any] = {"benchmark": "score", **machine(), "questions": len(questions), "requests": len(pairs)}
     report |= _check(directory, questions, pairs, args.check)
     if args.repeats:
         report |= _timed(directory, pairs, args.repeats, args.dtype)
@@ -212,7 +222,8 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """What a measurement depends on beside the code."""
     from importlib.metadata import version
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
