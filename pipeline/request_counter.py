@@ -76,6 +76,7 @@ class RequestCounter:
 
     def _count_private(self, request: ScoringRequest, row: str) -> None:
         tokens = [token for segment in request.fed_segments for token in segment.token_ids]
-        key = hashlib.blake2b(repr((tokens, request.continuation[-1])).encode(), digest_size=16).digest()
+        identity = (len(request.continuation), tokens, request.continuation[-1])
+        key = hashlib.blake2b(repr(identity).encode(), digest_size=16).digest()
         self._counter.add_private(len(tokens), row, is_new=key not in self._private)
         self._private.add(key)

@@ -8,9 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml_job
-from echo_jobs import outcome, rows_of, segue_process, shards_in, wait_for
+from echo_jobs import rows_of, segue_process, shards_in, wait_for
 from tiny_models import tiny_model, tiny_tokenizer, tiny_tree_model
+from typer.testing import CliRunner
 
+from jobs.cli import app
 from pipeline.cluster import ray_session
 from pipeline.job import prepare
 from pipeline.manifest import ForeignOutput, load_manifest
@@ -40,7 +42,7 @@ def model_directory(tmp_path_factory):
     return str(path)
 
 
-def write(folder, source, rows, task, prompt="{prompt}", **changes):
+def write(folder, source, rows, task, text="{prompt}", **changes):
     pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet", row_group_size=5)
     job = {
         "name": "scores",
@@ -48,7 +50,7 @@ def write(folder, source, rows, task, prompt="{prompt}", **changes):
         "model": {"source": source},
         "mask": "causal",
         "input": {"path": "rows.parquet"},
-        "prompt": {"format": "text", "text": prompt},
+        "prompt": {"format": "text", "text": text},
         "output": {"path": "out", "max_rows_per_file": 4},
         **changes,
     }
@@ -85,13 +87,11 @@ NESTED = [
 ]
 
 
-@pytest.mark.parametrize(("rows", "rows_per_unit"), [(QUIZ, 4), (QUIZ[:3] + NESTED, 100)], ids=["quiz", "nested"])
-def test_choose_job_computes_the_plan_exactly_and_scores_as_in_process(
-    ray_cluster, tmp_path, model_directory, rows, rows_per_unit
-):
+def test_choose_job_computes_the_plan_exactly_and_scores_as_in_process(ray_cluster, tmp_path, model_directory):
+    rows = QUIZ + NESTED
     changes = {
         "model": {"source": model_directory, "dtype": "float32"},
-        "output": {"path": "out", "max_rows_per_file": rows_per_unit},
+        "output": {"path": "out", "max_rows_per_file": 100},
     }
     path = write(tmp_path, model_directory, rows, "choose", f"{SHOTS}{{prompt}} A:", **changes)
     summary, manifest, found = run(path)
@@ -177,27 +177,26 @@ def test_scoring_job_with_another_delimiter_in_the_same_folder_is_refused_by_nam
         run(path, "scoring.target_delimiter=''")
 
 
+def evaluated(folder):
+    """Exit code, and the groups that the command prints as JSON."""
+    result = CliRunner().invoke(app, ["evaluate", str(folder)])
+    return result.exit_code, json.loads(result.stdout.splitlines()[-1])["groups"] if result.exit_code == 0 else None
+
+
 @pytest.mark.slow
-def test_choose_job_killed_and_resumed_evaluates_to_the_same_numbers(tmp_path):
+def test_choose_job_killed_and_resumed_evaluates_to_the_same_numbers(ray_cluster, tmp_path):
     rows = [QUIZ[number % len(QUIZ)] | {"task": "even" if number % 2 else "odd"} for number in range(48)]
-    slow = {"model": {"source": "echo:0.5"}, "workers": {"units_in_flight": 1}}
-    write(tmp_path, "echo", rows, "choose", **slow)
+    path = write(tmp_path, "echo:0.5", rows, "choose", workers={"units_in_flight": 1})
     with segue_process(tmp_path, "run", "job.yaml", "--quiet") as process:
         wait_for(lambda: len(shards_in(tmp_path / "out")) >= 3, process)
         os.kill(process.pid, signal.SIGKILL)
     assert 3 <= len(shards_in(tmp_path / "out")) < 12
-    reports = []
-    for output in ("out", "unkilled"):
-        with segue_process(tmp_path, "evaluate", output) as process:
-            assert outcome(process)[0] == 2  # not complete, or not there
-        with segue_process(tmp_path, "run", "job.yaml", "--quiet", "--output", output) as process:
-            assert outcome(process)[0] == 0
-        with segue_process(tmp_path, "evaluate", output) as process:
-            code, out, _ = outcome(process)
-        assert code == 0
-        reports.append(json.loads(out.splitlines()[-1])["groups"])
-    assert reports[0] == reports[1]
-    assert [(group["name"], group["n"]) for group in reports[0]] == [("even", 24), ("odd", 24), ("all", 48)]
+    assert evaluated(tmp_path / "out")[0] == 2  # not complete
+    run(path)
+    run(path, "output.path=unkilled", "model.source=echo")
+    code, groups = evaluated(tmp_path / "out")
+    assert (code, groups) == evaluated(tmp_path / "unkilled")
+    assert [(group["name"], group["n"]) for group in groups] == [("even", 24), ("odd", 24), ("all", 48)]
 
 
 @pytest.mark.parametrize(
@@ -217,7 +216,7 @@ def test_choose_job_killed_and_resumed_evaluates_to_the_same_numbers(tmp_path):
 def test_scoring_job_with_a_mistake_is_refused_by_key(tmp_path, changes, message):
     sections = {"scoring": {"choices": ["a"]}} | changes
     with pytest.raises(JobRefused, match=message):
-        prepare(write(tmp_path, "echo", QUIZ[:2], changes.get("task", "choose"), **sections))
+        prepare(write(tmp_path, "echo", QUIZ[:2], sections.pop("task", "choose"), **sections))
 
 
 def test_scoring_columns_may_have_other_names(tmp_path):
