@@ -180,7 +180,7 @@ def test_scoring_job_with_another_delimiter_in_the_same_folder_is_refused_by_nam
 def evaluated(folder):
     """Exit code, and the groups that the command prints as JSON."""
     result = CliRunner().invoke(app, ["evaluate", str(folder)])
-    return result.exit_code, json.loads(result.stdout.splitlines()[-1])["groups"] if result.exit_code == 0 else None
+    return result.exit_code, json.loads(result.stdout.splitlines()[-1])["groups"] if result.exit_code == 0 else []
 
 
 @pytest.mark.slow
