@@ -117,15 +117,13 @@ def _first_largest(values):
     return next(index for index, value in enumerate(values) if value > max(values) - 1e-6)
 
 
-def test_loglikelihood_job_computes_the_plan_exactly_and_scores_as_in_process(ray_cluster, tmp_path, model_directory):
-    texts = ["blue", "blue and wide", "green", "", "blue"]
-    rows = [{"prompt": prompt, "continuation": f" {text}!"} for prompt in ("the sky is", "") for text in texts]
-    model = {"source": model_directory, "dtype": "float32"}
-    summary, manifest, found = run(write(tmp_path, model_directory, rows, "loglikelihood", model=model))
-    assert_computed_is_planned(summary, manifest)
-    scores = engine().loglikelihood([(row["prompt"], row["continuation"]) for row in rows])
-    assert [row["logprob"] for row in found] == pytest.approx([score.logprob for score in scores], abs=TOLERANCE)
-    assert [row["num_tokens"] for row in found] == [score.num_tokens for score in scores]
+def test_loglikelihood_job_scores_each_row_after_its_own_context(ray_cluster, tmp_path):
+    """The echo engine expects tokens of the context, with log-probability -1, and gives any other -2."""
+    rows = [{"prompt": prompt, "continuation": text} for prompt in ("abc", "xyz", "") for text in ("ab", "ax", "ab")]
+    _, _, found = run(write(tmp_path, "echo", rows, "loglikelihood"))
+    assert [row["logprob"] for row in found] == [-2, -3, -2, -4, -3, -4, -4, -4, -4]
+    assert [row["is_greedy"] for row in found] == [True, False, True, *[False] * 6]
+    assert {row["num_tokens"] for row in found} == {2}
 
 
 def test_perplexity_job_of_long_and_equal_texts_computes_the_plan_exactly(ray_cluster, tmp_path, model_directory):

@@ -81,7 +81,7 @@ def main() -> None:
     report: dict[str, Any] = {"benchmark": "score", **machine(), "questions": len(questions), "requests": len(pairs)}
     report |= _check(directory, questions, pairs, args.check)
     if args.repeats:
-        report |= _timed(directory, pairs, args.repeats, args.dtype)
+        report |= _timed(directory, pairs, args.repeats, args.dtype, args.batch_size)
     if args.vllm_python:
         report |= _vllm(args.vllm_python, directory, pairs, args.dtype, report.get("segue_requests_per_s"))
     print(json.dumps(report))
@@ -121,11 +121,11 @@ def _check(directory: str, questions: Sequence[Question], pairs: Pairs, num_chec
     return found
 
 
-def _timed(directory: str, pairs: Pairs, repeats: int, dtype: str) -> dict[str, Any]:
+def _timed(directory: str, pairs: Pairs, repeats: int, dtype: str, batch_size: int | None) -> dict[str, Any]:
     """Medians of runs in turn."""
     model, peer = load_model(directory, dtype=dtype), LmEval(directory, dtype)
     _fresh(model).loglikelihood(pairs[:64])
-    batch_size = _best_batch_size(peer, pairs)
+    batch_size = batch_size or _best_batch_size(peer, pairs)
     ours, theirs, engine = [], [], _fresh(model)
     for _ in range(repeats):
         engine = _fresh(model)
@@ -250,6 +250,7 @@ def _arguments() -> argparse.Namespace:
         "--check", type=int, default=10, help="questions compared with lm-evaluation-harness, one by one"
     )
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, help="of lm-evaluation-harness; tried out if not given")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--vllm-python", help="the Python of an environment with vLLM, to time it once")
     return parser.parse_args()
