@@ -61,21 +61,17 @@ class SmallBlocks:
 
 def small_blocks(blocks: StepBlocks) -> SmallBlocks:
     """Sort a step's blocks into batches."""
-    small = {block.node: block for block in blocks.self_blocks if len(block.node) <= SMALL_TOKENS}
-    longer = [block for block in small.values() if len(block.node) > 1]
-    singles = [block.start for block in small.values() if len(block.node) == 1]
+    small = {block.node: (block.start, block.stop) for block in blocks.self_blocks if len(block.node) <= SMALL_TOKENS}
+    longer = [block for block in blocks.self_blocks if 1 < len(block.node) <= SMALL_TOKENS]
+    singles = [start for node, (start, _) in small.items() if len(node) == 1]
     return SmallBlocks(
         single=torch.tensor(singles, dtype=torch.long),
-        own=_group([(_only(block), (_only(block),), block.is_causal) for block in longer]),
+        own=_group([(small[block.node], (small[block.node],), block.is_causal) for block in longer]),
         above=tuple(_group(part) for level in _lineages(blocks, small) for part in _bounded(level)),
         large_self=tuple(block for block in blocks.self_blocks if block.node not in small),
         large_cross=tuple(block for block in blocks.cross_blocks if block.node not in small),
         place={block.node: slice(block.start, block.stop) for block in blocks.self_blocks},
     )
-
-
-def _only(block: SelfBlock) -> Range:
-    return block.start, block.stop
 
 
 def _lineages(blocks: StepBlocks, small: Collection[Node]) -> list[list[Block]]:
@@ -85,9 +81,8 @@ def _lineages(blocks: StepBlocks, small: Collection[Node]) -> list[list[Block]]:
     whole, and a new one begins.
     """
     below = {block.node: block.stop for block in blocks.cross_blocks}
-    lineage: dict[
-        Node | None, tuple[tuple[Range, ...], int]
-    ] = {}  # of each node's children: ranges, number of closed ones
+    # Of a node's children: the ranges of their lineage, and how many were closed above them.
+    lineage: dict[Node | None, tuple[tuple[Range, ...], int]] = {}
     levels: list[list[Block]] = [[]]
     for block in blocks.self_blocks:
         node = block.node

@@ -5,7 +5,7 @@ without a label, is counted and not judged. Knows output folders and their colum
 """
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -57,7 +57,7 @@ class Evaluation:
     output: str
     job: str
     task: str
-    groups: list[Group] = field(default_factory=list)  # all rows last, if there are several groups
+    groups: list[Group]  # all rows last, if there are several groups
 
 
 def evaluate(output: str, judging: Judging) -> tuple[Evaluation, pa.Table]:

@@ -38,6 +38,11 @@ def decode_chain(chain: bytes) -> tuple[Segment, ...]:
     )
 
 
+def num_chain_tokens(chain: bytes) -> int:
+    """How many tokens a chain has, without decoding it."""
+    return int(np.count_nonzero(np.frombuffer(chain, dtype=WORD) >= _FIRST_TOKEN))
+
+
 def shared_chains(requests: Iterable[ScoringRequest]) -> list[bytes]:
     """What scoring requests feed that others may begin with, too; their contexts are canonical."""
     return [

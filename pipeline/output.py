@@ -20,29 +20,20 @@ from workers.scoring import Task
 
 def shard_paths(output: str) -> list[str]:
     """Committed shards in plan order. Raises ForeignOutput if the folder is no output of Segue."""
-    store = Store(output)
-    manifest = load_manifest(store)
-    if manifest is None:
-        raise ForeignOutput(f"{output} is not an output folder of Segue: it has no _job/manifest.json")
+    store, manifest = Store(output), _manifest_of(output)
     present = set(store.names())
     return [store.path(unit.shard_name) for unit in manifest.units if unit.shard_name in present]
 
 
 def task_of(output: str) -> Task:
     """What the folder's job does. Raises ForeignOutput."""
-    manifest = load_manifest(Store(output))
-    if manifest is None:
-        raise ForeignOutput(f"{output} is not an output folder of Segue: it has no _job/manifest.json")
-    return manifest.fields.get("task", "generate")
+    return _manifest_of(output).fields.get("task", "generate")
 
 
 def finished_manifest(output: str) -> Manifest:
     """What a complete output folder belongs to. Raises ForeignOutput if it is not complete, or none of Segue's."""
-    store = Store(output)
-    manifest = load_manifest(store)
-    if manifest is None:
-        raise ForeignOutput(f"{output} is not an output folder of Segue: it has no _job/manifest.json")
-    if not store.exists(SUCCESS):
+    manifest = _manifest_of(output)
+    if not Store(output).exists(SUCCESS):
         raise ForeignOutput(f"{output} is not complete: it has no {SUCCESS}; run its job again to finish it")
     return manifest
 
@@ -103,6 +94,13 @@ def error_counts(output: str) -> dict[str, int]:
         column = _read(path, ["error"])["error"]
         counts.update(value["code"] for value in column.drop_null().to_pylist())
     return dict(sorted(counts.items()))
+
+
+def _manifest_of(output: str) -> Manifest:
+    manifest = load_manifest(Store(output))
+    if manifest is None:
+        raise ForeignOutput(f"{output} is not an output folder of Segue: it has no _job/manifest.json")
+    return manifest
 
 
 def _read(path: str, columns: Sequence[str] | None = None) -> pa.Table:

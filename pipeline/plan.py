@@ -15,7 +15,7 @@ import ray.data
 import ray.exceptions
 
 from attention.segments import num_tokens
-from pipeline.chains import decode_chain
+from pipeline.chains import decode_chain, num_chain_tokens
 from pipeline.checks import CheckedJob
 from pipeline.cluster import cause_of
 from pipeline.manifest import MANIFEST, Manifest, check_same_job, load_manifest, versions
@@ -117,12 +117,12 @@ class _UnitCutter:
         # One by one: as Python numbers, a batch of long texts would need gigabytes.
         scores = repeat(None, len(batch)) if self._task == "generate" else (v.as_py() for v in batch[SCORE_FIELD.name])
         for chain, src_path, src_row, value in zip(*columns, scores, strict=True):
-            row, score = f"{src_path}:{src_row}", score_row(decode_chain(chain), value)
-            if score is None:
-                yield int(bool(chain)), num_tokens(decode_chain(chain))
+            row = f"{src_path}:{src_row}"
+            if value is None:
+                yield int(bool(chain)), num_chain_tokens(chain)
                 self.counter.add(chain, row)
             else:
-                requests = requests_of(score, self._task, self._max_model_len)
+                requests = requests_of(score_row(decode_chain(chain), value), self._task, self._max_model_len)
                 yield len(requests), sum(num_tokens(request.fed_segments) for request in requests)
                 self.counter.add_scored(chain, requests, row)
 

@@ -21,6 +21,7 @@ class RequestCounter:
 
     def __init__(self, counter: TreeCounter) -> None:
         self._counter = counter
+        self._num_rows = 0
         self._waiting: list[tuple[bytes, int, str, int]] = []  # chain, order of arrival, row, unit
         self._waiting_bytes = 0
         self._arrivals = count()
@@ -30,20 +31,20 @@ class RequestCounter:
 
     def add(self, chain: bytes, row: str) -> None:
         """A row with one request, or with an error and no chain."""
-        self._counter.stats.num_rows += 1
+        self._num_rows += 1
         if chain:
             self._release(chain)
             self._wait(chain, row)
 
     def add_scored(self, chain: bytes, requests: Sequence[ScoringRequest], row: str) -> None:
         """A row with several requests, of which `chain` is the smallest."""
+        self._num_rows += 1
         self._release(chain)
         for shared in shared_chains(requests):
             self._wait(shared, row)
         for request in requests:
             if not request.is_shared:
                 self._count_private(request, row)
-        self._counter.stats.num_rows += 1
 
     def end_unit(self) -> None:
         """The next row belongs to another unit, which another worker may get."""
@@ -53,7 +54,9 @@ class RequestCounter:
     def finish(self) -> TreeStats:
         """The totals; no row may follow."""
         self._release(None)
-        return self._counter.finish()
+        stats = self._counter.finish()
+        stats.num_rows = self._num_rows
+        return stats
 
     def _wait(self, chain: bytes, row: str) -> None:
         heapq.heappush(self._waiting, (chain, next(self._arrivals), row, self._unit))

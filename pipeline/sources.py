@@ -116,7 +116,8 @@ def _open(src_path: str, listed: ListedFile) -> InputFile | Problem:
         footer = _footer_of(listed)
         parquet = pq.ParquetFile(pa.BufferReader(footer))
         metadata, schema = parquet.metadata, parquet.schema_arrow.remove_metadata()
-    except (OSError, ValueError, NotImplementedError) as error:  # ArrowInvalid is a ValueError
+    # Arrow's own kinds: ArrowInvalid is a ValueError, ArrowNotImplementedError (an unknown type or codec) the third.
+    except (OSError, ValueError, NotImplementedError) as error:
         return Problem(KEY, f"{shown(listed.path)} ({error})", "a readable Parquet file")
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     return InputFile(

@@ -32,7 +32,7 @@ class SharedNode:
 class TreeStats:
     """Totals of a plan."""
 
-    num_rows: int = 0
+    num_rows: int = 0  # of the dataset; known to who feeds the counter
     num_requests: int = 0  # a row of a scoring task has one for each choice, or for each window of its text
     tokens_requested: int = 0  # what computing every request alone would feed
     tokens_distinct: int = 0  # what one worker computes

@@ -122,10 +122,8 @@ def score_value(row: ScoreRow) -> dict[str, object]:
     }
 
 
-def score_row(chain: Sequence[Segment], value: dict[str, Any] | None) -> ScoreRow | None:
+def score_row(chain: Sequence[Segment], value: dict[str, Any]) -> ScoreRow:
     """The inverse, given the row's chain."""
-    if value is None:
-        return None
     context = first_tokens(chain, value["num_context_tokens"])
     return ScoreRow(context, tuple(map(tuple, value["continuations"])), tuple(value["sizes"]), value["label"])
 
@@ -138,4 +136,6 @@ def planned_rows(table: pa.Table, params: SamplingParams) -> Iterator[PlannedRow
         segments = decode_chain(chain)
         row_params = params.with_row(json.loads(own)) if own else params
         row_error = RowError(RowErrorCode(error["code"]), error["message"]) if error else None
-        yield PlannedRow(segments, src_path, src_row, row_params, row_error, score_row(segments, score))
+        yield PlannedRow(
+            segments, src_path, src_row, row_params, row_error, None if score is None else score_row(segments, score)
+        )

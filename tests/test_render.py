@@ -6,37 +6,18 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from render_specs import render_spec
 
 from attention.segments import num_tokens
 from pipeline.chains import decode_chain
-from pipeline.render import RenderSpec, encoder_of, render_block
+from pipeline.render import encoder_of, render_block
 from pipeline.rows import block_of
 from pipeline.units import PASSED
 from workers.prompts import PromptTemplate
-from workers.sampling import SamplingParams
-
-TEXT = PromptTemplate(format="text", text="{prompt}")
-
-
-def spec(template: PromptTemplate = TEXT, **changes: Any) -> RenderSpec:
-    values: dict[str, Any] = {
-        "source": "echo",
-        "revision": None,
-        "template": template,
-        "date": "2026-01-02",
-        "mask": "causal",
-        "max_model_len": 1000,
-        "window": None,
-        "max_prompt_bytes": 10_000,
-        "prompt_columns": ("prompt",),
-        "passed_columns": (),
-        "params": SamplingParams(),
-    }
-    return RenderSpec(**(values | changes))
 
 
 def rendered(columns: dict[str, Any], **changes: Any) -> list[dict[str, Any]]:
-    return render_block(block_of(pa.table(columns), "a.parquet", 100), spec(**changes)).to_pylist()
+    return render_block(block_of(pa.table(columns), "a.parquet", 100), render_spec(**changes)).to_pylist()
 
 
 def codes(rows: list[dict[str, Any]]) -> list[str | None]:
@@ -53,7 +34,7 @@ def test_render_plain_text_row_has_its_tokens_and_provenance():
     (row,) = rendered({"prompt": ["hé"]})
     assert (row["src_path"], row["src_row"], row["sampling_params"]) == ("a.parquet", 100, None)
     (segment,) = decode_chain(row["chain"])
-    tokenizer = encoder_of(spec())._hf_tokenizer
+    tokenizer = encoder_of(render_spec())._hf_tokenizer
     assert tokenizer.decode(list(segment.token_ids)) == "hé"
 
 
@@ -78,7 +59,7 @@ def test_render_bad_utf8_inside_messages_costs_its_row():
 
 def test_render_bad_utf8_in_a_column_that_is_only_passed_through_is_passed_through():
     columns = {"prompt": ["good"], "note": not_utf8(b"\xff")}
-    table = render_block(block_of(pa.table(columns), "a", 0), spec(passed_columns=("note",)))
+    table = render_block(block_of(pa.table(columns), "a", 0), render_spec(passed_columns=("note",)))
     assert codes(table.select(["chain", "error"]).to_pylist()) == [None]
     assert table[f"{PASSED}note"].cast(pa.binary()).to_pylist() == [b"\xff"]
 
@@ -169,18 +150,18 @@ def test_render_prints_the_date_of_the_plan_not_todays():
     template = PromptTemplate(chat_template=source)
     (row,) = rendered({"prompt": ["x"]}, template=template, date="2020-05-06")
     tokens = [token for segment in decode_chain(row["chain"]) for token in segment.token_ids]
-    text = encoder_of(spec())._hf_tokenizer.decode(tokens)
+    text = encoder_of(render_spec())._hf_tokenizer.decode(tokens)
     assert datetime.date(2020, 5, 6).strftime("%d %b %Y") in text
 
 
 def test_render_empty_block_has_the_columns_of_a_full_one():
     columns = {"prompt": pa.array(["x"]), "n": pa.array([1])}
     block = block_of(pa.table(columns), "a", 0)
-    both = spec(passed_columns=("n", "prompt"))
+    both = render_spec(passed_columns=("n", "prompt"))
     assert render_block(block.slice(0, 0), both).schema == render_block(block, both).schema
 
 
 def test_render_prompt_without_columns_gives_one_row_for_each_of_the_dataset():
     block = pa.table({"src_path": ["a", "a"], "src_row": [0, 1], "input": pa.array([{}, {}], pa.struct([]))})
-    rows = render_block(block, spec(PromptTemplate(format="text", text="same"), prompt_columns=())).to_pylist()
+    rows = render_block(block, render_spec(PromptTemplate(format="text", text="same"), prompt_columns=())).to_pylist()
     assert codes(rows) == [None, None]

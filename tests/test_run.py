@@ -28,7 +28,7 @@ from echo_jobs import (
 )
 from tiny_models import tiny_model, tiny_tokenizer
 
-from pipeline.cluster import WorkersFailed, ray_session
+from pipeline.cluster import WorkersFailed
 from pipeline.job import prepare
 from pipeline.manifest import SUCCESS, ForeignOutput
 from pipeline.results import RESULT_COLUMNS
@@ -41,13 +41,6 @@ from pipeline.summary import RunSummary
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray[.]")
 PACKAGES = ("attention", "workers", "pipeline", "jobs")
 SLOW = {"model": {"source": "echo:0.4"}, "workers": {"units_in_flight": 1}}
-
-
-@pytest.fixture(scope="module")
-def local_ray():
-    """One Ray for all tests that run in this process."""
-    with ray_session(num_cpus=2):
-        yield
 
 
 def run(job: Path, *overrides: str, say=lambda line: None) -> RunSummary:

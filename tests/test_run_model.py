@@ -4,15 +4,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml_job
-from tiny_models import tiny_model, tiny_tokenizer
 
-from pipeline.cluster import ray_session
 from pipeline.job import prepare
 from pipeline.manifest import load_manifest
 from pipeline.run import run_job
 
 # Ray's own code warns of itself; what it says of our calls stays an error.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray[.]")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray[.]"),
+    pytest.mark.usefixtures("local_ray"),
+]
 
 LEVELS = [
     {
@@ -26,20 +27,6 @@ LEVELS = [
     for c in range(3)
     for d in range(4)
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_cluster():
-    with ray_session(num_cpus=2):
-        yield
-
-
-@pytest.fixture(scope="module")
-def model_directory(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    tiny_model("llama").save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    return str(path)
 
 
 def write_job(tmp_path, model, rows, **changes):

@@ -9,11 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml_job
 from echo_jobs import rows_of, segue_process, shards_in, wait_for
-from tiny_models import tiny_model, tiny_tokenizer, tiny_tree_model
+from tiny_models import tiny_tree_model
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from pipeline.cluster import ray_session
 from pipeline.job import prepare
 from pipeline.manifest import ForeignOutput, load_manifest
 from pipeline.problems import JobRefused
@@ -26,20 +25,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray[.]")
 
 SHOTS = "Q: one? A: 1.\nQ: two? A: 2.\n"
 TOLERANCE = 1e-3
-
-
-@pytest.fixture(scope="module")
-def ray_cluster():
-    with ray_session(num_cpus=2):
-        yield
-
-
-@pytest.fixture(scope="module")
-def model_directory(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    tiny_model("llama").save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    return str(path)
 
 
 def write(folder, source, rows, task, text="{prompt}", **changes):
@@ -87,7 +72,7 @@ NESTED = [
 ]
 
 
-def test_choose_job_computes_the_plan_exactly_and_scores_as_in_process(ray_cluster, tmp_path, model_directory):
+def test_choose_job_computes_the_plan_exactly_and_scores_as_in_process(local_ray, tmp_path, model_directory):
     rows = QUIZ + NESTED
     changes = {
         "model": {"source": model_directory, "dtype": "float32"},
@@ -117,7 +102,7 @@ def _first_largest(values):
     return next(index for index, value in enumerate(values) if value > max(values) - 1e-6)
 
 
-def test_loglikelihood_job_scores_each_row_after_its_own_context(ray_cluster, tmp_path):
+def test_loglikelihood_job_scores_each_row_after_its_own_context(local_ray, tmp_path):
     """The echo engine expects tokens of the context, with log-probability -1, and gives any other -2."""
     rows = [{"prompt": prompt, "continuation": text} for prompt in ("abc", "xyz", "") for text in ("ab", "ax", "ab")]
     _, _, found = run(write(tmp_path, "echo", rows, "loglikelihood"))
@@ -126,7 +111,7 @@ def test_loglikelihood_job_scores_each_row_after_its_own_context(ray_cluster, tm
     assert {row["num_tokens"] for row in found} == {2}
 
 
-def test_perplexity_job_of_long_and_equal_texts_computes_the_plan_exactly(ray_cluster, tmp_path, model_directory):
+def test_perplexity_job_of_long_and_equal_texts_computes_the_plan_exactly(local_ray, tmp_path, model_directory):
     texts = [("once upon a time " * 20)[:length] for length in (3, 60, 64, 65, 200, 200, 330)]
     model = {"source": model_directory, "dtype": "float32"}
     path = write(
@@ -141,7 +126,7 @@ def test_perplexity_job_of_long_and_equal_texts_computes_the_plan_exactly(ray_cl
     assert [row["num_bytes"] for row in found] == [len(text) for text in texts]
 
 
-def test_choose_job_under_the_segment_mask_differs_and_shares_whole_messages(ray_cluster, tmp_path, model_directory):
+def test_choose_job_under_the_segment_mask_differs_and_shares_whole_messages(local_ray, tmp_path, model_directory):
     changes = {
         "model": {"source": model_directory, "dtype": "float32"},
         "prompt": {"format": "chat"},
@@ -157,7 +142,7 @@ def test_choose_job_under_the_segment_mask_differs_and_shares_whole_messages(ray
     assert found[0]["correct"] is None  # no label
 
 
-def test_scoring_rows_with_errors_are_in_the_same_schema(ray_cluster, tmp_path):
+def test_scoring_rows_with_errors_are_in_the_same_schema(local_ray, tmp_path):
     rows = [*QUIZ[:6], {"prompt": "Q", "choices": [], "label": 0}, {"prompt": "Q", "choices": ["x"], "label": 5}]
     summary, manifest, found = run(write(tmp_path, "echo", rows, "choose"))
     assert summary.errors == {"BAD_CHOICES": 1, "BAD_LABEL": 1}
@@ -168,7 +153,7 @@ def test_scoring_rows_with_errors_are_in_the_same_schema(ray_cluster, tmp_path):
     assert manifest.stats["num_rows"] == len(rows)
 
 
-def test_scoring_job_with_another_delimiter_in_the_same_folder_is_refused_by_name(ray_cluster, tmp_path):
+def test_scoring_job_with_another_delimiter_in_the_same_folder_is_refused_by_name(local_ray, tmp_path):
     path = write(tmp_path, "echo", QUIZ[:2], "choose")
     run(path)
     with pytest.raises(ForeignOutput, match="scoring: there"):
@@ -182,7 +167,7 @@ def evaluated(folder):
 
 
 @pytest.mark.slow
-def test_choose_job_killed_and_resumed_evaluates_to_the_same_numbers(ray_cluster, tmp_path):
+def test_choose_job_killed_and_resumed_evaluates_to_the_same_numbers(local_ray, tmp_path):
     rows = [QUIZ[number % len(QUIZ)] | {"task": "even" if number % 2 else "odd"} for number in range(48)]
     path = write(tmp_path, "echo:0.5", rows, "choose", workers={"units_in_flight": 1})
     with segue_process(tmp_path, "run", "job.yaml", "--quiet") as process:

@@ -4,49 +4,33 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from render_specs import TEXT, render_spec
 
 from attention.segments import Segment, num_tokens
 from pipeline.chains import decode_chain
-from pipeline.render import RenderSpec, render_block
+from pipeline.render import render_block
 from pipeline.rows import block_of
 from pipeline.units import score_row
 from workers.echo import CONTROL_TOKENS, echo_tokenizer
 from workers.prompts import PromptTemplate
-from workers.sampling import SamplingParams
 from workers.score_rows import ScoreRow
 from workers.scoring import ScoringTemplate
 
-TEXT = PromptTemplate(format="text", text="{prompt}")
 PREFIX = echo_tokenizer().eos_token_id  # no BOS: EOS stands for an empty context
 MAX_MODEL_LEN = 40
 
 
 def rendered(columns: dict[str, Any], task: str, template: PromptTemplate = TEXT, **changes: Any) -> list[dict]:
-    scoring = changes.pop("scoring", ScoringTemplate())
     table = pa.table(columns)
-    values: dict[str, Any] = {
-        "source": "echo",
-        "revision": None,
-        "template": template,
-        "date": "2026-01-02",
-        "mask": "causal",
-        "max_model_len": MAX_MODEL_LEN,
-        "window": None,
-        "max_prompt_bytes": 10_000,
-        "prompt_columns": tuple(table.column_names),
-        "passed_columns": (),
-        "params": SamplingParams(),
-        "task": task,
-        "scoring": scoring,
-    }
-    return render_block(block_of(table, "a.parquet", 0), RenderSpec(**(values | changes))).to_pylist()
+    names = tuple(table.column_names)
+    spec = render_spec(template, **{"task": task, "max_model_len": MAX_MODEL_LEN, "prompt_columns": names, **changes})
+    return render_block(block_of(table, "a.parquet", 0), spec).to_pylist()
 
 
 def read(columns: dict[str, Any], task: str, *args: Any, **changes: Any) -> list[ScoreRow]:
     rows = rendered(columns, task, *args, **changes)
     assert [row["error"] for row in rows] == [None] * len(rows)
-    found = [score_row(decode_chain(row["chain"]), row["score"]) for row in rows]
-    return [row for row in found if row is not None]
+    return [score_row(decode_chain(row["chain"]), row["score"]) for row in rows]
 
 
 def code(columns: dict[str, Any], task: str, **changes: Any) -> str | None:

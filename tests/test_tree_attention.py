@@ -71,6 +71,17 @@ class Harness:
             fed[i].append(qkv[i])
         return torch.stack([out[index] for index in blocks.decode_index])
 
+    def check_prefill(self, outputs):
+        """Each row's tokens, put together from its nodes' `outputs`."""
+        for index, end in enumerate(self.ends):
+            got = torch.cat([outputs[node] for node in end.path()])
+            torch.testing.assert_close(got, self.expected(index, []), atol=TOLERANCE, rtol=0)
+
+    def check_decode(self, got, fed):
+        """One decode step's outputs; `fed` holds what each row has generated."""
+        for index in range(len(self.rows)):
+            torch.testing.assert_close(got[index], self.expected(index, fed[index])[-1], atol=TOLERANCE, rtol=0)
+
     def expected(self, index, generated):
         """Dense attention of a whole row, [T, H, D]."""
         parts = [self.node_qkv[node] for node in self.ends[index].path()] + generated
@@ -88,9 +99,7 @@ def test_tree_attention_on_random_trees_equals_dense_reference(backend, rows, cu
     outputs = {}
     for step_nodes in filter(None, (nodes[:cut], nodes[cut:])):  # depth-first: no child before its parent
         outputs.update(harness.prefill(step_nodes))
-    for index, end in enumerate(harness.ends):
-        got = torch.cat([outputs[node] for node in end.path()])
-        torch.testing.assert_close(got, harness.expected(index, []), atol=TOLERANCE, rtol=0)
+    harness.check_prefill(outputs)
 
     open_tails = [harness.cache.open_tail() for _ in rows]
     fed = [[] for _ in rows]
@@ -98,10 +107,7 @@ def test_tree_attention_on_random_trees_equals_dense_reference(backend, rows, cu
         for tail, head_start in zip(open_tails, tails, strict=False):  # ragged tails, some beyond one arena's capacity
             if step == 0:
                 _prefeed(harness, tail, fed[open_tails.index(tail)], head_start)
-        got = harness.decode(open_tails, fed)
-        for index in range(len(rows)):
-            wanted = harness.expected(index, fed[index])[-1]
-            torch.testing.assert_close(got[index], wanted, atol=TOLERANCE, rtol=0)
+        harness.check_decode(harness.decode(open_tails, fed), fed)
 
 
 LONG, SHORT = 80, 50  # more and fewer tokens than a node that is batched with others may have
@@ -127,14 +133,10 @@ def test_tree_attention_of_long_nodes_deep_trees_and_many_queries_equals_dense_r
     outputs = {}
     for step_nodes in (nodes[:60], nodes[60:]):  # depth-first: no child before its parent
         outputs.update(harness.prefill(step_nodes))
-    for index, end in enumerate(harness.ends):
-        got = torch.cat([outputs[node] for node in end.path()])
-        torch.testing.assert_close(got, harness.expected(index, []), atol=TOLERANCE, rtol=0)
+    harness.check_prefill(outputs)
     tails = [harness.cache.open_tail() for _ in rows]
     fed = [[] for _ in rows]
-    got = harness.decode(tails, fed)
-    for index in range(len(rows)):
-        torch.testing.assert_close(got[index], harness.expected(index, fed[index])[-1], atol=TOLERANCE, rtol=0)
+    harness.check_decode(harness.decode(tails, fed), fed)
 
 
 def _prefeed(harness, tail, fed, count):

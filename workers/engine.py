@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from attention.segments import Segment, canonical_segments
+from workers.coalescing import RequestCoalescer
 from workers.engine_core import EngineConfig, EngineCore, last_hidden
 from workers.model import TreeModel, load_model
 from workers.pairs import PairEncoder
@@ -25,7 +26,6 @@ from workers.request import GenerationRequest, RequestOutput, Score, ScoringRequ
 from workers.row_errors import RowError
 from workers.sampling import SamplingParams
 from workers.stats import EngineStats
-from workers.twins import Twins
 from workers.windows import rolling_requests, total_score
 
 __all__ = ["Engine", "EngineConfig", "EngineStats", "Prompt"]
@@ -64,7 +64,7 @@ class Engine(EngineCore):
         if len(each) != len(prompts):
             raise ValueError(f"as many sampling params as prompts wanted ({len(prompts)}), got {len(each)}")
         chains = [self._chain(prompt) for prompt in prompts]
-        for index in sorted(range(len(chains)), key=lambda i: tree_order(chains[i])):
+        for index in sorted(range(len(chains)), key=lambda i: _tree_order(chains[i])):
             self.add(index, GenerationRequest(chains[index], each[index], str(index).encode()))
         outputs: dict[Hashable, RequestOutput] = {}
         while self.has_work:
@@ -77,7 +77,7 @@ class Engine(EngineCore):
         chains = [canonical_segments(self._chain(prompt), mask=self.config.mask) for prompt in prompts]
         first_with = {chain: index for index, chain in reversed(list(enumerate(chains)))}
         rows: dict[Hashable, Tensor] = {}
-        for chain in sorted(first_with, key=tree_order):
+        for chain in sorted(first_with, key=_tree_order):
             self.add(first_with[chain], GenerationRequest(chain, SamplingParams(max_tokens=1), b""))
         errors: list[RowError] = []
         while self.has_work:
@@ -90,9 +90,9 @@ class Engine(EngineCore):
                 prefill.samples[0].finish_reason = "length"
                 self.scheduler.start_decoding(prefill)
             self._count(plan)
-        self._twins = Twins()
-        for error in errors:
-            raise error
+        self._coalescer = RequestCoalescer()
+        if errors:
+            raise errors[0]
         return torch.stack([rows[first_with[chain]] for chain in chains])
 
     def loglikelihood(self, pairs: Sequence[tuple[Prompt, str | Sequence[int]]]) -> list[Score]:
@@ -119,7 +119,7 @@ class Engine(EngineCore):
     def _scores(self, requests: Sequence[ScoringRequest]) -> list[Score]:
         """Raises RowError if a request has no score, once the others are done."""
         chains = [canonical_segments(request.fed_segments, mask=self.config.mask) for request in requests]
-        for index in sorted(range(len(requests)), key=lambda i: tree_order(chains[i])):
+        for index in sorted(range(len(requests)), key=lambda i: _tree_order(chains[i])):
             self.add(index, requests[index])
         outputs: dict[Hashable, RequestOutput] = {}
         while self.has_work:
@@ -142,6 +142,6 @@ class Engine(EngineCore):
         return self._encoder
 
 
-def tree_order(chain: Sequence[Segment]) -> list[tuple[bool, Sequence[int]]]:
+def _tree_order(chain: Sequence[Segment]) -> list[tuple[bool, Sequence[int]]]:
     """Sorts rows that share a beginning together, shorter prompts before their continuations."""
     return [(segment.bidirectional, segment.token_ids) for segment in chain]

@@ -18,6 +18,7 @@ from attention.reference import ReferenceBackend
 from attention.segments import canonical_segments
 from attention.step import Backend, TreeStep, tail_batches
 from attention.tree import SegmentTree
+from workers.coalescing import RequestCoalescer
 from workers.generate import Finisher
 from workers.model import TreeModel
 from workers.request import GenerationRequest, Request, RequestOutput, Sample, Score, ScoringRequest
@@ -27,7 +28,6 @@ from workers.sampling import SamplingParams
 from workers.scheduler import Prefill, Scheduler, StepPlan
 from workers.score import TokenScore, collect, score_step
 from workers.stats import EngineStats
-from workers.twins import Twins
 
 SCORING = SamplingParams(max_tokens=1)  # of rows that draw nothing
 BACKENDS: dict[str, type[Backend]] = {"cpu": CpuBackend, "reference": ReferenceBackend}
@@ -66,7 +66,7 @@ class EngineCore:
         )
         self.finisher = Finisher(model.tokenizer, model.eos_token_ids, self.max_model_len)
         self.stats = EngineStats()
-        self._twins = Twins()
+        self._coalescer = RequestCoalescer()
         self._num_added = 0
         self._refused: list[RequestOutput] = []
 
@@ -97,7 +97,7 @@ class EngineCore:
         error = self._objection(request)
         if error:
             self._refused.append(self._failed_output(request, error))
-        elif not (self.config.enable_prefix_caching and self._twins.joins(request)):
+        elif not (self.config.enable_prefix_caching and self._coalescer.joins(request)):
             self.scheduler.add(request)
 
     def _objection(self, request: Request) -> RowError | None:
@@ -133,7 +133,7 @@ class EngineCore:
             done += self._score(plan, last_scores)
             done += self._draw(plan, decode_hidden)
             self._count(plan)
-        done = list(self._twins.answers(done))
+        done = list(self._coalescer.answers(done))
         self.stats.num_errors += sum(output.error is not None for output in done)
         self.stats.num_finished_rows += len(done)
         self.stats.num_finished_tokens += sum(output.num_prompt_tokens for output in done)

@@ -4,7 +4,7 @@ Source: `_encode_pair` and `loglikelihood` of lm-evaluation-harness 0.4.13 (`lm_
 blocks of text and their tokenizer; no model, no scores, no rows.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attention.segments import Segment, num_tokens
@@ -43,34 +43,19 @@ class PairEncoder:
 
         Raises RowError(EMPTY_PROMPT) if nothing is left to score.
         """
-        texts = iter(self._encode_texts([(c, t) for c, t in pairs if isinstance(c, str) and isinstance(t, str)]))
-        found = []
-        for context, continuation in pairs:
+        found: dict[int, tuple[Sequence[Segment], tuple[int, ...]]] = {}
+        texts: dict[str, dict[int, str]] = {}  # context -> its continuations by position
+        for index, (context, continuation) in enumerate(pairs):
             if isinstance(context, str) and isinstance(continuation, str):
-                chain, tokens = next(texts)
+                texts.setdefault(context, {})[index] = continuation
             else:
-                chain, tokens = self._segments(context), self._tokens(continuation)
-            if not tokens:
-                raise RowError(RowErrorCode.EMPTY_PROMPT, "the continuation has no tokens, wanted at least one")
-            found.append((chain, tokens))
-        return found
-
-    def _encode_texts(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[Sequence[Segment], tuple[int, ...]]]:
-        """Contexts, each once, and wholes in one call of the tokenizer."""
-        stripped = [(context.rstrip(), context[len(context.rstrip()) :] + text) for context, text in pairs]
-        contexts = list(dict.fromkeys(context for context, _ in stripped if context))
-        joined = [context + text for context, text in stripped if context]
-        ids = self._encoder.token_ids_of_many([text_blocks([Row(text)]) for text in (*contexts, *joined)])
-        chains = {context: [Segment(own, False)] for context, own in zip(contexts, ids, strict=False)}
-        wholes = iter(ids[len(contexts) :])
-        found: list[tuple[Sequence[Segment], tuple[int, ...]]] = []
-        for context, text in stripped:
-            if context:
-                found.append((chains[context], next(wholes)[num_tokens(chains[context]) :]))
-            else:
-                chain, (tokens,) = self._after_nothing([self._tokens(text)])
-                found.append((chain, tokens))
-        return found
+                found[index] = self._segments(context), self._tokens(continuation)
+        for context, continuations in texts.items():
+            chain, tokens = self._encode_blocks(text_blocks([Row(context)]), list(continuations.values()))
+            found.update((index, (chain, ids)) for index, ids in zip(continuations, tokens, strict=True))
+        if any(not tokens for _, tokens in found.values()):
+            raise RowError(RowErrorCode.EMPTY_PROMPT, "the continuation has no tokens, wanted at least one")
+        return [found[index] for index in range(len(pairs))]
 
     def encode_row(
         self, row: Mapping[str, object], continuations: Sequence[str], max_context: int
@@ -87,7 +72,7 @@ class PairEncoder:
         return self._encode_blocks(blocks, continuations, max_context)
 
     def _encode_blocks(
-        self, blocks: Sequence[Block], continuations: Sequence[str], max_context: int
+        self, blocks: Sequence[Block], continuations: Sequence[str], max_context: int | None = None
     ) -> tuple[Sequence[Segment], list[tuple[int, ...]]]:
         """The same for a context of text; with many continuations it is tokenised again with a few at a time."""
         context, space = _without_last_space(blocks)
@@ -96,7 +81,8 @@ class PairEncoder:
         chain = self._encoder.encode_blocks(context)
         _check_context(chain, max_context)
         start, found = num_tokens(chain), []
-        for few in batched(continuations, BATCH_TEXTS):
+        for first in range(0, len(continuations), BATCH_TEXTS):
+            few = continuations[first : first + BATCH_TEXTS]
             wholes = self._encoder.token_ids_of_many([_extended(context, space + text) for text in few])
             found += [whole[start:] for whole in wholes]
         return chain, found
@@ -135,13 +121,8 @@ class PairEncoder:
         return tuple(self._encoder.encode_continuation(continuation))
 
 
-def batched(texts: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    """Consecutive parts; itertools has it from Python 3.12 on."""
-    return (texts[start : start + size] for start in range(0, len(texts), size))
-
-
-def _check_context(chain: Sequence[Segment], max_context: int) -> None:
-    if num_tokens(chain) > max_context:
+def _check_context(chain: Sequence[Segment], max_context: int | None) -> None:
+    if max_context is not None and num_tokens(chain) > max_context:
         message = f"the context has {num_tokens(chain):,} tokens, wanted at most {max_context:,} (max_model_len)"
         raise RowError(RowErrorCode.PROMPT_TOO_LONG, message)
 

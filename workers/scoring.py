@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from workers.placeholders import columns_in
 
 Task = Literal["generate", "choose", "loglikelihood", "perplexity"]
-SCORING_TASKS = ("choose", "loglikelihood", "perplexity")
 _TASK_OF = {
     "choices": "choose",
     "choices_column": "choose",

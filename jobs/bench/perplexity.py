@@ -18,7 +18,8 @@ from typing import Any
 from jobs.bench.arc import load
 from jobs.bench.score import SOURCE, LmEval, machine
 from workers.engine import Engine, EngineConfig
-from workers.model import load_model
+from workers.model import checked_config, load_model
+from workers.model_source import locate, safetensors_directory
 
 MAX_MODEL_LEN = 1024
 LENGTHS = (2_000, 20_000)
@@ -35,7 +36,7 @@ def main() -> None:
     runs = [json.loads(subprocess.run([*command, str(n)], capture_output=True, check=True).stdout) for n in LENGTHS]
     text = _text(args.data, LENGTHS[-1])
     started = time.perf_counter()
-    wanted = LmEval(_directory(), "float32", max_length=MAX_MODEL_LEN).rolling_score(text)
+    wanted = LmEval(str(safetensors_directory(locate(SOURCE))), "float32", max_length=MAX_MODEL_LEN).rolling_score(text)
     report: dict[str, Any] = {"benchmark": "perplexity", **machine(), "max_model_len": MAX_MODEL_LEN, "runs": runs}
     report |= {"lm_eval_logprob": wanted, "lm_eval_seconds": time.perf_counter() - started}
     report["relative_error"] = abs(runs[-1]["logprob"] - wanted) / abs(wanted)
@@ -71,18 +72,9 @@ def _measured(data: Path, num_tokens: int) -> dict[str, Any]:
 
 def _text(data: Path, num_tokens: int) -> str:
     """The beginning of the training questions, cut at a token."""
-    from workers.model import checked_config
-    from workers.model_source import locate, safetensors_directory
-
     _, tokenizer = checked_config(safetensors_directory(locate(SOURCE)))
     text = "\n\n".join(f"{each.question} {each.choices[each.label]}" for each in load(data / "arc_easy-train.jsonl"))
     return tokenizer.decode(tokenizer(text, verbose=False).input_ids[:num_tokens])
-
-
-def _directory() -> str:
-    from workers.model_source import locate, safetensors_directory
-
-    return str(safetensors_directory(locate(SOURCE)))
 
 
 def _peak_resident() -> int:

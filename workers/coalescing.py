@@ -1,4 +1,4 @@
-"""Rows that ask exactly the same are computed once, and the answer is given to each of them.
+"""Request coalescing: rows that ask exactly the same are computed once, and the answer is given to each of them.
 
 Only what is certain to come out equal: scored rows, and greedy ones under equal parameters. Sampled rows draw for
 themselves. Knows requests and outputs; no model, no tree.
@@ -18,7 +18,7 @@ class _First:
     followers: list[Hashable] = field(default_factory=list)
 
 
-class Twins:
+class RequestCoalescer:
     """Rows in the engine at the moment, by what they ask."""
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Twins:
         return False
 
     def answers(self, outputs: Iterable[RequestOutput]) -> Iterator[RequestOutput]:
-        """Each output, followed by those of its twins, whose prompts were wholly there."""
+        """Each output, followed by those of the rows that joined it, whose prompts were wholly there."""
         for output in outputs:
             yield output
             first = self._firsts.pop(output.request_id, None)
