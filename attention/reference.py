@@ -1,35 +1,13 @@
-"""The specification: attention with a dense mask, in the obvious way. Slow on purpose; every backend is held to it.
+"""The specification: attention with a dense mask, in the obvious way. Slow on purpose; every backend is held to it."""
 
-    visible(q, k) = k <= q  or  segment(q) == segment(k), for bidirectional segments
-
-(MAS, "Segment-Based Attention Masking for GPTs", Katz et al., ACL 2025, arXiv 2412.18487.)
-"""
-
-from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from attention.segments import Segment
 from attention.step import TreeStep, kv_of
 from attention.tree import Node
-
-
-def block_sequence_ids(segments: Sequence[Segment], num_generated: int = 0) -> Tensor:
-    """`[T]`: the number of the bidirectional segment a token is in, -1 for causal tokens (transformers' convention)."""
-    ids: list[int] = []
-    for number, segment in enumerate(segments):
-        ids.extend([number if segment.bidirectional else -1] * len(segment))
-    return torch.tensor(ids + [-1] * num_generated)
-
-
-def visible(segment_ids: Tensor) -> Tensor:
-    """segment_ids `[T]` -> bool `[T, T]`, `[q, k]`: may query q see key k."""
-    positions = torch.arange(len(segment_ids))
-    is_earlier = positions[None, :] <= positions[:, None]
-    is_same_block = (segment_ids[None, :] == segment_ids[:, None]) & (segment_ids[:, None] >= 0)
-    return is_earlier | is_same_block
+from attention.visibility import block_sequence_ids, visible
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from attention.reference import block_sequence_ids, visible
 from attention.segments import Segment
+from attention.visibility import block_sequence_ids, visible
 from workers.engine import Engine, EngineConfig
 from workers.model import load_model
 from workers.model_source import locate, safetensors_directory

@@ -12,11 +12,12 @@ from attention.blocks import DecodeQuery, blocks_of
 from attention.cpu import CpuBackend, flash
 from attention.kv_cache import KVCache, KVShape
 from attention.merge import merge_part_
-from attention.reference import ReferenceBackend, block_sequence_ids, dense_attention, visible
+from attention.reference import ReferenceBackend, dense_attention
 from attention.residency import Residency
 from attention.segments import Segment, canonical_segments
 from attention.step import TreeStep, tail_batches
 from attention.tree import SegmentTree
+from attention.visibility import block_sequence_ids, visible
 
 H, HKV, D, SCALE = 4, 2, 8, 0.37
 SHAPE = KVShape(1, HKV, D, torch.float32)

@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.masking_utils import create_causal_mask
 
-from attention.reference import block_sequence_ids
 from attention.segments import Segment, num_tokens
+from attention.visibility import block_sequence_ids
 from workers.echo import echo_tokenizer
 from workers.model import TreeModel, tree_model
 

@@ -1,0 +1,32 @@
+"""The rule as a dense mask: what the reference backend and training are made of.
+
+    visible(q, k) = k <= q  or  segment(q) == segment(k), for bidirectional segments
+
+(MAS, "Segment-Based Attention Masking for GPTs", Katz et al., ACL 2025, arXiv 2412.18487.) Inference over the tree needs
+no mask; it is held to this one.
+
+Shapes: `T` tokens of a row.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from attention.segments import Segment
+
+
+def block_sequence_ids(segments: Sequence[Segment], num_generated: int = 0) -> Tensor:
+    """`[T]`: the number of the bidirectional segment a token is in, -1 for causal tokens (transformers' convention)."""
+    ids: list[int] = []
+    for number, segment in enumerate(segments):
+        ids.extend([number if segment.bidirectional else -1] * len(segment))
+    return torch.tensor(ids + [-1] * num_generated)
+
+
+def visible(segment_ids: Tensor) -> Tensor:
+    """segment_ids `[..., T]` -> bool `[..., T, T]`, `[q, k]`: may query q see key k."""
+    positions = torch.arange(segment_ids.shape[-1], device=segment_ids.device)
+    is_earlier = positions[None, :] <= positions[:, None]
+    is_same_block = (segment_ids[..., None, :] == segment_ids[..., :, None]) & (segment_ids[..., :, None] >= 0)
+    return is_earlier | is_same_block
