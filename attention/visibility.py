@@ -2,8 +2,8 @@
 
     visible(q, k) = k <= q  or  segment(q) == segment(k), for bidirectional segments
 
-(MAS, "Segment-Based Attention Masking for GPTs", Katz et al., ACL 2025, arXiv 2412.18487.) Inference over the tree needs
-no mask; it is held to this one.
+(MAS, "Segment-Based Attention Masking for GPTs", Katz et al., ACL 2025, arXiv 2412.18487.) Inference
+over the tree needs no mask; it is held to this one.
 
 Shapes: `T` tokens of a row.
 """

@@ -121,6 +121,30 @@ def schema() -> None:
 
 
 @app.command()
+def finetune(
+    job: Annotated[str, typer.Argument(metavar="FT.yaml", help="the fine-tuning job file")],
+    overrides: Overrides = None,
+    limit: Limit = None,
+    output: Output = None,
+    json_only: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train an adapter for the segment mask (or the causal one), going on where a run before has stopped."""
+    with _exit_codes():
+        from jobs.loss_curve import draw_loss_curve
+        from jobs.show_training import TrainingDisplay, show_training
+        from pipeline.finetune import prepare_finetune, run_finetune
+
+        ready = prepare_finetune(job, _overrides(overrides, limit, output))
+        summary = run_finetune(ready, _silent if quiet else _say, TrainingDisplay(quiet=quiet))
+        picture = draw_loss_curve(summary.output)
+        if not json_only:
+            show_training(summary, picture)
+        _json(asdict(summary) | {"loss_curve": picture})
+    raise typer.Exit(summary.exit_code)
+
+
+@app.command()
 def errors(
     output: Annotated[str, typer.Argument(metavar="OUT", help="an output folder, finished or not")],
     limit: Annotated[int, typer.Option(help="show at most this many rows")] = 50,
@@ -178,12 +202,13 @@ def _exit_codes() -> Iterator[None]:
     from pipeline.rows import InputChanged, InputUnreadable
     from pipeline.shards import ForeignShard
     from pipeline.store import OutputStorageError
+    from workers.train import TrainingDiverged
 
     try:
         yield
     except (JobRefused, ForeignOutput, ForeignShard, InputChanged) as error:
         _fail(error, REFUSED)
-    except (WorkersFailed, ClusterUnavailable) as error:
+    except (WorkersFailed, ClusterUnavailable, TrainingDiverged) as error:
         _fail(error, WORKERS)
     except (OutputStorageError, InputUnreadable) as error:
         _fail(error, STORAGE)

@@ -9,6 +9,8 @@ from rich.table import Table
 from jobs.evaluate import Evaluation, Group, Pairing
 from jobs.show import plain
 
+TABLE_WIDTH = 160
+
 
 def _share(value: float) -> str:
     return f"{value:.4f}"
@@ -39,6 +41,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
 def show_evaluation(evaluation: Evaluation) -> None:
     """One line a group; columns that no group has are left out, and those of what is missing if nothing is."""
     out = Console(highlight=False, soft_wrap=True)
+    out.width = max(out.width, TABLE_WIDTH)  # a folded interval is hard to read, and where would a pipe's edge be?
     out.print(f"{plain(evaluation.job)}: task {evaluation.task}, {plain(evaluation.output)}")
     columns = [column for column in COLUMNS if _is_told(column[0], evaluation.groups)]
     table = Table("group", box=None, pad_edge=False)

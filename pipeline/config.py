@@ -5,6 +5,7 @@ Names are vLLM's and Ray's where they have one. `JobConfig.model_json_schema()` 
 """
 
 import re
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
@@ -113,6 +114,7 @@ class ModelConfig(Section):
     source: Location  # a folder, a hub id, s3://, a .gguf file, package://NAME/FILE, or echo
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     adapter: Location | None = None  # a PEFT adapter's folder
+    check_adapter: bool = True  # refuse a mask or template that the adapter says it was not trained with
     revision: str | None = None  # a hub id's branch, tag or commit
 
 
@@ -194,6 +196,10 @@ class JobConfig(Section):
     output: OutputConfig
     workers: WorkersConfig = WorkersConfig()
     limits: LimitsConfig = LimitsConfig()
+
+    def other_paths(self, resolve: Callable[[str], str]) -> dict[str, Section]:
+        """The sections, other than those all jobs have, in which paths are to be resolved, with these resolved."""
+        return {}
 
     def prompt_template(self) -> PromptTemplate:
         """`prompt` with the names of `input.columns` put in."""

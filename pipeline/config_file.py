@@ -8,6 +8,7 @@ data, models or Ray: it opens the job file and the content files it names, nothi
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar, get_args
 
@@ -50,10 +51,12 @@ def load_job(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Job
     return draft.config
 
 
-def read_job(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> JobDraft:
+def read_job(
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), schema: type[JobConfig] = JobConfig
+) -> JobDraft:
     """Like `load_job`, but with what is right beside what is wrong, so that the data can be checked as well.
 
-    Raises JobRefused only if the file cannot be read as a mapping at all.
+    `schema` is the kind of job. Raises JobRefused only if the file cannot be read as a mapping at all.
     """
     file = Path(path)
     document = _document_of(file)
@@ -67,7 +70,7 @@ def read_job(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Job
     def where(path: JobPath) -> str:
         return _where(path, document, overridden, file.name)
 
-    return _draft(values, folder, where, [*document.problems, *problems])
+    return _draft(values, schema, folder, where, [*document.problems, *problems])
 
 
 def _document_of(file: Path) -> YamlDocument:
@@ -142,16 +145,18 @@ def _step(node: object, part: str, at: str) -> str | int:
     raise ValueError(f"no {part!r} below {at}, which is {shown(node)}")
 
 
-def _draft(values: dict[str, object], folder: Path, where: Where, problems: list[Problem]) -> JobDraft:
+def _draft(
+    values: dict[str, object], schema: type[JobConfig], folder: Path, where: Where, problems: list[Problem]
+) -> JobDraft:
     config: JobConfig | None = None
     try:
-        config = JobConfig.model_validate(values)
+        config = schema.model_validate(values)
     except ValidationError as error:
-        problems = problems + problems_of(error, values, JobConfig, where)
+        problems = problems + problems_of(error, values, schema, where)
     rows = config.input if config else _section(InputConfig, values.get("input"))
     output = config.output if config else _section(OutputConfig, values.get("output"))
     prompt = config.prompt if config else _section(PromptTemplate, values.get("prompt", {}))
-    task = config.task if config else _task(values.get("task", "generate"))
+    task = config.task if config else _task(values.get("task", schema.model_fields["task"].default))
     scoring = config.scoring if config else _section(ScoringTemplate, values.get("scoring", {}))
     rows = rows and rows.model_copy(update={"path": tuple(_data_path(path, folder) for path in rows.path)})
     output = output and output.model_copy(update={"path": _data_path(output.path, folder)})
@@ -163,6 +168,7 @@ def _draft(values: dict[str, object], folder: Path, where: Where, problems: list
     if config is None or problems:
         return JobDraft(None, rows, prompt, output, task, scoring, tuple(problems), where)
     sections = {"input": rows, "output": output, "prompt": prompt, "model": _resolved_model(config.model, folder)}
+    sections |= config.other_paths(partial(_data_path, folder=folder))
     return JobDraft(config.model_copy(update=sections), rows, prompt, output, task, scoring, (), where)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.checks import CheckedJob, check_draft
 from pipeline.config import JobConfig
-from pipeline.config_file import read_job
+from pipeline.config_file import JobDraft, read_job
 from pipeline.manifest import Manifest, check_same_job, code_version, load_manifest
 from pipeline.problems import JobRefused, Problem
 from pipeline.render import RenderSpec, encoder_of
@@ -24,6 +24,7 @@ from workers.echo import is_echo
 from workers.model_facts import ModelFacts, inspect_model
 from workers.model_source import ModelRefused
 from workers.pairs import PairEncoder
+from workers.prompt_encoder import PromptEncoder
 
 
 @dataclass(frozen=True)
@@ -100,25 +101,42 @@ class ReadyJob:
 
 def prepare(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> ReadyJob:
     """Read and check a job file. Raises JobRefused with every problem of file, data, output and model."""
-    draft = read_job(path, overrides)
+    return prepared(read_job(path, overrides))
+
+
+def prepared(draft: JobDraft, others: Sequence[Problem] = ()) -> ReadyJob:
+    """`prepare` for a job file as read. Raises JobRefused with `others`, which the caller found, and every other."""
     facts, problems = _look_at_model(draft.config) if draft.config else (None, [])
+    problems = [*others, *problems]
     checked = check_draft(draft, others=problems)
     if facts is None:
         raise JobRefused(problems)
     mask = facts.adapter_mask or "causal" if checked.config.mask == "auto" else checked.config.mask
     ready = ReadyJob(checked, facts, mask, fingerprint_fields(checked, facts, mask))
     try:
-        _check_encoder(ready.render_spec(today()))
+        encoder = checked_encoder(ready.render_spec(today()))
     except (ValueError, OSError) as error:
         raise JobRefused([Problem("prompt", "", str(error))]) from error
+    _check_adapter(ready, encoder)
     return ready
 
 
-def _check_encoder(spec: RenderSpec) -> None:
+def checked_encoder(spec: RenderSpec) -> PromptEncoder:
     """Raises ValueError for what would fail in every row."""
     encoder = encoder_of(spec)
     if spec.task != "generate":
         _ = PairEncoder(encoder, encoder.tokenizer).prefix_token_id
+    return encoder
+
+
+def _check_adapter(job: ReadyJob, encoder: PromptEncoder) -> None:
+    """Raises JobRefused if the adapter says that it was trained with another mask or other prompts."""
+    record = job.facts.adapter_record
+    differing = record.differences(encoder.record(job.mask)) if record and job.config.model.check_adapter else []
+    if differing:
+        wanted = "what the adapter was trained with (its segue.json)"
+        hint = "change the job, or set model.check_adapter: false to run it all the same"
+        raise JobRefused([Problem("model.adapter", each, wanted, hint) for each in differing])
 
 
 def existing_manifest(job: ReadyJob) -> Manifest | None:

@@ -48,6 +48,7 @@ RESULT_COLUMNS: dict[Task, tuple[str, ...]] = {
         *_COUNTS,
         "error",
     ),
+    "finetune": (),  # it has no rows of results
 }
 
 ANY_RESULT_COLUMN = frozenset(name for names in RESULT_COLUMNS.values() for name in names)

@@ -62,15 +62,23 @@ class ChatRenderer:
 
     def check_roles(self, roles: Sequence[Role]) -> None:
         """Raises RowError(TEMPLATE_ERROR) if the template cannot render messages of these roles, each exactly once."""
-        self._real_text([Message(role, ("x",)) for role in roles])
-        self._scaffolds.of(tuple(roles), (True,) * len(roles), add_generation_prompt=not self._continues)
+        generates = not self._continues
+        self._real_text([Message(role, ("x",)) for role in roles], add_generation_prompt=generates)
+        self._scaffolds.of(tuple(roles), (True,) * len(roles), add_generation_prompt=generates)
+
+    def answer_end_id(self) -> int | None:
+        """The control token that the template writes after an answer; None if it writes none."""
+        answer = "\U000f0003"  # what no template asks for or writes itself
+        text = self._real_text([Message("user", ("x",)), Message("assistant", (answer,))], add_generation_prompt=False)
+        pieces = self._tokenizer.split(text.rpartition(answer)[2])
+        return next((piece.control_id for piece in pieces if piece.control_id is not None), None)
 
     def render(self, messages: Sequence[Message]) -> SegmentedText:
         """Raises RowError: TEMPLATE_ERROR if the template raises or a message cannot be located, BAD_MESSAGES."""
         if self._continues and messages[-1].role != "assistant":
             message = "continue_final_message wants a last message of role assistant"
             raise RowError(RowErrorCode.BAD_MESSAGES, message)
-        real = self._real_text(messages)
+        real = self._real_text(messages, add_generation_prompt=not self._continues)
         roles = tuple(message.role for message in messages)
         for live, hides_all in self._ways(messages):
             private = PrivateUse([self._template.source, real, *(message.content for message in messages)])
@@ -81,9 +89,9 @@ class ChatRenderer:
             return self._segmented(messages, located, scaffold, private, hides_all)
         raise _error("a message cannot be located: the chat template changes with its text, or loses or repeats it")
 
-    def _real_text(self, messages: Sequence[Message]) -> str:
+    def _real_text(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         conversation = [(message.role, message.content) for message in messages]
-        return self._template.render(conversation, add_generation_prompt=not self._continues)
+        return self._template.render(conversation, add_generation_prompt=add_generation_prompt)
 
     def _ways(self, messages: Sequence[Message]) -> Iterator[tuple[tuple[bool, ...], bool]]:
         """(which messages are marked, whether assistant text is hidden too), in order of preference.

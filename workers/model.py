@@ -92,13 +92,7 @@ class TreeModel:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden `[N, E]` -> `[N, V]` fp32."""
-        config = self.model.config.get_text_config()
-        logits = self.model.get_output_embeddings()(hidden).float()
-        scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
-        if scale != 1.0:
-            logits *= scale
-        cap = getattr(config, "final_logit_softcapping", None)
-        return torch.tanh(logits / cap) * cap if cap else logits
+        return vocabulary_logits(self.model, hidden)
 
 
 def load_model(
@@ -108,8 +102,20 @@ def load_model(
     directory = safetensors_directory(locate(source, revision))
     torch_dtype = resolve_dtype(dtype)
     config, tokenizer = checked_config(directory)
-    model = _load_weights(directory, config, torch_dtype, adapter)
-    return tree_model(model, tokenizer)
+    # An adapter is merged in fp32 and rounded once.
+    model = load_weights(directory, config, torch.float32 if adapter else torch_dtype)
+    return tree_model(_merge_adapter(model, adapter).to(torch_dtype) if adapter else model, tokenizer)
+
+
+def vocabulary_logits(model: Any, hidden: Tensor) -> Tensor:
+    """Final hidden states `[..., E]` of a transformers model -> `[..., V]` fp32, scaled and capped as it does."""
+    config = model.config.get_text_config()
+    logits = model.get_output_embeddings()(hidden).float()
+    scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+    if scale != 1.0:
+        logits = logits * scale
+    cap = getattr(config, "final_logit_softcapping", None)
+    return torch.tanh(logits / cap) * cap if cap else logits
 
 
 def checked_config(directory: Path) -> tuple[Any, Any]:
@@ -133,31 +139,30 @@ def tree_model(model: Any, tokenizer: Any) -> TreeModel:
     """Turn a transformers model in memory into one that runs over the tree. Raises ModelRefused if it cannot."""
     support.check_supported(model.config)
     model.eval().requires_grad_(False)
-    wanted = _own_logits(model)
+    wanted = own_logits(model)
     _register_attention()
     model.set_attn_implementation(ATTENTION_NAME)
     loaded = TreeModel(
-        model, tokenizer, _kv_shape(model), support.max_model_len(model.config), _eos_token_ids(model, tokenizer)
+        model, tokenizer, _kv_shape(model), support.max_model_len(model.config), eos_token_ids(model, tokenizer)
     )
     _probe(loaded, wanted)
     return loaded
 
 
-def _load_weights(directory: Path, config: Any, dtype: torch.dtype, adapter: str | None) -> Any:
+def load_weights(directory: Path, config: Any, dtype: torch.dtype) -> Any:
+    """The transformers model of a checked directory, with its own eager attention."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    load_dtype = torch.float32 if adapter else dtype  # an adapter is merged in fp32 and rounded once
-    model = AutoModelForCausalLM.from_pretrained(
+    return AutoModelForCausalLM.from_pretrained(
         directory,
         config=config,
-        dtype=load_dtype,
+        dtype=dtype,
         local_files_only=True,
         use_safetensors=True,
         attn_implementation="eager",
     )
-    return _merge_adapter(model, adapter).to(dtype) if adapter else model
 
 
 def _merge_adapter(model: Any, adapter: str) -> Any:
@@ -185,7 +190,7 @@ def _kv_shape(model: Any) -> KVShape:
     return KVShape(int(config.num_hidden_layers), int(num_kv_heads), int(head_dim), parameter.dtype, parameter.device)
 
 
-def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+def eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     """Every id that ends a generation: the generation defaults' and the tokenizer's."""
     found: set[int] = set()
     for ids in (model.generation_config and model.generation_config.eos_token_id, tokenizer and tokenizer.eos_token_id):
@@ -194,22 +199,23 @@ def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset(found)
 
 
-def _probe_ids(model: Any) -> list[int]:
+def probe_ids(model: Any) -> list[int]:
+    """A few tokens of any vocabulary."""
     vocab_size = int(model.config.get_text_config().vocab_size)
     return [(7 * i + 3) % vocab_size for i in range(9)]
 
 
-@torch.inference_mode()
-def _own_logits(model: Any) -> Tensor:
+@torch.no_grad()
+def own_logits(model: Any) -> Tensor:
     """`[V]` at the last probe token, by the model's own eager attention."""
     model.set_attn_implementation("eager")
-    ids = torch.tensor([_probe_ids(model)], device=model.device)
+    ids = torch.tensor([probe_ids(model)], device=model.device)
     return model(input_ids=ids, use_cache=False).logits[0, -1].float()
 
 
 def _probe(loaded: TreeModel, wanted: Tensor) -> None:
     """Run a short causal prompt through the tree: whatever a configuration hides shows as different logits."""
-    got = chain_logits(loaded, [Segment(tuple(_probe_ids(loaded.model)), False)])
+    got = chain_logits(loaded, [Segment(tuple(probe_ids(loaded.model)), False)])
     error = float((got - wanted).norm() / wanted.norm().clamp_min(1e-6))
     if not error <= PROBE_TOLERANCE[loaded.kv_shape.dtype]:
         raise ModelRefused(

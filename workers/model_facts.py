@@ -3,15 +3,13 @@
 Raises ModelRefused for everything that would fail later on the workers, as far as files can tell.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from workers import echo, support
+from workers.adapter_record import AdapterRecord, load_record
 from workers.model import checked_config, resolve_dtype
 from workers.model_source import ModelRefused, file_digest, locate, safetensors_directory, weights_identity
-
-ADAPTER_RECORD = "segue.json"  # beside adapter_model.safetensors: the mask it was trained under
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +19,15 @@ class ModelFacts:
     identity: str  # sha256 of weights, configuration and tokenizer
     commit: str | None  # of a hub id: what every worker must load, whatever its branch points to by then
     adapter_identity: str | None
-    adapter_mask: str | None  # segment or causal, if the adapter says
+    adapter_record: AdapterRecord | None  # what the adapter says it was trained for
     dtype: str  # resolved: float32, bfloat16 or float16
     max_model_len: int  # tokens of prompt and answer
     window: int | None  # the sliding window that limits it, if one does
+
+    @property
+    def adapter_mask(self) -> str | None:
+        """segment or causal, if the adapter says."""
+        return self.adapter_record.mask if self.adapter_record else None
 
 
 def inspect_model(source: str, *, dtype: str, adapter: str | None, revision: str | None) -> ModelFacts:
@@ -37,7 +40,7 @@ def inspect_model(source: str, *, dtype: str, adapter: str | None, revision: str
         identity=weights_identity(files),
         commit=files.commit,
         adapter_identity=None if adapter is None else _adapter_identity(Path(adapter)),
-        adapter_mask=None if adapter is None else _adapter_mask(Path(adapter)),
+        adapter_record=None if adapter is None else load_record(Path(adapter)),
         dtype=str(resolve_dtype(dtype)).removeprefix("torch."),
         max_model_len=support.max_model_len(config),
         window=support.sliding_window(config),
@@ -49,13 +52,3 @@ def _adapter_identity(adapter: Path) -> str:
     if not weights.is_file():
         raise ModelRefused(f"model.adapter: {str(adapter)!r} has no adapter_model.safetensors")
     return f"{file_digest(weights)}:{file_digest(adapter / 'adapter_config.json')}"
-
-
-def _adapter_mask(adapter: Path) -> str | None:
-    record = adapter / ADAPTER_RECORD
-    if not record.is_file():
-        return None
-    mask = json.loads(record.read_text()).get("mask")
-    if mask not in ("segment", "causal"):
-        raise ModelRefused(f"{record}: mask must be segment or causal, got {mask!r}")
-    return mask

@@ -71,6 +71,10 @@ class PairEncoder:
             return chain, [self._tokens(text) for text in continuations]
         return self._encode_blocks(blocks, continuations, max_context)
 
+    def encode_answer(self, row: Mapping[str, object], answer: str) -> tuple[Sequence[Segment], tuple[int, ...]]:
+        """A prompt as it is answered, every space in its place, and an answer to it. Raises RowError."""
+        return self._encoder.encode(row), self._tokens(answer)
+
     def _encode_blocks(
         self, blocks: Sequence[Block], continuations: Sequence[str], max_context: int | None = None
     ) -> tuple[Sequence[Segment], list[tuple[int, ...]]]:

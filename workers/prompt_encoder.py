@@ -10,6 +10,7 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 from attention.segments import Segment
+from workers.adapter_record import AdapterRecord, template_digest
 from workers.chat import ChatRenderer, SegmentedText
 from workers.chat_template import ChatTemplate
 from workers.conversation import Message, Role, check_texts, column_text, parse_messages
@@ -121,6 +122,37 @@ class PromptEncoder:
         """Token ids of text that follows a prompt: nothing added, control tokens in it are text. May be empty."""
         check_texts([text], from_row=[], max_bytes=self._max_prompt_bytes)
         return self._tokenizer.encode([Piece(text)])[0]
+
+    @property
+    def template_digest(self) -> str | None:
+        """Names the chat template and what it is rendered with; None for other formats."""
+        if self._template.format != "chat":
+            return None
+        source = self._template.chat_template or self._own_chat_template()
+        return template_digest(source, self._template.chat_template_kwargs)
+
+    def record(self, mask: str, base_model: str | None = None) -> AdapterRecord:
+        """What an adapter is trained for if it is trained with these prompts."""
+        return AdapterRecord.model_validate(
+            {
+                "mask": mask,
+                "prompt_format": self._template.format,
+                "segment_by": self._template.segment_by,
+                "chat_template": self.template_digest,
+                "base_model": base_model,
+            }
+        )
+
+    def answer_end_id(self) -> int:
+        """The token that ends an answer: the chat template's after an assistant message, else end-of-sequence.
+
+        Raises ValueError if there is neither.
+        """
+        eos = self._hf_tokenizer.eos_token_id
+        found = self._renderer.answer_end_id() if self._template.format == "chat" else None
+        if found is None and eos is None:
+            raise ValueError("the tokenizer has no end-of-sequence token, so an answer could not end")
+        return eos if found is None else found
 
     @cached_property
     def _renderer(self) -> ChatRenderer:

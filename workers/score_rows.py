@@ -54,7 +54,7 @@ class RowScorer:
         """Raises RowError."""
         if self._task == "choose":
             return self._choices(row, mask)
-        if self._task == "loglikelihood":
+        if self._task in ("loglikelihood", "finetune"):
             return self._continuation(row, mask)
         return self._text(row)
 
@@ -85,7 +85,10 @@ class RowScorer:
         template = scoring.continuation
         text = column_text(row, scoring.continuation_column) if template is None else _filled(template, row)
         check_texts([text], from_row=(), max_bytes=self._max_bytes)
-        context, (tokens,) = self._encoder.encode_row(row, [text], self._max_model_len)
+        if self._task == "finetune":
+            context, tokens = self._encoder.encode_answer(row, text)
+        else:
+            context, (tokens,) = self._encoder.encode_row(row, [text], self._max_model_len)
         if not tokens:
             raise RowError(RowErrorCode.EMPTY_PROMPT, "the continuation has no tokens, wanted at least one")
         return ScoreRow(canonical_segments(context, mask=mask), (tokens,))

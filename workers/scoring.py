@@ -11,14 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from workers.placeholders import columns_in
 
-Task = Literal["generate", "choose", "loglikelihood", "perplexity"]
-_TASK_OF = {
-    "choices": "choose",
-    "choices_column": "choose",
-    "label_column": "choose",
-    "target_delimiter": "choose",
-    "continuation": "loglikelihood",
-    "continuation_column": "loglikelihood",
+Task = Literal["generate", "choose", "loglikelihood", "perplexity", "finetune"]
+_TASKS_OF = {
+    "choices": ("choose",),
+    "choices_column": ("choose",),
+    "label_column": ("choose",),
+    "target_delimiter": ("choose",),
+    "continuation": ("loglikelihood", "finetune"),
+    "continuation_column": ("loglikelihood", "finetune"),
 }
 
 
@@ -42,7 +42,7 @@ class ScoringTemplate(BaseModel):
 
     def foreign_keys(self, task: str) -> list[str]:
         """The keys that were given and mean nothing to `task`."""
-        return sorted(name for name in self.model_fields_set if _TASK_OF[name] != task)
+        return sorted(name for name in self.model_fields_set if task not in _TASKS_OF[name])
 
     def text_columns(self, task: str) -> frozenset[str]:
         """The columns of which the text is scored."""
@@ -67,7 +67,7 @@ class ScoringTemplate(BaseModel):
         if task == "choose":
             for choice in self.choices or ():
                 yield from columns_in(choice)
-        elif task == "loglikelihood" and self.continuation is not None:
+        elif task in _TASKS_OF["continuation"] and self.continuation is not None:
             yield from columns_in(self.continuation)
-        elif task == "loglikelihood":
+        elif task in _TASKS_OF["continuation"]:
             yield self.continuation_column

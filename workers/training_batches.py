@@ -1,0 +1,49 @@
+"""Examples to batches: which examples make a step, and which of them go through the model together.
+
+A pure function of the seed and the step, so that a resumed training sees what it would have seen. Knows token counts;
+no tensor, no model.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from attention.segments import Segment, num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingExample:
+    """A prompt, and the answer that is learned."""
+
+    segments: tuple[Segment, ...]  # canonical, under the mask of the training
+    answer: tuple[int, ...]  # token ids, the one that ends it included
+
+    @property
+    def num_fed_tokens(self) -> int:
+        """All but the last token, which is predicted and never fed."""
+        return num_tokens(self.segments) + len(self.answer) - 1
+
+
+def steps_per_epoch(num_examples: int, batch_size: int) -> int:
+    """The last batch of an epoch may be smaller."""
+    return -(-num_examples // batch_size)
+
+
+def batch_of_step(step: int, num_examples: int, batch_size: int, seed: int) -> list[int]:
+    """Numbers of the examples of a step; every epoch has each example once, in an order of its own."""
+    epoch, place = divmod(step, steps_per_epoch(num_examples, batch_size))
+    order = list(range(num_examples))
+    Random(f"segue:{seed}:{epoch}").shuffle(order)
+    return order[place * batch_size : (place + 1) * batch_size]
+
+
+def forward_passes(examples: Sequence[TrainingExample], max_tokens: int) -> Iterator[list[TrainingExample]]:
+    """Examples of about equal length together, at most `max_tokens` with padding; a longer one goes alone."""
+    batch: list[TrainingExample] = []
+    for example in sorted(examples, key=lambda example: -example.num_fed_tokens):
+        if batch and (len(batch) + 1) * batch[0].num_fed_tokens > max_tokens:
+            yield batch
+            batch = []
+        batch.append(example)
+    if batch:
+        yield batch
