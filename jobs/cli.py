@@ -113,6 +113,26 @@ def validate(job: JobFile, overrides: Overrides = None, limit: Limit = None, out
 
 
 @app.command()
+def attention(
+    job: JobFile,
+    overrides: Overrides = None,
+    row: Annotated[int, typer.Option(help="which row of the input, from 0")] = 0,
+    layer: Annotated[int | None, typer.Option(help="only this layer, from 0; else the mean of all")] = None,
+    picture: Annotated[str, typer.Option(help="the PNG to write")] = "attention.png",
+) -> None:
+    """A picture of who looks at whom in one row's prompt, under the causal and the segment mask."""
+    with _exit_codes():
+        from jobs.attention_picture import draw_attention
+        from jobs.pictures import check_can_draw
+        from pipeline.job import prepare
+
+        check_can_draw(picture)
+
+        found = draw_attention(prepare(job, _overrides(overrides, None, None)), row, layer, picture)
+        _json(found)
+
+
+@app.command()
 def schema() -> None:
     """The job file's JSON schema, for editors."""
     from pipeline.config import JobConfig
@@ -132,9 +152,11 @@ def finetune(
     """Train an adapter for the segment mask (or the causal one), going on where a run before has stopped."""
     with _exit_codes():
         from jobs.loss_curve import draw_loss_curve
+        from jobs.pictures import check_can_draw
         from jobs.show_training import TrainingDisplay, show_training
         from pipeline.finetune import prepare_finetune, run_finetune
 
+        check_can_draw()
         ready = prepare_finetune(job, _overrides(overrides, limit, output))
         summary = run_finetune(ready, _silent if quiet else _say, TrainingDisplay(quiet=quiet))
         picture = draw_loss_curve(summary.output)
@@ -202,11 +224,12 @@ def _exit_codes() -> Iterator[None]:
     from pipeline.rows import InputChanged, InputUnreadable
     from pipeline.shards import ForeignShard
     from pipeline.store import OutputStorageError
+    from workers.model_source import ModelRefused
     from workers.train import TrainingDiverged
 
     try:
         yield
-    except (JobRefused, ForeignOutput, ForeignShard, InputChanged) as error:
+    except (JobRefused, ForeignOutput, ForeignShard, InputChanged, ModelRefused) as error:
         _fail(error, REFUSED)
     except (WorkersFailed, ClusterUnavailable, TrainingDiverged) as error:
         _fail(error, WORKERS)

@@ -47,6 +47,9 @@ def judging_of(
 
 def judged_rows(output: str, task: str, judging: Judging) -> pa.Table:
     """Raises JobRefused for a column that is missing, or a regular expression that is none."""
+    if task not in _JUDGES:
+        wanted = "an output of `segue run`; a training's losses are in its metrics.jsonl"
+        raise JobRefused([Problem("task", shown(task), wanted, where=output)])
     return _JUDGES[task](output, judging)
 
 

@@ -77,8 +77,6 @@ def _check_dtype(config: JobConfig, has_gpu: bool) -> list[Problem]:
 
 def _check_task(config: JobConfig) -> list[Problem]:
     """Sections that the task has no use for, and a format that it cannot have."""
-    if config.task == "finetune" and type(config) is JobConfig:
-        return [Problem("task", "'finetune'", "a task of `segue run`; training has a command: segue finetune")]
     foreign = [f"scoring.{name}" for name in config.scoring.foreign_keys(config.task)]
     if config.task != "generate" and "sampling_params" in config.model_fields_set:
         foreign.append("sampling_params")

@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from pipeline.problems import has_credentials
 from workers.prompts import PromptTemplate
 from workers.sampling import SamplingParams
-from workers.scoring import ScoringTemplate, Task
+from workers.scoring import RunTask, ScoringTemplate
 
 DATA_SCHEMES = ("file", "s3")
 MIB = 2**20
@@ -183,7 +183,7 @@ class JobConfig(Section):
     """A whole job file."""
 
     name: Annotated[str, AfterValidator(_check_name)]
-    task: Task = "generate"
+    task: RunTask = "generate"
     model: ModelConfig
     mask: Literal["auto", "segment", "causal"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0

@@ -4,31 +4,49 @@ several through Ray Train if `workers.max_size` says so.
 Whatever ends it, running it again goes on from the latest checkpoint.
 """
 
+import fcntl
 import json
 import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from pipeline import cluster
 from pipeline.config_file import JobDraft, read_job
 from pipeline.finetune_config import FinetuneConfig
 from pipeline.interrupt import Interrupt
-from pipeline.job import ReadyJob, checked_encoder, prepared, today
-from pipeline.manifest import SUCCESS
+from pipeline.job import IDENTITY_DIGITS, ReadyJob, checked_encoder, prepared, today
+from pipeline.listing import is_local
+from pipeline.manifest import SUCCESS, ForeignOutput, check_same_fields
+from pipeline.pool import threads_of
 from pipeline.problems import JobRefused, Problem
 from pipeline.run import Say, plan_job
 from pipeline.sources import discover
-from pipeline.training_data import Holdout
-from pipeline.training_process import ADAPTER, METRICS, NothingToTrain, TrainingSpec, read_metrics, train_process
+from pipeline.store import OutputStorageError
+from pipeline.training_data import FINISH_REASON, Holdout
+from pipeline.training_process import (
+    ADAPTER,
+    METRICS,
+    NothingToTrain,
+    TrainingSpec,
+    check_data,
+    read_metrics,
+    train_process,
+)
 from workers.echo import is_echo
 from workers.model_source import ModelRefused
 from workers.ranks import Ranks
+from workers.row_errors import RowError
+from workers.training_model import check_trainable
+from workers.training_params import TrainingParams
 
 WATCH_SECONDS = 1.0
+TRAINING = "_job/training.json"  # how it is trained, beside the plan
+LOCK = "_job/training.lock"
 
 
 @dataclass(frozen=True)
@@ -66,35 +84,16 @@ def prepare_finetune(path: str | os.PathLike[str], overrides: Sequence[str] = ()
     draft = read_job(path, overrides, FinetuneConfig)
     config = draft.config
     if not isinstance(config, FinetuneConfig):
-        prepared(draft)
+        prepared(draft)  # tells what else is wrong
         raise JobRefused(draft.problems)
-    job = prepared(_with_held_out_files(draft, config), _problems(config))
-    encoder = checked_encoder(job.render_spec(today()))
+    held_out, problems = _held_out_files(config)
+    job = prepared(_with_files(draft, config, held_out), [*_problems(config), *problems])
+    spec = _training_spec(config, job, held_out)
     try:
-        answer_end_id = encoder.answer_end_id()
-    except ValueError as error:
-        raise JobRefused([Problem("prompt", "", str(error))]) from error
-    spec = TrainingSpec(
-        output=config.output.path,
-        source=config.model.source,
-        revision=job.facts.commit or config.model.revision,
-        dtype=job.facts.dtype,
-        lora=config.lora,
-        training=config.training,
-        holdout=_holdout(config, job),
-        seed=config.seed,
-        answer_end_id=answer_end_id,
-        record=encoder.record(job.mask, config.model.source),
-        threads=config.workers.threads,
-    )
-    learned = {
-        "answer_end_id": answer_end_id,
-        "lora": config.lora.model_dump(mode="json"),
-        "training": config.training.model_dump(mode="json"),
-        "evaluation": config.evaluation.model_dump(mode="json", exclude={"path"}),
-        "evaluation.path": sorted(spec.holdout.src_paths or ()),
-    }
-    return ReadyFinetune(replace(job, fields=job.fields | learned), config, spec)
+        check_trainable(spec.source, spec.revision, spec.lora, spec.answer_end_id)
+    except ModelRefused as error:
+        raise JobRefused([Problem("", "", str(error))]) from None
+    return ReadyFinetune(job, config, spec)
 
 
 def run_finetune(ready: ReadyFinetune, say: Say, show: Callable[[dict[str, Any]], None]) -> FinetuneSummary:
@@ -106,37 +105,110 @@ def run_finetune(ready: ReadyFinetune, say: Say, show: Callable[[dict[str, Any]]
     store = ready.job.store
     plan_job(ready.job, say)
     if store.exists(SUCCESS):
+        _check_training(ready)
+        if not (store.root / ADAPTER).is_dir():
+            raise OutputStorageError(f"{store.path(ADAPTER)} is gone although {store.path(SUCCESS)} says it was there")
         return _summary(ready, "already_complete")
-    num_processes = ready.config.workers.max_size
     try:
-        with Interrupt() as interrupt, _watched(store.path(METRICS), show):
-            if num_processes == 1:
-                interrupt.on_set = lambda: say("interrupted: the step at work is finished and saved")
-                if not train_process(ready.spec, Ranks(), lambda: interrupt.is_set):
-                    return _summary(ready, "interrupted", interrupt.exit_code)
-            else:
-                _train_group(ready, num_processes, interrupt)
-    except (NothingToTrain, ModelRefused) as error:
+        data = check_data(ready.spec)
+    except NothingToTrain as error:
         raise JobRefused([Problem("", "", str(error))]) from None
-    return _summary(ready, "done")
+    _check_training(ready)
+    with Interrupt() as interrupt, _alone(store.root), _watched(store.root / METRICS, show):
+        interrupt.on_set = lambda: say("interrupted: the step at work is finished and saved; interrupt again to stop")
+        if ready.config.workers.max_size == 1:
+            train_process(ready.spec, Ranks(), lambda: interrupt.is_set, data)
+        else:
+            _train_group(ready, interrupt)
+    if store.exists(SUCCESS):
+        return _summary(ready, "done")
+    return _summary(ready, "interrupted", interrupt.exit_code)
 
 
-def _train_group(ready: ReadyFinetune, num_processes: int, interrupt: Interrupt) -> None:
+def _train_group(ready: ReadyFinetune, interrupt: Interrupt) -> None:
     from pipeline.training_group import train_group  # Ray Train takes a second to import
 
     with cluster.ray_session(), tempfile.TemporaryDirectory(prefix="segue-") as storage:
         interrupt.install()  # Ray takes SIGTERM for itself
-        threads = ready.spec.threads or max(1, cluster.num_cluster_cpus() // num_processes)
-        train_group(replace(ready.spec, threads=threads), num_processes, threads, storage)
+        threads = threads_of(ready.config.workers)
+        spec = replace(ready.spec, threads=threads)
+        train_group(spec, ready.config.workers.max_size, threads, storage, interrupt)
 
 
-def _with_held_out_files(draft: JobDraft, config: FinetuneConfig) -> JobDraft:
-    """Held-out files are read and planned like the others. Nothing is passed through."""
+def _check_training(ready: ReadyFinetune) -> None:
+    """What was learned in this folder, and how, written down when the first training starts.
+
+    Not in the plan, which knows rows only: what a training is refused for must not bind the folder. Raises
+    ForeignOutput naming what differs.
+    """
+    spec = ready.spec
+    fields = {
+        "answer_end_id": spec.answer_end_id,
+        "lora": spec.lora.model_dump(mode="json"),
+        "training": spec.training.model_dump(mode="json", exclude=TrainingParams.WITHOUT_EFFECT),
+        "evaluation": asdict(spec.holdout) | {"src_paths": sorted(spec.holdout.src_paths or ())},
+    }
+    store = ready.job.store
+    store.create(TRAINING, json.dumps(fields, indent=1, sort_keys=True).encode())
+    check_same_fields(json.loads(store.read(TRAINING)), fields, ready.config.output.path)
+
+
+def _training_spec(config: FinetuneConfig, job: ReadyJob, held_out: frozenset[str] | None) -> TrainingSpec:
+    encoder = checked_encoder(job.render_spec(today()))
+    try:
+        answer_end_id = encoder.answer_end_id()
+    except (ValueError, RowError) as error:
+        raise JobRefused([Problem("prompt", "", str(error))]) from error
+    src_paths = None
+    if held_out is not None:
+        src_paths = frozenset(file.src_path for file in job.checked.inputs if _real(file.path) in held_out)
+    source = config.model.source
+    return TrainingSpec(
+        output=config.output.path,
+        source=source,
+        revision=job.facts.commit or config.model.revision,
+        dtype=job.facts.dtype,
+        lora=config.lora,
+        training=config.training,
+        holdout=Holdout(src_paths, config.evaluation.fraction, config.evaluation.max_examples, config.seed),
+        max_error_rate=config.limits.max_error_rate,
+        seed=config.seed,
+        answer_end_id=answer_end_id,
+        record=encoder.record(
+            job.mask,
+            base_model=os.path.basename(source) if os.path.isabs(source) else source,
+            base_identity=job.facts.identity[:IDENTITY_DIGITS],
+        ),
+        threads=config.workers.threads,
+    )
+
+
+def _held_out_files(config: FinetuneConfig) -> tuple[frozenset[str] | None, list[Problem]]:
+    """The real paths of held-out files, None if there are none of their own."""
+    if config.evaluation.path is None:
+        return None, []
+    try:
+        return frozenset(_real(file.path) for file in discover(config.evaluation.path)), []
+    except JobRefused as refused:
+        return frozenset(), [replace(problem, key="evaluation.path") for problem in refused.problems]
+
+
+def _with_files(draft: JobDraft, config: FinetuneConfig, held_out: frozenset[str] | None) -> JobDraft:
+    """Held-out files are read and planned like the others, with no more columns than a training reads."""
     rows, output = draft.input or config.input, draft.output or config.output
-    rows = rows.model_copy(update={"path": (*rows.path, *(config.evaluation.path or ()))})
-    output = output.model_copy(update={"columns": ()})
+    rows = rows.model_copy(update={"path": (*rows.path, *(config.evaluation.path or ())) if held_out else rows.path})
+    output = output.model_copy(update={"columns": _columns(rows.path)})
     config = config.model_copy(update={"input": rows, "output": output})
     return replace(draft, config=config, input=rows, output=output)
+
+
+def _columns(paths: Sequence[str]) -> tuple[str, ...]:
+    """Whether answers were cut off, if every file says so."""
+    try:
+        files = discover(paths)
+    except JobRefused:
+        return ()  # it will be refused for that
+    return (FINISH_REASON,) if files and all(FINISH_REASON in file.schema.names for file in files) else ()
 
 
 def _problems(config: FinetuneConfig) -> list[Problem]:
@@ -146,19 +218,20 @@ def _problems(config: FinetuneConfig) -> list[Problem]:
     if config.model.adapter is not None:
         wanted = "it left out: an adapter is trained on the model itself"
         problems.append(Problem("model.adapter", "an adapter", wanted))
-    if config.evaluation.path is not None and config.input.limit is not None:
-        wanted = "it left out: with files of their own held out, it does not say which rows it counts"
-        problems.append(Problem("input.limit", str(config.input.limit), wanted))
+    if config.evaluation.path is not None:
+        wanted = "it left out: files of their own are held out"
+        given = {"input.limit": config.input.limit is not None}
+        given["evaluation.fraction"] = "fraction" in config.evaluation.model_fields_set
+        problems += [Problem(key, "a value", wanted) for key, is_given in given.items() if is_given]
+    foreign = {f"workers.{name}" for name in config.workers.model_fields_set - {"min_size", "max_size", "threads"}}
+    foreign -= {"workers.num_gpus"}
+    foreign |= {"output.columns"} & {f"output.{name}" for name in config.output.model_fields_set}
+    problems += [Problem(key, "a value", "it left out: it means nothing to a training") for key in sorted(foreign)]
     return problems
 
 
-def _holdout(config: FinetuneConfig, job: ReadyJob) -> Holdout:
-    evaluation = config.evaluation
-    src_paths = None
-    if evaluation.path is not None:
-        held_out = {file.path for file in discover(evaluation.path)}
-        src_paths = frozenset(file.src_path for file in job.checked.inputs if file.path in held_out)
-    return Holdout(src_paths, evaluation.fraction, evaluation.max_examples, config.seed)
+def _real(path: str) -> str:
+    return os.path.realpath(path) if is_local(path) else path
 
 
 def _summary(ready: ReadyFinetune, status: str, exit_code: int = 0) -> FinetuneSummary:
@@ -173,7 +246,18 @@ def _summary(ready: ReadyFinetune, status: str, exit_code: int = 0) -> FinetuneS
 
 
 @contextmanager
-def _watched(path: str, show: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+def _alone(folder: Path) -> Iterator[None]:
+    """Raises ForeignOutput if another training is at work in the folder."""
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ForeignOutput(f"output.path: another training is at work in {folder}") from None
+        yield
+
+
+@contextmanager
+def _watched(path: Path, show: Callable[[dict[str, Any]], None]) -> Iterator[None]:
     """Lines of the metrics go to `show` as they come, from whatever process writes them."""
     done = threading.Event()
     thread = threading.Thread(target=_watch, args=(path, show, done), name="segue-metrics", daemon=True)
@@ -185,15 +269,21 @@ def _watched(path: str, show: Callable[[dict[str, Any]], None]) -> Iterator[None
         thread.join(timeout=5)
 
 
-def _watch(path: str, show: Callable[[dict[str, Any]], None], done: threading.Event) -> None:
-    from pathlib import Path
-
-    shown = len(read_metrics(Path(path)))
+def _watch(path: Path, show: Callable[[dict[str, Any]], None], done: threading.Event) -> None:
+    """Reads what is new; a resumed training writes the file anew, with the lines of the steps that it has."""
+    known = max((line["step"] for line in read_metrics(path)), default=0)
+    position, inode = 0, -1
     while True:
         is_last = done.wait(WATCH_SECONDS)
-        lines = read_metrics(Path(path))
-        for line in lines[min(shown, len(lines)) :]:
-            show(line)
-        shown = len(lines)
+        if path.is_file():
+            with path.open("rb") as file:
+                if os.fstat(file.fileno()).st_ino != inode:
+                    position, inode = 0, os.fstat(file.fileno()).st_ino
+                file.seek(position)
+                *lines, _ = file.read().split(b"\n")
+            position += sum(len(line) + 1 for line in lines)
+            for line in map(json.loads, lines):
+                if line["step"] > known:
+                    show(line)
         if is_last:
             return

@@ -24,7 +24,7 @@ class EvaluationConfig(Section):
 class FinetuneConfig(JobConfig):
     """A whole job file of `segue finetune`. `output.path` gets the adapter, checkpoints and metrics."""
 
-    task: Literal["finetune"] = "finetune"
+    task: Literal["finetune"] = "finetune"  # pyright: ignore[reportIncompatibleVariableOverride]
     mask: Literal["segment", "causal"] = "segment"
     lora: LoraParams = LoraParams()
     training: TrainingParams = TrainingParams()

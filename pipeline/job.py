@@ -26,6 +26,8 @@ from workers.model_source import ModelRefused
 from workers.pairs import PairEncoder
 from workers.prompt_encoder import PromptEncoder
 
+IDENTITY_DIGITS = 16  # of a model, in an adapter's record
+
 
 @dataclass(frozen=True)
 class ReadyJob:
@@ -132,7 +134,8 @@ def checked_encoder(spec: RenderSpec) -> PromptEncoder:
 def _check_adapter(job: ReadyJob, encoder: PromptEncoder) -> None:
     """Raises JobRefused if the adapter says that it was trained with another mask or other prompts."""
     record = job.facts.adapter_record
-    differing = record.differences(encoder.record(job.mask)) if record and job.config.model.check_adapter else []
+    own = encoder.record(job.mask, base_identity=job.facts.identity[:IDENTITY_DIGITS])
+    differing = record.differences(own) if record and job.config.model.check_adapter else []
     if differing:
         wanted = "what the adapter was trained with (its segue.json)"
         hint = "change the job, or set model.check_adapter: false to run it all the same"

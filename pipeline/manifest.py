@@ -69,12 +69,15 @@ def load_manifest(store: Store) -> Manifest | None:
 
 def check_same_job(found: Manifest, fields: Mapping[str, Any], where: str) -> None:
     """Raises ForeignOutput naming each field in which the folder's job differs from this one."""
-    names = sorted({*found.fields, *fields})
-    differing = [name for name in names if found.fields.get(name) != fields.get(name)]
+    check_same_fields(found.fields, fields, where)
+
+
+def check_same_fields(found: Mapping[str, Any], fields: Mapping[str, Any], where: str) -> None:
+    """`check_same_job` for any record of a folder."""
+    names = sorted({*found, *fields})
+    differing = [name for name in names if found.get(name) != fields.get(name)]
     if differing:
-        lines = [
-            f"  {name}: there {_brief(found.fields.get(name))}, here {_brief(fields.get(name))}" for name in differing
-        ]
+        lines = [f"  {name}: there {_brief(found.get(name))}, here {_brief(fields.get(name))}" for name in differing]
         raise ForeignOutput(
             f"output.path: {where} holds results of another job; it differs in\n"
             + "\n".join(lines)

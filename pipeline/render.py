@@ -95,8 +95,10 @@ def _scored(
             raise row
         found = scorer.read(row, spec.mask)
         requests = requests_of(found, spec.task, spec.max_model_len)
+        # What is learned ends with a token more than the answer, which is not fed either.
+        limit = spec.max_model_len - 1 if spec.task == "finetune" else spec.max_model_len
         for request in requests:
-            check_fits(request, spec.max_model_len, spec.limit_name)
+            check_fits(request, limit, spec.limit_name)
         return {"chain": min(shared_chains(requests)), "score": score_value(found)}
     except RowError as error:
         return {"chain": b"", "error": error_value(error)}

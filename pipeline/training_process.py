@@ -7,21 +7,25 @@ units and files; no Ray, so that it runs in whatever starts it.
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from pipeline.manifest import SUCCESS, Manifest, load_manifest
-from pipeline.store import Store
+from pipeline.manifest import SUCCESS, load_manifest
+from pipeline.store import OutputStorageError, Store
+from pipeline.summary import is_over_limit
 from pipeline.training_data import Holdout, TrainingData, load_training_data
 from workers.adapter_record import AdapterRecord
-from workers.checkpoints import Checkpoints
+from workers.checkpoints import Checkpoints, sync
 from workers.model import DTYPES
 from workers.ranks import Ranks
 from workers.train import EvaluationReport, StepReport, Trainer
+from workers.training_batches import num_steps
 from workers.training_model import TrainingModel
 from workers.training_params import LoraParams, TrainingParams
 
@@ -31,7 +35,7 @@ METRICS = "metrics.jsonl"
 
 
 class NothingToTrain(ValueError):
-    """The plan has no row to train on, or fewer than the training needs; the message says what there is."""
+    """The plan has no row to train on, or fewer good ones than the training needs; the message says what there is."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +49,38 @@ class TrainingSpec:
     lora: LoraParams
     training: TrainingParams
     holdout: Holdout
+    max_error_rate: float
     seed: int
     answer_end_id: int
     record: AdapterRecord
     threads: int | None
 
 
-def train_process(spec: TrainingSpec, ranks: Ranks, should_stop: Callable[[], bool] = lambda: False) -> bool:
+def check_data(spec: TrainingSpec) -> TrainingData:
+    """The plan's rows, enough of them and good enough. Raises NothingToTrain, UnitDamaged."""
+    store = Store(spec.output)
+    manifest = load_manifest(store)
+    if manifest is None:
+        raise FileNotFoundError(f"{spec.output} has no plan")
+    data = load_training_data(store, manifest, spec.holdout, spec.answer_end_id)
+    errors = ", ".join(f"{count} {code}" for code, count in sorted(data.errors.items())) or "none"
+    if not data.examples:
+        wanted = "wanted at least one"
+        raise NothingToTrain(f"no row to train on: {len(data.held_out)} are held out, row errors: {errors}; {wanted}")
+    if is_over_limit(manifest.num_rows, data.errors.total(), spec.max_error_rate):
+        raise NothingToTrain(f"limits.max_error_rate is {spec.max_error_rate}, got row errors: {errors}")
+    _check_steps(num_steps(len(data.examples), spec.training), spec.training)
+    if not data.held_out and spec.training.early_stopping_patience is not None:
+        raise NothingToTrain("training.early_stopping_patience needs held-out examples, got none (see evaluation)")
+    return data
+
+
+def train_process(
+    spec: TrainingSpec,
+    ranks: Ranks,
+    should_stop: Callable[[], bool] = lambda: False,
+    data: TrainingData | None = None,
+) -> bool:
     """Train to the end, going on from the latest checkpoint; False if `should_stop` said so before.
 
     Raises NothingToTrain, TrainingDiverged, ModelRefused, OutputStorageError.
@@ -59,34 +88,35 @@ def train_process(spec: TrainingSpec, ranks: Ranks, should_stop: Callable[[], bo
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     store = Store(spec.output)
-    data = _data(store, spec)
+    data = data or check_data(spec)
     model = TrainingModel.from_pretrained(
         spec.source, spec.lora, dtype=DTYPES[spec.dtype], revision=spec.revision, seed=spec.seed
     )
-    model.check_end(spec.answer_end_id)
     trainer = Trainer(model, data.examples, data.held_out, spec.training, seed=spec.seed, ranks=ranks)
-    _check_steps(trainer.num_steps, spec.training)
     checkpoints = Checkpoints(store.root / CHECKPOINTS)
-    done = trainer.resume(checkpoints)
-    with Metrics(store.root / METRICS, done if ranks.is_first else None) as metrics:
-        if not trainer.run(checkpoints, metrics.write, should_stop):
-            return False
-    eval_loss, _ = trainer.evaluate() if data.held_out else (None, 0)
-    if ranks.is_first:
-        save_adapter(model, store.root / ADAPTER, spec)
-        store.create(SUCCESS, json.dumps(_result(trainer, data, eval_loss), indent=1).encode())
+    with _storage_errors(store.root):
+        done = trainer.resume(checkpoints)
+        with Metrics(store.root / METRICS, done if ranks.is_first else None) as metrics:
+            if not trainer.run(checkpoints, metrics.write, should_stop):
+                return False
+        eval_loss, _ = trainer.evaluate() if data.held_out else (None, 0)
+        if ranks.is_first:
+            save_adapter(model, store.root / ADAPTER, spec.record)
+            store.create(SUCCESS, json.dumps(_result(trainer, data, eval_loss), indent=1).encode())
     return True
 
 
-def save_adapter(model: TrainingModel, target: Path, spec: TrainingSpec) -> None:
-    """PEFT's files and the record beside them, all at once."""
+def save_adapter(model: TrainingModel, target: Path, record: AdapterRecord) -> None:
+    """PEFT's files and the record beside them, durable and all at once."""
     temporary = target.with_name(f".tmp-{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_adapter(temporary, base_model=spec.source)
-    spec.record.save(temporary)
-    if target.exists():
-        shutil.rmtree(target)
+    model.save_adapter(temporary, base_model=record.base_model or "")
+    record.save(temporary)
+    for path in [*temporary.iterdir(), temporary]:
+        sync(path)
+    shutil.rmtree(target, ignore_errors=True)  # of a run that was killed before it could say that it is done
     os.rename(temporary, target)
+    sync(target.parent)
 
 
 class Metrics:
@@ -126,17 +156,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def _data(store: Store, spec: TrainingSpec) -> TrainingData:
-    manifest = load_manifest(store)
-    if not isinstance(manifest, Manifest):
-        raise FileNotFoundError(f"{spec.output} has no plan")
-    data = load_training_data(store, manifest, spec.holdout, spec.answer_end_id)
-    if not data.examples:
-        errors = ", ".join(f"{count} {code}" for code, count in sorted(data.errors.items())) or "none"
-        raise NothingToTrain(
-            f"no row to train on: {len(data.held_out)} are held out, row errors: {errors}; wanted at least one"
-        )
-    return data
+@contextmanager
+def _storage_errors(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except OutputStorageError:
+        raise
+    except OSError as error:
+        raise OutputStorageError(f"{error.filename or root}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise OutputStorageError(f"{root / CHECKPOINTS}: {error}") from error
 
 
 def _check_steps(num_steps: int, params: TrainingParams) -> None:

@@ -152,7 +152,7 @@ def make_engine(spec: WorkerSpec) -> RowEngine:
         torch.set_num_threads(spec.threads)
     options: dict[str, Any] = {"mask": spec.mask, "max_model_len": spec.max_model_len, **spec.engine}
     return Engine.from_pretrained(
-        spec.source, dtype=spec.dtype, adapter=spec.adapter, revision=spec.revision, **options
+        spec.source, dtype=spec.dtype, adapter=spec.adapter, check_adapter=False, revision=spec.revision, **options
     )
 
 

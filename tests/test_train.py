@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import tiny_model, tiny_tokenizer
+from tiny_models import tiny_model
 
 from attention.segments import Segment
 from workers.checkpoints import Checkpoints
@@ -17,13 +17,16 @@ from workers.training_batches import TrainingExample, batch_of_step, forward_pas
 from workers.training_model import TrainingModel
 from workers.training_params import LoraParams, TrainingParams
 
-# The answer is the prompt's first token: nothing but attention to it helps.
+# The answer begins with the prompt's first token: nothing but attention to it helps. Answers have 2 to 5 tokens.
 EXAMPLES = [
-    TrainingExample((Segment((10 + i % 5, *range(30, 33 + i % 4)), True), Segment((4,), False)), (10 + i % 5, 2))
+    TrainingExample(
+        (Segment((10 + i % 5, *range(30, 33 + i % 4)), True), Segment((4,), False)), (10 + i % 5, *[60] * (i % 4), 2)
+    )
     for i in range(20)
 ]
 HELD_OUT = EXAMPLES[:5]
-LOSS_OF_GUESSING = math.log(5) / 2  # one of five first tokens, then the end
+# One of five first tokens, how often it is followed by the same one, then the end.
+LOSS_OF_GUESSING = (math.log(5) + math.log(4)) / 3.5
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 
 
@@ -42,7 +45,7 @@ def params(**changes):
 
 def trainer(held_out=HELD_OUT, ranks=None, dropout=0.1, **changes):
     lora = LoraParams(r=8, alpha=16, dropout=dropout, target_modules=MODULES)
-    model = TrainingModel(tiny_model("llama"), tiny_tokenizer(), lora, seed=1)
+    model = TrainingModel(tiny_model("llama"), lora, seed=1)
     return Trainer(model, EXAMPLES, held_out, params(**changes), seed=3, ranks=ranks)
 
 
@@ -72,7 +75,7 @@ def weights(subject):
 def test_training_learns_what_only_the_prompt_tells(tmp_path):
     events = run(trainer(num_epochs=12, dropout=0.0, eval_steps=20), tmp_path)
     looks = [event for event in events if isinstance(event, EvaluationReport)]
-    assert looks[-1].eval_loss < 0.75 * LOSS_OF_GUESSING < looks[0].eval_loss
+    assert looks[-1].eval_loss < 0.85 * LOSS_OF_GUESSING < looks[0].eval_loss
     steps = [event for event in events if isinstance(event, StepReport)]
     assert [event.step for event in steps] == list(range(1, 61))
     assert [look.step for look in looks] == [20, 40, 60]
@@ -115,12 +118,13 @@ def test_finished_training_does_nothing_more_and_keeps_its_weights(tmp_path):
 
 
 def test_gradients_do_not_depend_on_how_a_step_is_cut_into_passes(tmp_path):
-    losses = []
+    seen = []
     for budget in (1, 64, 4096):
         events = run(trainer(max_num_batched_tokens=budget, dropout=0.0), tmp_path / str(budget))
-        losses.append([event.loss for event in events if isinstance(event, StepReport)])
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
-    assert losses[0] == pytest.approx(losses[2], abs=1e-4)
+        steps = [event for event in events if isinstance(event, StepReport)]
+        seen.append([number for step in steps for number in (step.loss, step.grad_norm)])
+    assert seen[0] == pytest.approx(seen[1], abs=1e-4, rel=1e-3)
+    assert seen[0] == pytest.approx(seen[2], abs=1e-4, rel=1e-3)
 
 
 def test_loss_of_a_step_is_the_mean_over_its_answer_tokens(tmp_path):
@@ -130,8 +134,16 @@ def test_loss_of_a_step_is_the_mean_over_its_answer_tokens(tmp_path):
         wanted = -torch.cat([subject._model.logprobs([example]) for example in examples]).mean()
     first = run(subject, tmp_path)[0]
     assert first.loss == pytest.approx(float(wanted), abs=1e-5)
-    assert first.num_answer_tokens == 8
+    assert first.num_answer_tokens == sum(len(example.answer) for example in examples)
+    means = [float(subject_mean) for subject_mean in _means(trainer(dropout=0.0), examples)]
+    assert abs(first.loss - sum(means) / len(means)) > 1e-3  # which a mean of means would be
     assert first.num_tokens == sum(example.num_fed_tokens for example in examples)
+
+
+@torch.no_grad()
+def _means(subject, examples):
+    subject._model.train(False)
+    return [-subject._model.logprobs([example]).mean() for example in examples]
 
 
 def test_early_stopping_ends_the_training_and_the_best_adapter_is_kept(tmp_path):
@@ -163,7 +175,7 @@ def test_loss_that_is_no_number_is_told_with_its_step(tmp_path):
 
 def test_checkpoint_of_other_adapters_is_refused(tmp_path):
     run(trainer(), tmp_path, stop_after=1)
-    model = TrainingModel(tiny_model("llama"), tiny_tokenizer(), LoraParams(target_modules=("k_proj",)), seed=1)
+    model = TrainingModel(tiny_model("llama"), LoraParams(target_modules=("k_proj",)), seed=1)
     other = Trainer(model, EXAMPLES, HELD_OUT, params(), seed=3)
     with pytest.raises(ValueError, match="other adapters"):
         other.resume(Checkpoints(tmp_path))

@@ -15,7 +15,7 @@ from workers.engine import Engine, EngineConfig
 from workers.model import tree_model
 from workers.model_source import ModelRefused
 from workers.training_batches import TrainingExample
-from workers.training_model import TrainingModel
+from workers.training_model import TrainingModel, check_trainable
 from workers.training_params import LoraParams
 
 TOLERANCE = 1e-4
@@ -30,12 +30,12 @@ def lora(kind="llama", **changes):
 @functools.cache
 def new_model():
     """Its adapters change nothing yet."""
-    return TrainingModel(tiny_model("llama"), tiny_tokenizer(), lora(), seed=0)
+    return TrainingModel(tiny_model("llama"), lora(), seed=0)
 
 
 def trained_model(kind="llama", **changes):
     """With adapters that change something, as after a training."""
-    model = TrainingModel(tiny_model(kind), tiny_tokenizer(), lora(kind, **changes), seed=0)
+    model = TrainingModel(tiny_model(kind), lora(kind, **changes), seed=0)
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.trainable.items():
@@ -65,7 +65,7 @@ OTHER = TrainingExample((Segment((9, 8, 7), False), Segment((6, 5), True)), (50,
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_logprobs_of_a_padded_batch_equal_transformers_under_the_dense_mask(kind):
-    model = TrainingModel(tiny_model(kind), tiny_tokenizer(), lora(kind), seed=0)
+    model = TrainingModel(tiny_model(kind), lora(kind), seed=0)
     with torch.no_grad():
         got = model.logprobs([EXAMPLE, OTHER])
     wanted = torch.cat([wanted_logprobs(oracle_model(kind), example) for example in (EXAMPLE, OTHER)])
@@ -159,18 +159,25 @@ def test_loss_and_gradients_are_the_same_whatever_the_size_of_logit_chunks(monke
         torch.testing.assert_close(parameter.grad, pieces.trainable[name].grad, atol=1e-5, rtol=1e-4)
 
 
-def test_gradient_checkpointing_changes_no_gradient():
-    plain, saving = trained_model(), trained_model()
+def test_gradient_checkpointing_computes_layers_twice_and_changes_no_gradient():
+    plain, saving = trained_model(dropout=0.3), trained_model(dropout=0.3)
     saving.use_gradient_checkpointing()
+    counts = []
     for model in (plain, saving):
+        calls = []
+        layer = model.peft.get_base_model().model.layers[1]
+        layer.input_layernorm.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         model.train(True)
+        torch.manual_seed(5)
         model.logprobs([EXAMPLE, OTHER]).sum().backward()
+        counts.append(len(calls))
+    assert counts == [1, 2]
     for name, parameter in plain.trainable.items():
         torch.testing.assert_close(parameter.grad, saving.trainable[name].grad, atol=1e-6, rtol=1e-4)
 
 
 def test_new_adapters_change_nothing_and_only_they_are_trained():
-    model = TrainingModel(tiny_model("llama"), tiny_tokenizer(), lora(), seed=0)
+    model = TrainingModel(tiny_model("llama"), lora(), seed=0)
     assert all("lora_" in name for name in model.trainable)
     assert len(model.trainable) == 3 * 2 * 2  # layers, modules, A and B
     with torch.no_grad():
@@ -181,11 +188,19 @@ def test_new_adapters_change_nothing_and_only_they_are_trained():
 
 def test_module_that_the_model_lacks_is_refused_by_name():
     with pytest.raises(ModelRefused, match=r"no linear layer 'k_projection'; it has .*q_proj"):
-        TrainingModel(tiny_model("llama"), tiny_tokenizer(), lora(target_modules=("q_proj", "k_projection")), seed=0)
+        TrainingModel(tiny_model("llama"), lora(target_modules=("q_proj", "k_projection")), seed=0)
 
 
-def test_answers_that_generation_would_not_stop_after_are_refused():
-    model = TrainingModel(tiny_model("llama"), tiny_tokenizer(), lora(), seed=0)
-    model.check_end(2)
-    with pytest.raises(ModelRefused, match=r"end with token 77.*stops at"):
-        model.check_end(77)
+def test_answers_that_generation_would_not_stop_after_are_refused(model_directory):
+    check_trainable(model_directory, None, lora(), 2)
+    check_trainable(model_directory, None, lora(), 257)  # the tokenizer's own
+    with pytest.raises(ModelRefused, match=r"end with token 77.*stops at 2, 257"):
+        check_trainable(model_directory, None, lora(), 77)
+    with pytest.raises(ModelRefused, match="no linear layer 'k_projection'"):
+        check_trainable(model_directory, None, lora(target_modules=("k_projection",)), 2)
+
+
+def test_head_that_is_the_embedding_too_is_refused():
+    assert TrainingModel(tiny_model("llama"), lora(target_modules=("lm_head",)), seed=0).trainable
+    with pytest.raises(ModelRefused, match="no linear layer 'lm_head'"):
+        TrainingModel(tiny_model("llama", tie_word_embeddings=True), lora(target_modules=("lm_head",)), seed=0)

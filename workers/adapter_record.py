@@ -18,25 +18,26 @@ FILE_NAME = "segue.json"
 
 
 class AdapterRecord(BaseModel):
-    """Frozen; what is None was not said."""
+    """Frozen; what is None was not said, and is not compared."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     mask: Literal["segment", "causal"] | None = None
     prompt_format: str | None = None
     segment_by: str | None = None  # under the causal mask without effect, and not compared
-    chat_template: str | None = None  # sha256 of its source and arguments, 16 hex digits; None for other formats
-    base_model: str | None = None  # its source, as the training job names it; told, not compared
+    chat_template: str | None = None  # sha256 of its source and arguments, 16 hex digits
+    base_model: str | None = None  # its name, without the folder it was in; told, not compared
+    base_identity: str | None = None  # sha256 of its weights, configuration and tokenizer, 16 hex digits
 
     def differences(self, other: "AdapterRecord") -> list[str]:
         """What `other`, the record that a job's own settings would give, has otherwise."""
-        names = ["mask", "prompt_format", "chat_template"]
+        names = ["mask", "prompt_format", "chat_template", "base_identity"]
         names += ["segment_by"] if self.mask == other.mask == "segment" else []
         pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
         return [
-            f"{name} {got if got is not None else 'none'} (trained with {trained})"
+            f"{name} {got} (trained with {trained})"
             for name, trained, got in pairs
-            if trained is not None and trained != got
+            if trained is not None and got is not None and trained != got
         ]
 
     def save(self, directory: Path) -> None:

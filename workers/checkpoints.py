@@ -14,7 +14,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-_PREFIX = "step-"
+_STEP, _BEST = "step-", "best-"
 _TEMPORARY = ".tmp-"
 
 
@@ -49,40 +49,47 @@ class Checkpoints:
 
     def save(self, state: TrainingState) -> None:
         """Publish one under its step; older ones than the last few are removed."""
-        self._write(f"{_PREFIX}{state.progress.step:08d}", state)
-        for folder in self._steps()[: -self._keep]:
-            shutil.rmtree(folder)
+        self._write(_STEP, state, self._keep)
 
-    def save_best(self, adapter: Mapping[str, Tensor]) -> None:
-        """The adapter with the best held-out loss so far."""
-        self._write("best", TrainingState(Progress(), dict(adapter)))
+    def save_best(self, progress: Progress, adapter: Mapping[str, Tensor]) -> None:
+        """The adapter with the best held-out loss so far; the one before is removed."""
+        self._write(_BEST, TrainingState(progress, dict(adapter)), 1)
 
     def latest(self) -> TrainingState | None:
         """The one with the most steps, None if there is none."""
-        steps = self._steps()
-        return _read(steps[-1]) if steps else None
+        found = self._folders(_STEP)
+        return _read(found[-1]) if found else None
 
-    def best(self) -> dict[str, Tensor] | None:
-        """What `save_best` saved last."""
-        folder = self._root / "best"
-        return _read(folder).adapter if folder.is_dir() else None
+    def best(self, step: int) -> dict[str, Tensor]:
+        """The adapter that was the best after this step."""
+        return _read(self._root / _name(_BEST, step)).adapter
 
-    def _steps(self) -> list[Path]:
-        return sorted(self._root.glob(f"{_PREFIX}*"))
+    def _folders(self, prefix: str) -> list[Path]:
+        return sorted(self._root.glob(f"{prefix}*"))
 
-    def _write(self, name: str, state: TrainingState) -> None:
+    def _write(self, prefix: str, state: TrainingState, keep: int) -> None:
+        """One that is there already is of the same training: it stays as it is, and is never half of something."""
+        name = _name(prefix, state.progress.step)
         temporary, target = self._root / f"{_TEMPORARY}{name}", self._root / name
+        if not target.exists():
+            self._publish(state, temporary, target)
+        for folder in self._folders(prefix)[:-keep]:
+            shutil.rmtree(folder)
+
+    def _publish(self, state: TrainingState, temporary: Path, target: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         _save_tensors(state.adapter, temporary / "adapter.safetensors")
         _save_tensors(state.optimizer, temporary / "optimizer.safetensors")
         (temporary / "progress.json").write_text(json.dumps(asdict(state.progress), indent=1), encoding="utf-8")
         for path in [*temporary.iterdir(), temporary]:
-            _sync(path)
-        if target.exists():
-            shutil.rmtree(target)
+            sync(path)
         os.rename(temporary, target)
-        _sync(self._root)
+        sync(self._root)
+
+
+def _name(prefix: str, step: int) -> str:
+    return f"{prefix}{step:08d}"
 
 
 def _read(folder: Path) -> TrainingState:
@@ -95,7 +102,8 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Make a file or a folder durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

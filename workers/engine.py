@@ -10,15 +10,18 @@ Knows prompts and models; batching is `workers/engine_core.py`. No Ray, no stora
 import datetime
 from collections.abc import Hashable, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from attention.segments import Segment, canonical_segments
+from workers.adapter_record import AdapterRecord, load_record
 from workers.coalescing import RequestCoalescer
 from workers.engine_core import EngineConfig, EngineCore, last_hidden
 from workers.model import TreeModel, load_model
+from workers.model_source import ModelRefused
 from workers.pairs import PairEncoder
 from workers.prompt_encoder import PromptEncoder
 from workers.prompts import PromptTemplate
@@ -39,21 +42,34 @@ class Engine(EngineCore):
     def __init__(self, model: TreeModel, config: EngineConfig | None = None) -> None:
         super().__init__(model, config)
         self._encoder: PromptEncoder | None = None
+        self._chat_encoder: PromptEncoder | None = None
+        self._adapter = AdapterRecord()  # what chats are checked against
 
     @classmethod
     def from_pretrained(
         cls,
         source: str,
         *,
-        mask: Literal["segment", "causal"] = "causal",
+        mask: Literal["auto", "segment", "causal"] = "auto",
         dtype: str = "auto",
         adapter: str | None = None,
+        check_adapter: bool = True,
         revision: str | None = None,
         **config: Any,
     ) -> "Engine":
-        """Load a model (see `workers.model_source` for what a source may be). Raises ModelRefused with the reason."""
+        """Load a model (see `workers.model_source` for what a source may be).
+
+        `mask="auto"` is what the adapter was trained with, else causal. Raises ModelRefused with the reason, another
+        mask than the adapter's among them unless `check_adapter` is False.
+        """
+        record = (load_record(Path(adapter)) if adapter else None) or AdapterRecord()
+        resolved = record.mask or "causal" if mask == "auto" else mask
+        if check_adapter:
+            _check_adapter(record, AdapterRecord(mask=resolved))
         model = load_model(source, dtype=dtype, adapter=adapter, revision=revision)
-        return cls(model, EngineConfig(mask=mask, **config))
+        engine = cls(model, EngineConfig(mask=resolved, **config))
+        engine._adapter = record if check_adapter else AdapterRecord()
+        return engine
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -103,7 +119,9 @@ class Engine(EngineCore):
         be token ids. Raises RowError for a pair that cannot be scored.
         """
         encoder = PairEncoder(self._prompt_encoder(), self.model.tokenizer)
-        return self._scores([ScoringRequest(*pair) for pair in encoder.encode_all(pairs)])
+        # Chats are segments before they are joined to anything.
+        known = [(context if isinstance(context, str) else self._chain(context), text) for context, text in pairs]
+        return self._scores([ScoringRequest(*pair) for pair in encoder.encode_all(known)])
 
     def loglikelihood_rolling(self, texts: Sequence[str]) -> list[Score]:
         """The log-likelihood of each whole text, in windows of the context if it is longer than that.
@@ -132,14 +150,33 @@ class Engine(EngineCore):
     def _chain(self, prompt: Prompt) -> Sequence[Segment]:
         if not isinstance(prompt, str) and all(isinstance(part, Segment) for part in prompt):
             return prompt  # type: ignore[return-value]
-        return self._prompt_encoder().encode_prompt(prompt)  # type: ignore[arg-type]
+        return self._encoder_of(prompt).encode_prompt(prompt)  # type: ignore[arg-type]
+
+    def _encoder_of(self, prompt: Any) -> PromptEncoder:
+        """Of a string, which needs no chat template, or of chat messages.
+
+        Raises ModelRefused for chats that are put together otherwise than those the adapter was trained with.
+        """
+        if isinstance(prompt, str):
+            return self._prompt_encoder()
+        if self._chat_encoder is None:
+            template = PromptTemplate(segment_by="part" if self._adapter.segment_by == "part" else "message")
+            encoder = PromptEncoder(self.model.tokenizer, template, date=datetime.date.today())
+            _check_adapter(self._adapter, encoder.record(self.config.mask))
+            self._chat_encoder = encoder
+        return self._chat_encoder
 
     def _prompt_encoder(self) -> PromptEncoder:
         if self._encoder is None:
-            # Strings need no chat template; messages look for it when they come.
             template = PromptTemplate(format="text")
             self._encoder = PromptEncoder(self.model.tokenizer, template, date=datetime.date.today())
         return self._encoder
+
+
+def _check_adapter(trained: AdapterRecord, used: AdapterRecord) -> None:
+    differing = trained.differences(used)
+    if differing:
+        raise ModelRefused(f"the adapter wants another use: {differing[0]}; check_adapter=False runs it all the same")
 
 
 def _tree_order(chain: Sequence[Segment]) -> list[tuple[bool, Sequence[int]]]:

@@ -104,7 +104,7 @@ def load_model(
     config, tokenizer = checked_config(directory)
     # An adapter is merged in fp32 and rounded once.
     model = load_weights(directory, config, torch.float32 if adapter else torch_dtype)
-    return tree_model(_merge_adapter(model, adapter).to(torch_dtype) if adapter else model, tokenizer)
+    return tree_model(merge_adapter(model, adapter).to(torch_dtype) if adapter else model, tokenizer)
 
 
 def vocabulary_logits(model: Any, hidden: Tensor) -> Tensor:
@@ -165,7 +165,8 @@ def load_weights(directory: Path, config: Any, dtype: torch.dtype) -> Any:
     )
 
 
-def _merge_adapter(model: Any, adapter: str) -> Any:
+def merge_adapter(model: Any, adapter: str) -> Any:
+    """The model with an adapter's weights added to its own. Raises ModelRefused for what is no PEFT adapter."""
     try:
         from peft import PeftModel
     except ImportError as error:

@@ -73,7 +73,10 @@ class PairEncoder:
 
     def encode_answer(self, row: Mapping[str, object], answer: str) -> tuple[Sequence[Segment], tuple[int, ...]]:
         """A prompt as it is answered, every space in its place, and an answer to it. Raises RowError."""
-        return self._encoder.encode(row), self._tokens(answer)
+        chain = self._encoder.encode(row)
+        if not num_tokens(chain):
+            raise RowError(RowErrorCode.EMPTY_PROMPT, "the prompt has no tokens, wanted at least one")
+        return chain, self._tokens(answer)
 
     def _encode_blocks(
         self, blocks: Sequence[Block], continuations: Sequence[str], max_context: int | None = None

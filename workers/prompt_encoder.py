@@ -131,28 +131,25 @@ class PromptEncoder:
         source = self._template.chat_template or self._own_chat_template()
         return template_digest(source, self._template.chat_template_kwargs)
 
-    def record(self, mask: str, base_model: str | None = None) -> AdapterRecord:
-        """What an adapter is trained for if it is trained with these prompts."""
-        return AdapterRecord.model_validate(
-            {
-                "mask": mask,
-                "prompt_format": self._template.format,
-                "segment_by": self._template.segment_by,
-                "chat_template": self.template_digest,
-                "base_model": base_model,
-            }
-        )
+    def record(self, mask: str, **base: str) -> AdapterRecord:
+        """What an adapter is trained for if it is trained with these prompts; `base` is what is said of its model."""
+        prompts = {
+            "prompt_format": self._template.format,
+            "segment_by": self._template.segment_by,
+            "chat_template": self.template_digest,
+        }
+        return AdapterRecord.model_validate({"mask": mask, **prompts, **base})
 
     def answer_end_id(self) -> int:
         """The token that ends an answer: the chat template's after an assistant message, else end-of-sequence.
 
         Raises ValueError if there is neither.
         """
-        eos = self._hf_tokenizer.eos_token_id
         found = self._renderer.answer_end_id() if self._template.format == "chat" else None
-        if found is None and eos is None:
+        token_id = self._hf_tokenizer.eos_token_id if found is None else found
+        if not isinstance(token_id, int):
             raise ValueError("the tokenizer has no end-of-sequence token, so an answer could not end")
-        return eos if found is None else found
+        return token_id
 
     @cached_property
     def _renderer(self) -> ChatRenderer:

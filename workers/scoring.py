@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from workers.placeholders import columns_in
 
-Task = Literal["generate", "choose", "loglikelihood", "perplexity", "finetune"]
+RunTask = Literal["generate", "choose", "loglikelihood", "perplexity"]
+Task = Literal[RunTask, "finetune"]
 _TASKS_OF = {
     "choices": ("choose",),
     "choices_column": ("choose",),

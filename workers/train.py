@@ -18,7 +18,7 @@ from torch.optim import AdamW
 
 from workers.checkpoints import Checkpoints, Progress, TrainingState
 from workers.ranks import Ranks
-from workers.training_batches import TrainingExample, batch_of_step, forward_passes, steps_per_epoch
+from workers.training_batches import TrainingExample, batch_of_step, forward_passes, num_steps, steps_per_epoch
 from workers.training_model import TrainingModel
 from workers.training_params import TrainingParams
 
@@ -88,8 +88,7 @@ class Trainer:
     @property
     def num_steps(self) -> int:
         """Of the whole training, unless it stops early."""
-        steps = self._params.num_epochs * steps_per_epoch(len(self._examples), self._params.batch_size)
-        return min(steps, self._params.max_steps or steps)
+        return num_steps(len(self._examples), self._params)
 
     @property
     def progress(self) -> Progress:
@@ -157,7 +156,7 @@ class Trainer:
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             raise TrainingDiverged(
                 f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; wanted finite numbers. "
-                "Lower training.learning_rate or go on from an earlier checkpoint with it"
+                "Try a lower training.learning_rate, in another output.path"
             )
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
@@ -207,7 +206,7 @@ class Trainer:
         if is_best:
             progress.best_loss, progress.best_step = loss, progress.step
             if self._ranks.is_first:
-                checkpoints.save_best(self._weights())
+                checkpoints.save_best(progress, self._weights())
         patience = self._params.early_stopping_patience
         progress.is_stopped = patience is not None and progress.looks_since_best >= patience
         return EvaluationReport(progress.step, loss, count, is_best)
@@ -249,6 +248,6 @@ class Trainer:
 
     def _keep_wanted(self, checkpoints: Checkpoints) -> None:
         """The adapter that the training ends with."""
-        best = checkpoints.best() if self._held_out and self._params.keep == "best" else None
-        if best is not None:
-            self._load(best)
+        self._ranks.sum(0.0)  # wait until the first process has written it
+        if self._progress.best_step is not None and self._params.keep == "best":
+            self._load(checkpoints.best(self._progress.best_step))

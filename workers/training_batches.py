@@ -4,11 +4,13 @@ A pure function of the seed and the step, so that a resumed training sees what i
 no tensor, no model.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
 from attention.segments import Segment, num_tokens
+from workers.training_params import TrainingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +31,23 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> int:
     return -(-num_examples // batch_size)
 
 
+def num_steps(num_examples: int, params: TrainingParams) -> int:
+    """Of a whole training, unless it stops early."""
+    steps = params.num_epochs * steps_per_epoch(num_examples, params.batch_size)
+    return min(steps, params.max_steps or steps)
+
+
 def batch_of_step(step: int, num_examples: int, batch_size: int, seed: int) -> list[int]:
     """Numbers of the examples of a step; every epoch has each example once, in an order of its own."""
     epoch, place = divmod(step, steps_per_epoch(num_examples, batch_size))
+    return _order(num_examples, seed, epoch)[place * batch_size : (place + 1) * batch_size]
+
+
+@functools.lru_cache(maxsize=2)
+def _order(num_examples: int, seed: int, epoch: int) -> list[int]:
     order = list(range(num_examples))
     Random(f"segue:{seed}:{epoch}").shuffle(order)
-    return order[place * batch_size : (place + 1) * batch_size]
+    return order
 
 
 def forward_passes(examples: Sequence[TrainingExample], max_tokens: int) -> Iterator[list[TrainingExample]]:

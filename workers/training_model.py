@@ -7,6 +7,7 @@ no earlier token looks. Only the positions that predict an answer's token go thr
 Shapes: `B` rows of a batch, `S` their longest, `N` answer tokens of all, `E` hidden width, `V` vocabulary.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,9 +69,8 @@ def training_attention(
 class TrainingModel:
     """A transformers model with LoRA adapters in fp32 over frozen weights."""
 
-    def __init__(self, model: Any, tokenizer: Any, lora: LoraParams, *, seed: int) -> None:
+    def __init__(self, model: Any, lora: LoraParams, *, seed: int) -> None:
         """`model` has its weights in memory and is changed. Raises ModelRefused for modules that it does not have."""
-        self._eos_token_ids = eos_token_ids(model, tokenizer)
         wanted = own_logits(model)
         _register_attention()
         model.set_attn_implementation(ATTENTION_NAME)
@@ -85,17 +85,8 @@ class TrainingModel:
     ) -> "TrainingModel":
         """Load and check. Raises ModelRefused with the reason."""
         directory = safetensors_directory(locate(source, revision))
-        config, tokenizer = checked_config(directory)
-        return cls(load_weights(directory, config, dtype), tokenizer, lora, seed=seed)
-
-    def check_end(self, answer_end_id: int) -> None:
-        """Raises ModelRefused if generation would not stop at the token that ends the answers."""
-        if answer_end_id not in self._eos_token_ids:
-            stops = ", ".join(map(str, sorted(self._eos_token_ids))) or "none"
-            raise ModelRefused(
-                f"answers would end with token {answer_end_id}, as the prompts' template ends them, and "
-                f"generation stops at {stops}: name it in eos_token_id of the model's generation_config.json"
-            )
+        config, _ = checked_config(directory)
+        return cls(load_weights(directory, config, dtype), lora, seed=seed)
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -107,8 +98,11 @@ class TrainingModel:
         return self._model.device
 
     def use_gradient_checkpointing(self) -> None:
-        """Keep only what enters each layer, and compute the rest again in the backward pass."""
-        self._model.activation_checkpointing_enable({"use_reentrant": False})
+        """Keep only what enters each layer, and compute the rest again in the backward pass. Raises ModelRefused."""
+        try:
+            self._model.activation_checkpointing_enable({"use_reentrant": False})
+        except ValueError as error:
+            raise ModelRefused(f"training.gradient_checkpointing: {error}") from None
 
     def train(self, is_training: bool) -> None:
         """With dropout or without."""
@@ -132,6 +126,10 @@ class TrainingModel:
         config.base_model_name_or_path = base_model
         self.peft.save_pretrained(directory, save_embedding_layers=False)  # "auto" would ask the hub
         (directory / "README.md").unlink(missing_ok=True)  # a card with nothing filled in
+        written = directory / "adapter_config.json"
+        values = json.loads(written.read_bytes())
+        values["target_modules"] = sorted(values["target_modules"])  # PEFT writes a set, in another order each time
+        written.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def _hidden(self, batch: Sequence[TrainingExample]) -> Tensor:
         """`[B, S, E]` after the last norm."""
@@ -181,6 +179,26 @@ class TrainingModel:
             )
 
 
+def check_trainable(source: str, revision: str | None, lora: LoraParams, answer_end_id: int) -> None:
+    """Whether a model has what is to be trained, and stops where answers end; reads no weights. Raises ModelRefused."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    _import_peft()
+    directory = safetensors_directory(locate(source, revision))
+    config, tokenizer = checked_config(directory)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    _check_target_modules(model, lora.target_modules)
+    stops = eos_token_ids(model, tokenizer)
+    if answer_end_id not in stops:
+        raise ModelRefused(
+            f"answers would end with token {answer_end_id}, as the prompts' template ends them, and generation stops "
+            f"at {', '.join(map(str, sorted(stops))) or 'none'}: name it in eos_token_id of generation_config.json"
+        )
+
+
 def _register_attention() -> None:
     from transformers import AttentionInterface
 
@@ -188,10 +206,9 @@ def _register_attention() -> None:
 
 
 def _with_adapters(model: Any, lora: LoraParams, seed: int) -> Any:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ModelRefused("training needs the peft package: pip install 'segue[finetune]'") from error
+    _import_peft()
+    from peft import LoraConfig, get_peft_model
+
     _check_target_modules(model, lora.target_modules)
     config = LoraConfig(
         r=lora.r,
@@ -205,9 +222,23 @@ def _with_adapters(model: Any, lora: LoraParams, seed: int) -> Any:
         return get_peft_model(model, config)
 
 
+def _import_peft() -> None:
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise ModelRefused("training needs the peft package: pip install 'segue[finetune]'") from error
+
+
 def _check_target_modules(model: Any, names: Sequence[str]) -> None:
     """PEFT leaves out a name that no module has, if another one has some. Raises ModelRefused."""
-    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    head = model.get_output_embeddings()
+    is_tied = head.weight is model.get_input_embeddings().weight or model.config.get_text_config().tie_word_embeddings
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        # Merged for serving, what is added to a tied head would be added to the embedding, too.
+        if isinstance(module, nn.Linear) and not (is_tied and module is head)
+    }
     missing = [name for name in names if name not in linear]
     if missing:
         raise ModelRefused(

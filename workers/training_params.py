@@ -4,7 +4,7 @@ Data only: checked when the job is loaded, printed, fingerprinted. Names are PEF
 they have one; defaults are the MAS paper's (Katz et al., arXiv 2412.18487). `workers/train.py` carries it out.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -40,6 +40,12 @@ class LoraParams(_Section):
 
 class TrainingParams(_Section):
     """One training."""
+
+    WITHOUT_EFFECT: ClassVar[set[str]] = {
+        "max_num_batched_tokens",
+        "save_steps",
+        "gradient_checkpointing",
+    }  # on results
 
     num_epochs: PositiveInt = 3
     max_steps: PositiveInt | None = None  # ends the training if the epochs have more

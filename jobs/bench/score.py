@@ -182,16 +182,16 @@ def _least_seconds(model: TreeModel, engine: Engine) -> float:
     """What the tokens' matrix products take at this machine's rate for shapes like theirs, and nothing else."""
     layers = [each for each in model.model.get_decoder().modules() if isinstance(each, torch.nn.Linear)]
     shapes = {each.weight.shape for each in layers}
-    rates = {shape: _linear_rate(shape, model.kv_shape.dtype) for shape in shapes}
+    rates = {shape: linear_rate(shape, model.kv_shape.dtype) for shape in shapes}
     seconds = (
         sum(2 * each.weight.numel() / rates[each.weight.shape] for each in layers) * engine.stats.num_computed_tokens
     )
     head = model.model.get_output_embeddings().weight.shape
-    return seconds + 2 * head.numel() * engine.stats.num_scored_positions / _linear_rate(head, model.kv_shape.dtype, 64)
+    return seconds + 2 * head.numel() * engine.stats.num_scored_positions / linear_rate(head, model.kv_shape.dtype, 64)
 
 
 @torch.inference_mode()
-def _linear_rate(shape: torch.Size, dtype: torch.dtype, rows: int = 2048) -> float:
+def linear_rate(shape: torch.Size, dtype: torch.dtype, rows: int = 2048) -> float:
     """FLOP/s, the best of ten."""
     inputs, weight = torch.randn(rows, shape[1]).to(dtype), torch.randn(shape).to(dtype)
     return (

@@ -5,11 +5,15 @@ Reads {"model": directory, "dtype": ..., "pairs": [[context, continuation], ...]
 """
 
 import json
+import os
 import sys
 import time
 
 
 def main() -> None:
+    # Its CPU build does not start without; both cores of a machine like ours.
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{(os.cpu_count() or 1) - 1}")
     import vllm  # pyright: ignore[reportMissingImports]
     from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
 
