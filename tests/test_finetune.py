@@ -330,7 +330,7 @@ def test_failure_in_a_group_is_told_as_itself(trained, tmp_path, monkeypatch):
     ready = prepare_finetune(planned_again(trained, tmp_path))
     wild = ready.spec.training.model_copy(update={"learning_rate": 1e30, "max_grad_norm": 1e30, "warmup_steps": 0})
     monkeypatch.setattr(training_group, "MAX_FAILURES", 0)  # each is tried again otherwise
-    with pytest.raises(TrainingDiverged, match="step 2: .*nan"):
+    with pytest.raises(TrainingDiverged, match=r"step 2: .*nan"):
         training_group.train_group(replace(ready.spec, training=wild), 2, 1, str(tmp_path / "ray"), Interrupt())
 
 

@@ -115,12 +115,25 @@ def test_design_names_modules_and_tests_that_exist_and_leaves_no_module_out() ->
 def test_readme_job_file_is_valid_and_asks_what_the_example_asks(tmp_path: Path) -> None:
     from pipeline.config_file import load_job
 
-    for name, block in zip(("triage", "quiz"), blocks("yaml"), strict=True):
+    *jobs, _ = blocks("yaml")
+    for name, block in zip(("triage", "quiz"), jobs, strict=True):
         (tmp_path / "job.yaml").write_text(block)
         shown, example = load_job(tmp_path / "job.yaml"), load_job(ROOT / "jobs/examples" / name / "job.yaml")
         for section in ("task", "model", "sampling_params", "scoring", "workers"):
             if section != "workers" or name == "triage":
                 assert getattr(shown, section) == getattr(example, section), (name, section)
+
+
+def test_readme_training_is_valid_and_names_the_defaults(tmp_path: Path) -> None:
+    from pipeline.config_file import read_job
+    from pipeline.finetune_config import FinetuneConfig
+    from workers.training_params import LoraParams, TrainingParams
+
+    (tmp_path / "ft.yaml").write_text(blocks("yaml")[-1])
+    config = read_job(tmp_path / "ft.yaml", (), FinetuneConfig).config
+    assert isinstance(config, FinetuneConfig)
+    assert (config.lora, config.training) == (LoraParams(), TrainingParams())
+    assert {"r", "alpha", "dropout", "target_modules"} == config.lora.model_fields_set
 
 
 def test_readme_result_columns_are_those_of_a_shard() -> None:
