@@ -52,7 +52,7 @@ def train_group(spec: TrainingSpec, num_processes: int, threads: int, storage: s
             stop.touch()
     stop.unlink(missing_ok=True)
     if failures:
-        raise _cause(failures[0]) from None
+        raise cause_of_group(failures[0]) from None
 
 
 def _fit(trainer: TorchTrainer, failures: list[BaseException]) -> None:
@@ -78,7 +78,7 @@ def _check_cpus(num_processes: int, threads: int) -> None:
         )
 
 
-def _cause(error: BaseException) -> Exception:
+def cause_of_group(error: BaseException) -> Exception:
     """What went wrong in a process, as itself if it is something that a training may end in."""
     failures = getattr(error, "worker_failures", None) or {0: error}
     for failure in failures.values():

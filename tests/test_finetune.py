@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml_job
 from echo_jobs import outcome, segue_process, wait_for
+from ray.train import WorkerGroupError
 from tiny_models import tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
@@ -24,10 +25,11 @@ from pipeline.job import prepare
 from pipeline.manifest import ForeignOutput, load_manifest
 from pipeline.output import sample_rows
 from pipeline.problems import JobRefused
-from pipeline.run import plan_job, run_job
+from pipeline.run import run_job
 from pipeline.store import OutputStorageError, Store
 from pipeline.training_data import Holdout, load_training_data
 from pipeline.training_process import METRICS, NothingToTrain, read_metrics, train_process
+from pipeline.unit_worker import make_engine
 from workers.echo import echo_tokenizer
 from workers.engine import Engine
 from workers.model_source import ModelRefused
@@ -155,9 +157,12 @@ def test_adapter_refuses_another_mask_or_template_by_name_unless_told(trained, m
     path = write_run(folder, model_directory, mask="causal")
     with pytest.raises(JobRefused, match=r"model.adapter: got mask causal \(trained with segment\)"):
         prepare(path)
-    told = prepare(path, ["model.check_adapter=false", "input.limit=3"])
-    assert told.mask == "causal"
-    assert run_job(told, lambda line: None, quiet=True).num_errors == 0  # on the workers, too
+    told = prepare(path, ["model.check_adapter=false"])
+    manifest = load_manifest(Store(folder / "ft"))
+    assert manifest is not None
+    engine = make_engine(told.worker_spec(manifest, 1))  # what a worker does
+    assert isinstance(engine, Engine)
+    assert engine.config.mask == "causal"
     parts = write_run(folder, model_directory, prompt={"prompt_column": "ask", "segment_by": "part"})
     with pytest.raises(JobRefused, match=r"segment_by part \(trained with message\)"):
         prepare(parts)
@@ -238,9 +243,15 @@ def test_training_is_no_task_of_run(tmp_path, model_directory):
 def test_bad_rows_cost_themselves_and_held_out_files_are_never_trained_on(tmp_path, model_directory):
     bad = [{"ask": None, "answer": "x"}, {"ask": "y", "answer": None}, {"ask": "z", "answer": ""}]
     bad.append({"ask": "long " * 200, "answer": "x"})
-    pq.write_table(pa.Table.from_pylist([{"ask": "held out", "answer": "zz"}] * 4), tmp_path / "eval.parquet")
+    pq.write_table(
+        pa.Table.from_pylist([{"ask": "held out", "answer": "zz", "finish_reason": "stop"}] * 4),
+        tmp_path / "eval.parquet",
+    )
     evaluation = {"path": "eval.parquet", "max_examples": 3}
-    path = write(tmp_path, model_directory, [*ROWS[:12], *bad], evaluation=evaluation)
+    reasons = ["stop"] * 16
+    reasons[4] = "length"
+    rows = [row | {"finish_reason": reason} for row, reason in zip([*ROWS[:12], *bad], reasons, strict=True)]
+    path = write(tmp_path, model_directory, rows, evaluation=evaluation)
     three = "training.max_steps=3"
     summary = finetune(path, three, "training.warmup_steps=1")
     assert summary.errors == {"EMPTY_PROMPT": 1, "NULL_PROMPT": 2, "PROMPT_TOO_LONG": 1}
@@ -249,21 +260,14 @@ def test_bad_rows_cost_themselves_and_held_out_files_are_never_trained_on(tmp_pa
     data = training_data(ready)
     assert {text_of(example) for example in data.held_out} == {"zz"}
     assert "zz" not in {text_of(example) for example in data.examples}
+    # An answer that was cut off at its length is not followed by an end; outputs of `segue run` say so.
+    ends = [example.answer[-1] == ready.spec.answer_end_id for example in data.examples]
+    assert [n for n, has_end in enumerate(ends) if not has_end] == [4]
     nothing = Holdout(frozenset({"rows.parquet", "eval.parquet"}), 0.0, 99, 0)
     with pytest.raises(NothingToTrain, match=r"no row to train on: 16 are held out, row errors: 1 EMPTY_PROMPT"):
         train_process(replace(ready.spec, holdout=nothing), Ranks())
     with pytest.raises(NothingToTrain, match=r"warmup_steps must be fewer than the 3 steps"):
         train_process(replace(ready.spec, training=ready.spec.training.model_copy(update={"warmup_steps": 3})), Ranks())
-
-
-def test_answers_that_were_cut_off_are_not_followed_by_an_end(tmp_path, model_directory):
-    """As outputs of `segue run` have them."""
-    reasons = ["stop", "length", "stop"]
-    rows = [{"ask": "q", "answer": "abc"[n] * 2, "finish_reason": reason} for n, reason in enumerate(reasons)]
-    ready = prepare_finetune(write(tmp_path, model_directory, rows, evaluation={"fraction": 0.0}))
-    plan_job(ready.job, lambda line: None)
-    end = ready.spec.answer_end_id
-    assert [example.answer[-1] == end for example in training_data(ready).examples] == [True, False, True]
 
 
 def test_share_held_out_depends_on_rows_alone(trained):
@@ -326,12 +330,13 @@ def test_two_processes_train_like_one(trained, tmp_path):
     assert both.eval_loss == pytest.approx(alone.eval_loss, abs=1e-3)
 
 
-def test_failure_in_a_group_is_told_as_itself(trained, tmp_path, monkeypatch):
-    ready = prepare_finetune(planned_again(trained, tmp_path))
-    wild = ready.spec.training.model_copy(update={"learning_rate": 1e30, "max_grad_norm": 1e30, "warmup_steps": 0})
-    monkeypatch.setattr(training_group, "MAX_FAILURES", 0)  # each is tried again otherwise
-    with pytest.raises(TrainingDiverged, match=r"step 2: .*nan"):
-        training_group.train_group(replace(ready.spec, training=wild), 2, 1, str(tmp_path / "ray"), Interrupt())
+def test_failure_in_a_group_is_told_as_itself():
+    """As Ray Train hands it over."""
+    error = WorkerGroupError("1 of 2 failed", {1: TrainingDiverged("step 2: loss nan")})
+    assert isinstance(training_group.cause_of_group(error), TrainingDiverged)
+    other = training_group.cause_of_group(WorkerGroupError("1 of 2 failed", {0: KeyError("x")}))
+    assert isinstance(other, WorkersFailed)
+    assert "1 of 2 failed" in str(other)
 
 
 def test_group_larger_than_the_cluster_is_refused_instead_of_waiting(trained, tmp_path):
