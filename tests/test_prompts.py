@@ -295,6 +295,17 @@ def with_bos(smollm: Any, directory: Path) -> Any:
     return tokenizer
 
 
+def test_continuation_of_nothing_follows_one_bos(with_bos: Any) -> None:
+    """As in lm-evaluation-harness: what the tokenizer begins a text with stands for the empty context, once."""
+    from workers.pairs import PairEncoder
+
+    encoder = PairEncoder(_encoder(with_bos, format="text"), with_bos)
+    ((context, tokens),) = encoder.encode_all([("", "fox")])
+    beginning = encoder.prefix_token_id
+    assert _ids(tuple(context)) == [beginning]
+    assert [beginning, *tokens] == with_bos("fox")["input_ids"]
+
+
 def test_text_begins_with_bos_once(with_bos: Any) -> None:
     assert _ids(_encoder(with_bos, format="text").encode({"prompt": "fox"})) == with_bos("fox")["input_ids"]
     twice = _encoder(with_bos, format="text", text="<|im_start|>{prompt}").encode({"prompt": "fox"})

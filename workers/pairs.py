@@ -84,7 +84,8 @@ class PairEncoder:
         """The same for a context of text; with many continuations it is tokenised again with a few at a time."""
         context, space = _without_last_space(blocks)
         if not context:
-            return self._after_nothing([self._tokens(space + text) for text in continuations])
+            # Nothing is added to a continuation, and control tokens in it are text: it never begins with the prefix.
+            return [Segment((self.prefix_token_id,), False)], [self._tokens(space + text) for text in continuations]
         chain = self._encoder.encode_blocks(context)
         _check_context(chain, max_context)
         start, found = num_tokens(chain), []
@@ -110,12 +111,6 @@ class PairEncoder:
         if not tokens:
             raise RowError(RowErrorCode.EMPTY_PROMPT, "the text has no tokens, wanted at least one")
         return tokens, self.prefix_token_id
-
-    def _after_nothing(self, continuations: list[tuple[int, ...]]) -> tuple[Sequence[Segment], list[tuple[int, ...]]]:
-        prefix = self.prefix_token_id
-        return [Segment((prefix,), False)], [
-            tokens[1:] if tokens[:1] == (prefix,) else tokens for tokens in continuations
-        ]
 
     def _segments(self, context: Any) -> Sequence[Segment]:
         if not isinstance(context, str) and all(isinstance(part, Segment) for part in context):
