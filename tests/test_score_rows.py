@@ -139,3 +139,23 @@ def test_text_of_any_length_is_scored_and_knows_its_words_and_bytes():
     assert row.sizes == (41, len(text.encode()))  # re.split counts the end after the last space, as lm-eval does
     assert code({"prompt": [""]}, "perplexity") == "EMPTY_PROMPT"
     assert code({"prompt": pa.nulls(1)}, "perplexity") == "NULL_PROMPT"
+
+
+def test_prompt_to_learn_from_keeps_its_last_space_as_it_is_answered():
+    columns = {"prompt": ["ab "], "continuation": ["xy"]}
+    (learned,) = read(columns, "finetune")
+    (scored,) = read(columns, "loglikelihood")
+    assert (text_of(learned.context[0].token_ids), text_of(learned.continuations[0])) == ("ab ", "xy")
+    assert (text_of(scored.context[0].token_ids), text_of(scored.continuations[0])) == ("ab", " xy")
+
+
+def test_answer_to_learn_must_leave_room_for_the_token_that_ends_it():
+    assert code({"prompt": ["ab"], "continuation": ["y" * (MAX_MODEL_LEN - 2)]}, "finetune") is None
+    assert code({"prompt": ["ab"], "continuation": ["y" * (MAX_MODEL_LEN - 1)]}, "finetune") == "PROMPT_TOO_LONG"
+
+
+def test_nothing_is_learned_after_an_empty_prompt():
+    assert code({"prompt": ["ab"], "continuation": ["x"]}, "finetune") is None
+    assert code({"prompt": [" "], "continuation": ["x"]}, "finetune") == "EMPTY_PROMPT"
+    columns = {"prompt": ["ab"], "continuation": ["x"]}
+    assert code(columns, "finetune", template=PromptTemplate(format="text", text="")) == "EMPTY_PROMPT"

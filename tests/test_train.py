@@ -161,6 +161,17 @@ def test_early_stopping_ends_the_training_and_the_best_adapter_is_kept(tmp_path)
     assert run(trainer(contrary, num_epochs=20, early_stopping_patience=2, dropout=0.0), tmp_path) == []
 
 
+def test_looks_are_without_dropout(tmp_path):
+    losses = []
+    for dropout in (0.0, 0.9):
+        subject = trainer(dropout=dropout)
+        with torch.no_grad():
+            for name, parameter in subject._model.trainable.items():
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.1)
+        losses += [subject.evaluate()[0], subject.evaluate()[0]]
+    assert losses == pytest.approx([losses[0]] * 4, abs=1e-6)
+
+
 def test_last_adapter_is_kept_if_asked_for(tmp_path):
     contrary = [TrainingExample(example.segments, (50, 2)) for example in HELD_OUT]
     subject = trainer(contrary, keep="last", num_epochs=4, dropout=0.0, warmup_steps=0)
