@@ -170,7 +170,8 @@ def _vllm(python: str, directory: str, pairs: Pairs, dtype: str, our_rate: float
     script = str(Path(__file__).with_name("vllm_score.py"))
     done = subprocess.run([python, script], input=job, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"vLLM failed:\n{done.stderr[-2000:]}")
+        _say(f"vLLM failed:\n{done.stderr[-2000:]}")
+        return {"vllm_failed": True}  # what was measured before is not lost
     found = json.loads(done.stdout.strip().splitlines()[-1])
     rate = len(pairs) / found["seconds"]
     _say(f"vLLM {found['version']} prompt_logprobs: {rate:.2f} requests/s")
