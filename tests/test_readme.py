@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -60,14 +61,19 @@ def needs_weights(args: Sequence[str]) -> bool:
 
 
 def run_lines(folder: Path, *, weights: bool, extra: Sequence[str] = ()) -> dict[str, dict]:
-    """Every such `segue` line once, in order; all must succeed. Their JSON by line."""
+    """Every such `segue` line once; all must succeed. Their JSON by line.
+
+    Two at a time, each with a Ray of its own, then those that read what others have written.
+    """
+    lines = {shlex.join(args): args for args in commands("segue") if needs_weights(args) == weights}
+    readers = {line: args for line, args in lines.items() if args[0] in ("errors", "evaluate")}
     printed: dict[str, dict] = {}
-    for args in commands("segue"):
-        line = shlex.join(args)
-        if needs_weights(args) == weights and line not in printed:
-            result = segue(redirected(args, folder, extra=extra))
-            assert result.returncode == 0, (line, result.stderr[-2000:])
-            printed[line] = json.loads(result.stdout) if args == ["schema"] else last_line(result)
+    for group in ({line: args for line, args in lines.items() if line not in readers}, readers):
+        with ThreadPoolExecutor(2) as pool:
+            results = pool.map(lambda args: segue(redirected(args, folder, extra=extra)), group.values())
+            for (line, args), result in zip(group.items(), results, strict=True):
+                assert result.returncode == 0, (line, result.stderr[-2000:])
+                printed[line] = json.loads(result.stdout) if args == ["schema"] else last_line(result)
     return printed
 
 

@@ -17,14 +17,15 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from ruamel.yaml import YAML
 
 HERE = Path(__file__).parent
 OUT = HERE / "out"  # like everything that the jobs write
 SEED = 1
 SAMPLES_PER_SEED = 6
-TEST_SHARE = 0.12
+MAX_TRAIN_INSTRUCTIONS = 1600
 TICKET_SEEDS = (101, 102, 103)
-MAX_TRAIN_TICKETS, MAX_TEST_TICKETS = 320, 120
+MAX_TRAIN_TICKETS, MAX_TEST_TICKETS = 240, 100
 ANSWER_TOKENS = {"general": 64, "ticket": 32}
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"  # the model's own, if nobody gives one
@@ -85,6 +86,12 @@ def instructions(answers: pa.Table) -> list[str]:
     return list(found)
 
 
+def questions() -> list[str]:
+    """The instructions that were written by hand."""
+    templates = YAML(typ="safe", pure=True).load((HERE / "questions.yaml").read_text(encoding="utf-8"))
+    return [template.format(item) for template, items in templates.items() for item in items]
+
+
 def general_rows(texts: list[str]) -> list[Row]:
     """An instruction each; half of them with a system message of their own."""
     random = Random(SEED)
@@ -118,16 +125,19 @@ def ticket_rows(tickets: list[Row]) -> list[Row]:
 
 
 def write_prompts() -> None:
-    """`train.parquet` and `test.parquet` in `out/prompts`; the tickets of the second are the triage demo's own."""
-    general = general_rows(instructions(pq.read_table(OUT / "instructions")))
-    num_test = round(TEST_SHARE * len(general))
+    """`train.parquet` and `test.parquet` in `out/prompts`.
+
+    The second has instructions written by hand, and tickets of the triage demo itself.
+    """
+    asked = questions()
+    made_up = [text for text in instructions(pq.read_table(OUT / "instructions")) if text not in asked]
     demo = pq.read_table(HERE.parent / "triage" / "data").to_pylist()
     seen = {row["ticket"] for row in demo}
     own = [row for seed in TICKET_SEEDS for row in _triage().make_rows(seed) if row["ticket"] not in seen]
     Random(SEED).shuffle(own)
     Random(SEED).shuffle(demo)
-    train = general[num_test:] + ticket_rows(own[:MAX_TRAIN_TICKETS])
-    test = general[:num_test] + ticket_rows(demo[:MAX_TEST_TICKETS])
+    train = general_rows(made_up)[:MAX_TRAIN_INSTRUCTIONS] + ticket_rows(own[:MAX_TRAIN_TICKETS])
+    test = general_rows(asked) + ticket_rows(demo[:MAX_TEST_TICKETS])
     for name, rows in (("train", train), ("test", test)):
         (OUT / "prompts").mkdir(exist_ok=True)
         pq.write_table(pa.Table.from_pylist(rows, SCHEMA), OUT / "prompts" / f"{name}.parquet", compression="zstd")

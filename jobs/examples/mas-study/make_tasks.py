@@ -1,0 +1,126 @@
+"""Tasks in which the order of a prompt's parts matters, small enough for a small model to learn.
+
+    lookup    a table of six names and their colours, and whose a colour is: the name stands *before* what is asked for
+    word      a sentence of a real exam question, and which of four words occurs in it
+
+Each in both orders: what is asked first, or last. A third form has the prompt twice ("prompt repetition"), for the arm
+that gives a causal model a second look. Knows texts; nothing of models or jobs.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+NUM_TRAIN, NUM_TEST = 2400, 1000
+ORDERS = ("question_first", "question_last")
+NAMES = (
+    "Ada", "Ben", "Cara", "Dan", "Eva", "Finn", "Gina", "Hugo", "Ida", "Jack", "Kim", "Leo", "Mia", "Ned", "Olga",
+    "Paul", "Rosa", "Sam", "Tina", "Ulf", "Vera", "Will", "Yara", "Zoe",
+)  # fmt: skip
+COLOURS = ("red", "blue", "green", "black", "white", "brown", "pink", "gray", "gold", "silver", "purple", "orange")
+LETTERS = "ABCD"
+KINDS = ("easy", "challenge")
+SCHEMA = pa.schema(
+    [
+        pa.field("prompt", pa.string()),
+        pa.field("prompt_twice", pa.string()),
+        pa.field("answer", pa.string()),
+        pa.field("choices", pa.list_(pa.string())),
+        pa.field("label", pa.int32()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One question: what is to be looked through, what is asked of it, and what may be answered."""
+
+    text: str
+    question: str
+    choices: tuple[str, ...]
+    label: int
+
+    def prompt(self, order: str) -> str:
+        parts = (self.question, self.text) if order == "question_first" else (self.text, self.question)
+        return "\n".join(parts)
+
+
+def lookup_items(seed: str, count: int) -> Iterator[Item]:
+    """Every item has its own table; names and colours are drawn anew."""
+    random = Random(f"lookup/{seed}")
+    for _ in range(count):
+        names, colours = random.sample(NAMES, 6), random.sample(COLOURS, 6)
+        label = random.randrange(6)
+        table = ", ".join(f"{name}: {colour}" for name, colour in zip(names, colours, strict=True))
+        yield Item(f"Table: {table}.", f"Who has {colours[label]}?", tuple(names), label)
+
+
+def word_items(seed: str, count: int, sentences: Sequence[str], vocabulary: Sequence[str]) -> Iterator[Item]:
+    """`vocabulary`: what words that do not occur are drawn from."""
+    random = Random(f"word/{seed}")
+    for sentence in random.sample(list(sentences), count):
+        own = sorted(set(words_of(sentence)))
+        right = random.choice(own)
+        wrong = random.sample([word for word in vocabulary if word not in own], 3)
+        options = random.sample([right, *wrong], 4)
+        label = options.index(right)
+        listed = " ".join(f"{letter}: {option}" for letter, option in zip(LETTERS, options, strict=True))
+        yield Item(f"Sentence: {sentence}", f"Which word is in the sentence? {listed}", tuple(LETTERS), label)
+
+
+def words_of(sentence: str) -> list[str]:
+    """Words that tell something: of five letters or more."""
+    return re.findall(r"[a-z]{5,}", sentence.lower())
+
+
+def sentences_in(files: Sequence[Path]) -> list[str]:
+    """The questions of ARC in LLM-Adapters' format, those of 8 to 30 words, each once."""
+    found: dict[str, None] = {}
+    for path in files:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            text = json.loads(line)["instruction"]
+            question = text.partition("\n\nAnswer1")[0].partition("question: ")[2].strip().replace("\n", " ")
+            if 8 <= len(question.split()) <= 30 and len(set(words_of(question))) >= 3:
+                found.setdefault(question)
+    return list(found)
+
+
+def write_tasks(data: Path | None, folder: Path) -> list[str]:
+    """`TASK/ORDER/{train,test}.parquet`; the names of the tasks. Without `data` there is no real text, so no `word`."""
+    tasks = {"lookup": {part: list(lookup_items(part, count)) for part, count in _COUNTS.items()}}
+    if data is not None:
+        by_part = {part: sentences_in([data / f"arc_{kind}-{part}.jsonl" for kind in KINDS]) for part in _COUNTS}
+        vocabulary = sorted({word for sentence in by_part["train"] for word in words_of(sentence)})
+        tasks["word"] = {
+            part: list(word_items(part, min(count, len(by_part[part])), by_part[part], vocabulary))
+            for part, count in _COUNTS.items()
+        }
+    for task, parts in tasks.items():
+        for order in ORDERS:
+            for part, items in parts.items():
+                _write(folder / task / order / f"{part}.parquet", items, order)
+    return list(tasks)
+
+
+_COUNTS = {"train": NUM_TRAIN, "test": NUM_TEST}
+
+
+def _write(path: Path, items: Sequence[Item], order: str) -> None:
+    rows = [
+        {
+            "prompt": item.prompt(order),
+            "prompt_twice": f"{item.prompt(order)}\n\n{item.prompt(order)}",
+            "answer": item.choices[item.label],
+            "choices": item.choices,
+            "label": item.label,
+        }
+        for item in items
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), path, compression="zstd")
