@@ -172,7 +172,8 @@ def _vllm(python: str, directory: str, pairs: Pairs, dtype: str, our_rate: float
     if done.returncode:
         _say(f"vLLM failed:\n{done.stderr[-2000:]}")
         return {"vllm_failed": True}  # what was measured before is not lost
-    found = json.loads(done.stdout.strip().splitlines()[-1])
+    # vLLM's processes may print after it, when they end.
+    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"seconds"')))
     rate = len(pairs) / found["seconds"]
     _say(f"vLLM {found['version']} prompt_logprobs: {rate:.2f} requests/s")
     result = {"vllm_version": found["version"], "vllm_seconds": found["seconds"], "vllm_requests_per_s": rate}
