@@ -89,12 +89,17 @@ def plan(
 
 @app.command()
 def validate(job: JobFile, overrides: Overrides = None, limit: Limit = None, output: Output = None) -> None:
-    """Check job file, data, output folder and model without starting anything; every problem at once."""
+    """Check job file, data, output folder and model without starting anything; every problem at once.
+
+    Of a job for `segue run`, or for `segue finetune`.
+    """
     with _exit_codes():
+        from pipeline.finetune import is_training, prepare_finetune
         from pipeline.job import existing_manifest, prepare
         from pipeline.run import check_unused
 
-        ready = prepare(job, _overrides(overrides, limit, output))
+        changes = _overrides(overrides, limit, output)
+        ready = prepare_finetune(job, changes).job if is_training(job) else prepare(job, changes)
         manifest = existing_manifest(ready)
         if manifest is None:
             check_unused(ready.store)

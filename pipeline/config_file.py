@@ -73,6 +73,12 @@ def read_job(
     return _draft(values, schema, folder, where, [*document.problems, *problems])
 
 
+def keys_of(path: str | os.PathLike[str]) -> set[str]:
+    """The keys at the top of a job file. Raises JobRefused if it cannot be read."""
+    values = _document_of(Path(path)).value
+    return set(values) if isinstance(values, dict) else set()
+
+
 def _document_of(file: Path) -> YamlDocument:
     try:
         with file.open("rb") as stream:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import cluster
-from pipeline.config_file import JobDraft, read_job
+from pipeline.config import JobConfig
+from pipeline.config_file import JobDraft, keys_of, read_job
 from pipeline.finetune_config import FinetuneConfig
 from pipeline.interrupt import Interrupt
 from pipeline.job import IDENTITY_DIGITS, ReadyJob, checked_encoder, prepared, today
@@ -77,6 +78,11 @@ class FinetuneSummary:
     tokens: int = 0  # fed in all steps
     training_seconds: float = 0.0
     tokens_per_second: float = 0.0
+
+
+def is_training(path: str | os.PathLike[str]) -> bool:
+    """Whether a job file has sections that only a training has. Raises JobRefused if it cannot be read."""
+    return bool(keys_of(path) & (FinetuneConfig.model_fields.keys() - JobConfig.model_fields.keys()))
 
 
 def prepare_finetune(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> ReadyFinetune:

@@ -232,6 +232,23 @@ def test_every_problem_of_a_job_is_told_at_once(tmp_path):
         prepare_finetune(path, ["scoring.continuation_column=replies"])
 
 
+def test_validate_checks_a_training_without_starting_it(trained, tmp_path, model_directory):
+    path = write(tmp_path, model_directory)
+    result = CliRunner().invoke(app, ["validate", str(path)])
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1]) == {
+        "valid": True,
+        "rows": 30,
+        "mask": "segment",
+        "dtype": "float32",
+        "planned": False,
+    }
+    assert not (tmp_path / "ft").exists()
+    wrong = CliRunner().invoke(app, ["validate", str(path), "--set", "lora.target_modules=[nothing]"])
+    assert wrong.exit_code == 2
+    assert "no linear layer 'nothing'" in wrong.stderr
+
+
 def test_training_is_no_task_of_run(tmp_path, model_directory):
     path = write_run(tmp_path, model_directory, task="finetune", model={"source": model_directory})
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
