@@ -67,7 +67,7 @@ def test_adapter_record_decides_the_mask(model_directory, tmp_path):
     (adapter / "segue.json").write_text('{"mask": "segment"}')
     assert inspect(model_directory, adapter=str(adapter)).adapter_mask == "segment"
     (adapter / "segue.json").write_text('{"mask": "both"}')
-    with pytest.raises(ModelRefused, match="segment or causal"):
+    with pytest.raises(ModelRefused, match=r"mask: .*'segment' or 'causal', got 'both'"):
         inspect(model_directory, adapter=str(adapter))
 
 

@@ -122,4 +122,4 @@ def test_answers_are_unchanged_by_reuse_order_and_batch(model, prompts, mask):
     shuffled = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0)).tolist()
     again = answers(model, [prompts[i] for i in shuffled], mask, 4, enable_prefix_caching=False)
     assert again == [wanted[i] for i in shuffled]
-    assert answers(model, prompts, mask, 4, max_num_seqs=1) == wanted
+    assert answers(model, prompts[::4], mask, 4, max_num_seqs=1) == wanted[::4]
