@@ -2,8 +2,9 @@
 #
 #   make demo         360 support tickets through a small model, two workers, answers in jobs/examples/triage/out/
 #   make test         everything that must hold: format, lint, types, arrows, tests
-#   make test-commands  every command of the README, which takes minutes of its own; CI runs both
-#   make test-fast    the same without the tests marked slow
+#   make test-commands  every command of the README, which takes minutes of its own; CI runs it, too
+#   make test-chaos   runs and trainings that are killed and started again; CI runs it, too
+#   make test-fast    what make test runs, without the tests marked slow
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,7 +13,7 @@ PIP := $(BIN)/python -m pip install -qq --constraint constraints.txt
 # Named, so that pip takes the build that is offered for CPUs; its newest build would bring CUDA along.
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo setup check test test-fast test-commands format
+.PHONY: demo setup check test test-fast test-commands test-chaos format
 .DEFAULT_GOAL := test
 
 setup: $(READY)
@@ -42,13 +43,16 @@ check: $(READY)
 	$(BIN)/lint-imports
 
 test: check
-	$(BIN)/python -m pytest -m "not commands"
+	$(BIN)/python -m pytest -m "not commands and not chaos"
+
+test-chaos: $(READY)
+	$(BIN)/python -m pytest -m chaos
 
 test-commands: $(READY)
 	$(BIN)/python -m pytest -m commands
 
 test-fast: check
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not chaos"
 
 format: $(READY)
 	$(BIN)/ruff format

@@ -149,6 +149,7 @@ def test_cli_show_answers_escapes_what_rows_hold(tmp_path, capsys):
     assert "[bold]red" in shown
 
 
+@pytest.mark.chaos
 def test_cli_run_end_to_end_drains_on_sigterm_and_a_second_command_finishes(tmp_path):
     folder = write_input(tmp_path)
     output = {"path": "out", "max_rows_per_file": 5}

@@ -316,6 +316,7 @@ def planned_again(trained, target):
     return target / "ft.yaml"
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_killed_training_resumes_and_ends_with_the_same_curve(trained, tmp_path, signum):
     folder, whole = trained
@@ -337,6 +338,7 @@ def test_killed_training_resumes_and_ends_with_the_same_curve(trained, tmp_path,
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
 
 
+@pytest.mark.chaos
 def test_two_processes_train_like_one(trained, tmp_path):
     folder, alone = trained
     both = finetune(planned_again(trained, tmp_path), "workers.max_size=2")

@@ -249,6 +249,7 @@ def test_run_over_the_error_limit_stops_with_3_until_the_limit_is_raised(local_r
     assert len(rows_of(tmp_path / "out")) == 1200
 
 
+@pytest.mark.chaos
 def test_run_signal_while_planning_exits_143_and_the_next_run_plans_anew(local_ray, tmp_path):
     job = write_job(write_input(tmp_path))
     with pytest.raises(SystemExit) as exited:
@@ -262,6 +263,7 @@ def test_run_signal_while_planning_exits_143_and_the_next_run_plans_anew(local_r
     assert set(rows_of(tmp_path / "out")) == origins()
 
 
+@pytest.mark.chaos
 def test_run_signal_between_units_drains_and_a_rerun_finishes(local_ray, tmp_path):
     job = write_job(write_input(tmp_path), **SLOW, output={"path": "out", "max_rows_per_file": 5})
 
@@ -281,6 +283,7 @@ def test_run_signal_between_units_drains_and_a_rerun_finishes(local_ray, tmp_pat
     assert set(rows_of(tmp_path / "out")) == origins()
 
 
+@pytest.mark.chaos
 def test_run_worker_killed_in_the_middle_costs_nothing(local_ray, tmp_path):
     job = write_job(write_input(tmp_path), **SLOW, output={"path": "out", "max_rows_per_file": 5})
 
@@ -315,6 +318,7 @@ def _has_ancestor(pid: int, ancestor: int) -> bool:
     return False
 
 
+@pytest.mark.chaos
 def test_run_driver_killed_half_way_from_a_folder_that_shadows_ours_and_rerun_has_every_row_once(local_ray, tmp_path):
     folder = write_input(tmp_path)
     for name in PACKAGES:

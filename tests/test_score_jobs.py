@@ -166,6 +166,7 @@ def evaluated(folder):
     return result.exit_code, json.loads(result.stdout.splitlines()[-1])["groups"] if result.exit_code == 0 else []
 
 
+@pytest.mark.chaos
 @pytest.mark.slow
 def test_choose_job_killed_and_resumed_evaluates_to_the_same_numbers(local_ray, tmp_path):
     rows = [QUIZ[number % len(QUIZ)] | {"task": "even" if number % 2 else "odd"} for number in range(48)]
