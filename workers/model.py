@@ -6,6 +6,7 @@ is registered as one more of transformers' implementations, with no mask functio
 Shapes: `T` packed tokens, `N` selected tokens, `V` vocabulary, `E` hidden width.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,13 +42,18 @@ def tree_attention(
     """transformers' attention signature; query `[1, H, T, D]` -> `[1, T, H, D]`."""
     if segue_step is None:
         raise ModelRefused(f"{type(module).__name__} does not pass extra arguments to its attention")
+    check_attention_call(module, attention_mask, kwargs)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    return segue_step.attend(int(module.layer_idx), query, key, value, scale), None  # type: ignore[arg-type]
+
+
+def check_attention_call(module: nn.Module, attention_mask: Tensor | None, kwargs: Mapping[str, Any]) -> None:
+    """Raises ModelRefused for what a model hands its attention and ours, served or trained, would leave out."""
     if attention_mask is not None:
-        raise ModelRefused(f"{type(module).__name__} insists on a mask; the tree has none")
+        raise ModelRefused(f"{type(module).__name__} insists on a mask of its own")
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise ModelRefused(f"{type(module).__name__} uses {name!r}, which the tree cannot merge")
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    return segue_step.attend(int(module.layer_idx), query, key, value, scale), None  # type: ignore[arg-type]
 
 
 def resolve_dtype(dtype: str) -> torch.dtype:

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from attention.visibility import block_sequence_ids, visible
 from workers.model import (
     PROBE_TOLERANCE,
+    check_attention_call,
     checked_config,
     eos_token_ids,
     load_weights,
@@ -56,8 +57,7 @@ def training_attention(
     """transformers' attention signature; query `[B, H, S, D]` -> `[B, S, H, D]`."""
     if segue_mask is None:
         raise ModelRefused(f"{type(module).__name__} does not pass extra arguments to its attention")
-    if attention_mask is not None:
-        raise ModelRefused(f"{type(module).__name__} insists on a mask of its own")
+    check_attention_call(module, attention_mask, kwargs)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
