@@ -2,16 +2,14 @@
 
 import datetime
 import importlib.util
-import json
-import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from example_modules import EXAMPLES, load_generator
 
 from attention.segments import Segment
 from pipeline.checks import CheckedJob, check_job_file
@@ -19,26 +17,14 @@ from workers.prompt_encoder import PromptEncoder
 from workers.prompts import PromptTemplate
 from workers.row_errors import RowError
 
-EXAMPLES = Path(__file__).parents[1] / "jobs" / "examples"
 TRIAGE = EXAMPLES / "triage"
 MULTI_TURN = EXAMPLES / "multi_turn"
 QUIZ = EXAMPLES / "quiz"
 ADAPTER = EXAMPLES / "segment_adapter"
-STUDY = EXAMPLES / "mas-study"
 NUM_ROWS = {TRIAGE: 360, MULTI_TURN: 60, QUIZ: 125}
 TICKET_FILES = sorted((TRIAGE / "data").glob("*.parquet"))
 SHARED = ("system_prompt", "rubric", "article")  # from what most rows share to what fewest do
 CONTEXT_TOKENS = 8192  # SmolLM2's
-
-
-def load_generator(folder: Path, name: str = "make_data") -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"{folder.name}_{name}", folder / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def check_example(folder: Path, output: Path) -> CheckedJob:
@@ -211,34 +197,3 @@ def test_instructions_by_hand_are_distinct_and_made_up_ones_are_clean() -> None:
     texts = [*["Name a tree, please."] * 2, "short", "cut off in the mid", "x" * 500, "Nicht \u6f22 plain text"]
     answers = pa.table({"generated_text": texts, "finish_reason": ["stop"] * 3 + ["length"] + ["stop"] * 2})
     assert generator.instructions(answers) == ["Name a tree, please."]
-
-
-@pytest.mark.parametrize("part", ["train", "test"])
-def test_study_look_ups_have_one_answer_in_either_order(part: str) -> None:
-    tasks = load_generator(STUDY, "make_tasks")
-    items = list(tasks.lookup_items(part, 200))
-    for item in items:
-        table = dict(pair.split(": ") for pair in item.text.removeprefix("Table: ").removesuffix(".").split(", "))
-        asked = item.question.removeprefix("Who has ").removesuffix("?")
-        assert [name for name, colour in table.items() if colour == asked] == [item.choices[item.label]]
-        first, last = (item.prompt(order) for order in tasks.ORDERS)
-        assert first.split("\n")[::-1] == last.split("\n")
-    assert len({item.label for item in items}) == 6
-
-
-def test_study_words_occur_in_their_sentence_and_no_other_option_does() -> None:
-    tasks = load_generator(STUDY, "make_tasks")
-    sentences = [f"Which {word} grows near the river bank in summer?" for word in ("plant", "flower", "grass")]
-    vocabulary = ["mountain", "river", "magnet", "planet", "summer", "engine"]
-    for item in tasks.word_items("train", 3, sentences, vocabulary):
-        options = item.question.removeprefix("Which word is in the sentence? ").split()[1::2]
-        found = [option in tasks.words_of(item.text.removeprefix("Sentence: ")) for option in options]
-        assert found == [n == item.label for n in range(4)]
-
-
-def test_study_reads_the_questions_alone(tmp_path: Path) -> None:
-    text = "Please choose the correct answer to the question: Why: does the old magnet attract iron nails so strongly?"
-    line = {"instruction": f"{text}\n\nAnswer1: a Answer2: b\n\nAnswer format: answer1/answer2"}
-    (tmp_path / "a.jsonl").write_text(json.dumps(line) + "\n")
-    found = load_generator(STUDY, "make_tasks").sentences_in([tmp_path / "a.jsonl"])
-    assert found == ["Why: does the old magnet attract iron nails so strongly?"]

@@ -191,6 +191,12 @@ def test_module_that_the_model_lacks_is_refused_by_name():
         TrainingModel(tiny_model("llama"), lora(target_modules=("q_proj", "k_projection")), seed=0)
 
 
+def test_all_linear_is_every_linear_layer_but_the_head():
+    trainable = TrainingModel(tiny_model("llama"), lora(target_modules="all-linear"), seed=0).trainable
+    names = {name.partition(".lora_")[0].rpartition(".")[2] for name in trainable}
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
 def test_answers_that_generation_would_not_stop_after_are_refused(model_directory):
     check_trainable(model_directory, None, lora(), 2)
     check_trainable(model_directory, None, lora(), 257)  # the tokenizer's own

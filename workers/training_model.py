@@ -190,7 +190,7 @@ def check_trainable(source: str, revision: str | None, lora: LoraParams, answer_
         model = AutoModelForCausalLM.from_config(config)
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
-    _check_target_modules(model, lora.target_modules)
+    _target_modules(model, lora)
     stops = eos_token_ids(model, tokenizer)
     if answer_end_id not in stops:
         raise ModelRefused(
@@ -209,12 +209,11 @@ def _with_adapters(model: Any, lora: LoraParams, seed: int) -> Any:
     _import_peft()
     from peft import LoraConfig, get_peft_model
 
-    _check_target_modules(model, lora.target_modules)
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
-        target_modules=list(lora.target_modules),
+        target_modules=_target_modules(model, lora),
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]):
@@ -229,19 +228,23 @@ def _import_peft() -> None:
         raise ModelRefused("training needs the peft package: pip install 'segue[finetune]'") from error
 
 
-def _check_target_modules(model: Any, names: Sequence[str]) -> None:
-    """PEFT leaves out a name that no module has, if another one has some. Raises ModelRefused."""
+def _target_modules(model: Any, lora: LoraParams) -> list[str]:
+    """The names of the layers that get adapters. Raises ModelRefused for one that no layer has."""
+    # PEFT leaves out a name that no module has, if another one has some.
     head = model.get_output_embeddings()
     is_tied = head.weight is model.get_input_embeddings().weight or model.config.get_text_config().tie_word_embeddings
     linear = {
-        name.rpartition(".")[2]
+        name.rpartition(".")[2]: module is head
         for name, module in model.named_modules()
         # Merged for serving, what is added to a tied head would be added to the embedding, too.
         if isinstance(module, nn.Linear) and not (is_tied and module is head)
     }
-    missing = [name for name in names if name not in linear]
+    if lora.target_modules == "all-linear":
+        return sorted(name for name, is_head in linear.items() if not is_head)
+    missing = [name for name in lora.target_modules if name not in linear]
     if missing:
         raise ModelRefused(
             f"lora.target_modules: a model of type {model.config.model_type!r} has no linear layer {missing[0]!r}; "
             f"it has {', '.join(sorted(linear))}"
         )
+    return list(lora.target_modules)

@@ -18,6 +18,7 @@ def _int_to_float(value: object) -> object:
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+_Names = Annotated[tuple[str, ...], BeforeValidator(_list_to_tuple), Field(min_length=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Number = Annotated[float, BeforeValidator(_int_to_float)]
 
@@ -32,10 +33,8 @@ class LoraParams(_Section):
     r: PositiveInt = 32
     alpha: Annotated[Number, Field(gt=0)] = 64.0
     dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.05
-    target_modules: Annotated[tuple[str, ...], BeforeValidator(_list_to_tuple), Field(min_length=1)] = (
-        "q_proj",
-        "v_proj",
-    )
+    # Names of linear layers; PEFT's "all-linear" is all but the vocabulary's.
+    target_modules: Literal["all-linear"] | _Names = ("q_proj", "v_proj")
 
 
 class TrainingParams(_Section):

@@ -1,10 +1,12 @@
-"""Tasks in which the order of a prompt's parts matters, small enough for a small model to learn.
+"""The study's data: tasks in which the order of a prompt's parts matters, and four of the paper's own.
 
     lookup    a table of six names and their colours, and whose a colour is: the name stands *before* what is asked for
     word      a sentence of a real exam question, and which of four words occurs in it
+    paper     ARC-Easy, ARC-Challenge, OpenBookQA and BoolQ as the paper's authors train on them, in one
 
-Each in both orders: what is asked first, or last. A third form has the prompt twice ("prompt repetition"), for the arm
-that gives a causal model a second look. Knows texts; nothing of models or jobs.
+`lookup` and `word` are small enough for a small model to learn, and come in both orders: what is asked first, or last.
+A third form has the prompt twice ("prompt repetition"), for the arm that gives a causal model a second look. Knows
+texts; nothing of models or jobs.
 """
 
 import json
@@ -26,15 +28,9 @@ NAMES = (
 COLOURS = ("red", "blue", "green", "black", "white", "brown", "pink", "gray", "gold", "silver", "purple", "orange")
 LETTERS = "ABCD"
 KINDS = ("easy", "challenge")
-SCHEMA = pa.schema(
-    [
-        pa.field("prompt", pa.string()),
-        pa.field("prompt_twice", pa.string()),
-        pa.field("answer", pa.string()),
-        pa.field("choices", pa.list_(pa.string())),
-        pa.field("label", pa.int32()),
-    ]
-)
+PAPER_TASKS = ("arc_easy", "arc_challenge", "openbookqa", "boolq")
+NUM_PAPER_TRAIN, NUM_PAPER_TEST = 480, 300  # of each of the four
+AS_PUBLISHED = "as_published"  # the paper's tasks have one order
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,36 +87,60 @@ def sentences_in(files: Sequence[Path]) -> list[str]:
     return list(found)
 
 
-def write_tasks(data: Path | None, folder: Path) -> list[str]:
-    """`TASK/ORDER/{train,test}.parquet`; the names of the tasks. Without `data` there is no real text, so no `word`."""
-    tasks = {"lookup": {part: list(lookup_items(part, count)) for part, count in _COUNTS.items()}}
+def paper_rows(lines: Sequence[str], count: int, name: str) -> list[dict[str, object]]:
+    """Some lines of a file in LLM-Adapters' format; all that the text offers as answers are the choices."""
+    rows = []
+    for line in Random(f"paper/{name}").sample(list(lines), count):
+        given = json.loads(line)
+        offered = given["instruction"].rpartition("Answer format: ")[2].split("/")
+        rows.append(
+            {
+                "kind": name,
+                "instruction": given["instruction"],
+                "output": given["output"],
+                "answer": given["answer"],
+                "choices": [f"the correct answer is {answer}" for answer in offered],
+                "label": offered.index(given["answer"]),
+            }
+        )
+    return rows
+
+
+def write_tasks(data: Path | None, folder: Path) -> dict[str, tuple[str, ...]]:
+    """Writes `TASK/ORDER/{train,test}.parquet`; the orders of each task. Without `data` there are no real texts."""
+    items = {"lookup": {part: list(lookup_items(part, count)) for part, count in _COUNTS.items()}}
     if data is not None:
         by_part = {part: sentences_in([data / f"arc_{kind}-{part}.jsonl" for kind in KINDS]) for part in _COUNTS}
         vocabulary = sorted({word for sentence in by_part["train"] for word in words_of(sentence)})
-        tasks["word"] = {
+        items["word"] = {
             part: list(word_items(part, min(count, len(by_part[part])), by_part[part], vocabulary))
             for part, count in _COUNTS.items()
         }
-    for task, parts in tasks.items():
+        for part, count in (("train", NUM_PAPER_TRAIN), ("test", NUM_PAPER_TEST)):
+            files = {name: (data / f"{name}-{part}.jsonl").read_text(encoding="utf-8") for name in PAPER_TASKS}
+            rows = [row for name, text in files.items() for row in paper_rows(text.splitlines(), count, name)]
+            _write(folder / "paper" / AS_PUBLISHED / f"{part}.parquet", rows)
+    for task, parts in items.items():
         for order in ORDERS:
-            for part, items in parts.items():
-                _write(folder / task / order / f"{part}.parquet", items, order)
-    return list(tasks)
+            for part, made in parts.items():
+                _write(folder / task / order / f"{part}.parquet", [_row(item, order) for item in made])
+    orders: dict[str, tuple[str, ...]] = dict.fromkeys(items, ORDERS)
+    return orders if data is None else orders | {"paper": (AS_PUBLISHED,)}
 
 
 _COUNTS = {"train": NUM_TRAIN, "test": NUM_TEST}
 
 
-def _write(path: Path, items: Sequence[Item], order: str) -> None:
-    rows = [
-        {
-            "prompt": item.prompt(order),
-            "prompt_twice": f"{item.prompt(order)}\n\n{item.prompt(order)}",
-            "answer": item.choices[item.label],
-            "choices": item.choices,
-            "label": item.label,
-        }
-        for item in items
-    ]
+def _row(item: Item, order: str) -> dict[str, object]:
+    return {
+        "prompt": item.prompt(order),
+        "prompt_twice": f"{item.prompt(order)}\n\n{item.prompt(order)}",
+        "output": item.choices[item.label],
+        "choices": item.choices,
+        "label": item.label,
+    }
+
+
+def _write(path: Path, rows: Sequence[dict[str, object]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), path, compression="zstd")
+    pq.write_table(pa.Table.from_pylist(list(rows)), path, compression="zstd")
