@@ -26,6 +26,7 @@ _WANTED = {
     "mapping_type": "a mapping of keys",
     "tuple_type": "a list",
     "list_type": "a list",
+    "too_short": "a list of at least 1 item",  # no list of a job must have more
     "missing": "a value for this required key",
 }
 _PREFIXES = (("Input should be ", ""), ("greater", "a value greater"), ("less", "a value less"))

@@ -22,6 +22,7 @@ from pipeline.summary import is_over_limit
 from pipeline.training_data import Holdout, TrainingData, load_training_data
 from workers.adapter_record import AdapterRecord
 from workers.checkpoints import Checkpoints, sync
+from workers.memory import keep_freed_memory
 from workers.model import DTYPES
 from workers.ranks import Ranks
 from workers.train import EvaluationReport, StepReport, Trainer
@@ -87,6 +88,7 @@ def train_process(
     """
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
+    keep_freed_memory()
     store = Store(spec.output)
     data = data or check_data(spec)
     model = TrainingModel.from_pretrained(

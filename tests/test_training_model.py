@@ -176,6 +176,20 @@ def test_gradient_checkpointing_computes_layers_twice_and_changes_no_gradient():
         torch.testing.assert_close(parameter.grad, saving.trainable[name].grad, atol=1e-6, rtol=1e-4)
 
 
+def test_short_rows_are_attended_like_long_ones(monkeypatch):
+    query, key, value = (torch.randn(2, heads, 24, 16, requires_grad=True) for heads in (6, 2, 2))
+    may_see = torch.rand(2, 1, 24, 24).round().bool() | torch.eye(24, dtype=torch.bool)
+    module = torch.nn.Identity()
+    for bias in (None, torch.zeros(2, 1, 24, 24).masked_fill(~may_see, -torch.inf)):
+        found = []
+        for limit in (0, 24):
+            monkeypatch.setattr(training_model, "SHORT_TOKENS", limit)
+            mask = training_model.TrainingMask(bias)
+            out, _ = training_model.training_attention(module, query, key, value, None, 0.3, mask)
+            found.append((out, *torch.autograd.grad(out.square().sum(), (query, key, value))))
+        torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+
+
 def test_new_adapters_change_nothing_and_only_they_are_trained():
     model = TrainingModel(tiny_model("llama"), lora(), seed=0)
     assert all("lora_" in name for name in model.trainable)

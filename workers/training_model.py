@@ -34,6 +34,7 @@ from workers.training_batches import TrainingExample
 from workers.training_params import LoraParams
 
 ATTENTION_NAME = "segue_training"
+SHORT_TOKENS = 160  # on a CPU: rows of up to so many tokens are attended by plain products
 MAX_LOGITS = 1 << 24  # numbers of fp32 logits held at once: 64 MiB; more are made again in the backward pass
 
 
@@ -58,12 +59,30 @@ def training_attention(
     if segue_mask is None:
         raise ModelRefused(f"{type(module).__name__} does not pass extra arguments to its attention")
     check_attention_call(module, attention_mask, kwargs)
+    bias = segue_mask.bias
+    if query.device.type == "cpu" and query.shape[2] <= SHORT_TOKENS:
+        out = _short_attention(query, key, value, bias, query.shape[-1] ** -0.5 if scaling is None else scaling)
+        return out.transpose(1, 2).contiguous(), None
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    bias = segue_mask.bias
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, is_causal=bias is None, scale=scaling)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _short_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """query `[B, H, S, D]`, key, value `[B, Hkv, S, D]` -> `[B, H, S, D]`: plain products in fp32.
+
+    With the backward pass 1.3 (160 tokens) to 3.5 times (45) as fast as torch's flash kernel for CPU.
+    """
+    batch, heads, length, width = query.shape
+    grouped = (batch * key.shape[1], -1, width)  # [B * Hkv, G * S or S, D]: each key is read once for its group
+    q, k, v = (part.float().reshape(grouped) for part in (query, key, value))
+    scores = torch.bmm(q * scale, k.transpose(1, 2)).view(batch, heads, length, length)
+    if bias is None:
+        bias = scores.new_full((length, length), -torch.inf).triu_(1)
+    weights = (scores + bias).softmax(dim=-1)
+    return torch.bmm(weights.view(len(q), -1, length), v).view(query.shape).to(query.dtype)
 
 
 class TrainingModel:

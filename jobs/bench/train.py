@@ -22,6 +22,7 @@ import torch
 
 from attention.segments import Segment, canonical_segments
 from jobs.bench.score import linear_rate, machine
+from workers.memory import keep_freed_memory
 from workers.model import DTYPES, checked_config, load_weights
 from workers.model_source import locate, safetensors_directory
 from workers.training_batches import TrainingExample, forward_passes
@@ -98,6 +99,7 @@ class SegueLoop:
 
 def main() -> None:
     arguments = _arguments()
+    keep_freed_memory()  # for both, which is kind to the plain loop: nobody does it there
     batches = [_examples(step) for step in range(arguments.steps)]
     result: dict[str, Any] = {"benchmark": "train", **machine(), "steps": arguments.steps, "dtype": arguments.dtype}
     result |= _check(batches[0])
