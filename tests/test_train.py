@@ -1,6 +1,7 @@
 """The training loop: it learns, resumes as if nothing had happened, and says when it cannot go on."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -13,7 +14,7 @@ from attention.segments import Segment
 from workers.checkpoints import Checkpoints
 from workers.ranks import Ranks
 from workers.train import EvaluationReport, StepReport, Trainer, TrainingDiverged
-from workers.training_batches import TrainingExample, batch_of_step, forward_passes
+from workers.training_batches import PASS_TOKENS, TrainingExample, batch_of_step, forward_passes
 from workers.training_model import TrainingModel
 from workers.training_params import LoraParams, TrainingParams
 
@@ -228,11 +229,33 @@ def test_passes_have_every_example_and_keep_the_budget(lengths, budget):
     examples = [
         TrainingExample((Segment(tuple(range(length)), False),), (number,)) for number, length in enumerate(lengths)
     ]
-    passes = list(forward_passes(examples, budget))
+    passes = forward_passes(examples, budget)
     assert sorted(example.answer for batch in passes for example in batch) == [(n,) for n in range(len(lengths))]
     for batch in passes:
         padded = len(batch) * max(example.num_fed_tokens for example in batch)
         assert padded <= budget or len(batch) == 1
+
+
+@given(lengths=st.lists(st.integers(1, 90), min_size=1, max_size=7), budget=st.integers(1, 300))
+def test_no_other_cut_into_passes_computes_less(lengths, budget):
+    def computed(passes):
+        return sum(len(each) * max(each) + PASS_TOKENS for each in passes)
+
+    ordered = sorted(lengths, reverse=True)
+    cuts = itertools.product((False, True), repeat=len(ordered) - 1)
+    ways = [[list(run) for run in _runs(ordered, cut)] for cut in cuts]
+    allowed = [way for way in ways if all(len(each) == 1 or len(each) * each[0] <= budget for each in way)]
+    examples = [TrainingExample((Segment(tuple(range(length)), False),), (0,)) for length in lengths]
+    found = [[example.num_fed_tokens for example in batch] for batch in forward_passes(examples, budget)]
+    assert computed(found) == min(map(computed, allowed))
+
+
+def _runs(values, cut_after):
+    start = 0
+    for stop, is_cut in enumerate([*cut_after, True], start=1):
+        if is_cut:
+            yield values[start:stop]
+            start = stop
 
 
 def test_ranks_of_a_lone_process_leave_sums_as_they_are():

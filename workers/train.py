@@ -8,7 +8,7 @@ Knows models and examples; no Ray, no dataset.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -193,7 +193,7 @@ class Trainer:
             loss += float(part.detach())
         return loss
 
-    def _own_passes(self, examples: Sequence[TrainingExample]) -> Iterator[list[TrainingExample]]:
+    def _own_passes(self, examples: Sequence[TrainingExample]) -> list[list[TrainingExample]]:
         """This process' share, longest first, so that shares are about equal."""
         by_length = sorted(examples, key=lambda example: -example.num_fed_tokens)
         return forward_passes(by_length[self._ranks.rank :: self._ranks.size], self._params.max_num_batched_tokens)

@@ -5,12 +5,14 @@ no tensor, no model.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
 from attention.segments import Segment, num_tokens
 from workers.training_params import TrainingParams
+
+PASS_TOKENS = 64  # what a forward and backward pass costs beside its tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +52,27 @@ def _order(num_examples: int, seed: int, epoch: int) -> list[int]:
     return order
 
 
-def forward_passes(examples: Sequence[TrainingExample], max_tokens: int) -> Iterator[list[TrainingExample]]:
-    """Examples of about equal length together, at most `max_tokens` with padding; a longer one goes alone."""
-    batch: list[TrainingExample] = []
-    for example in sorted(examples, key=lambda example: -example.num_fed_tokens):
-        if batch and (len(batch) + 1) * batch[0].num_fed_tokens > max_tokens:
-            yield batch
-            batch = []
-        batch.append(example)
-    if batch:
-        yield batch
+def forward_passes(examples: Sequence[TrainingExample], max_tokens: int) -> list[list[TrainingExample]]:
+    """Examples of about equal length together, at most `max_tokens` with padding; a longer one goes alone.
+
+    Of all ways to cut the examples, longest first, this one computes least: every token and all padding, and
+    PASS_TOKENS for each pass.
+    """
+    ordered = sorted(examples, key=lambda example: -example.num_fed_tokens)
+    best: list[tuple[int, int]] = [(0, 0)]  # for the first n: tokens computed, and where their last pass starts
+    for stop in range(1, len(ordered) + 1):
+        found = None
+        for start in range(stop - 1, -1, -1):
+            padded = (stop - start) * ordered[start].num_fed_tokens
+            if padded > max_tokens and start < stop - 1:
+                break
+            total = best[start][0] + padded + PASS_TOKENS
+            found = min(found, (total, start)) if found else (total, start)
+        best.append(found or (0, 0))
+    passes: list[list[TrainingExample]] = []
+    stop = len(ordered)
+    while stop:
+        start = best[stop][1]
+        passes.append(ordered[start:stop])
+        stop = start
+    return passes[::-1]
