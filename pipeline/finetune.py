@@ -58,6 +58,11 @@ class ReadyFinetune:
     config: FinetuneConfig
     spec: TrainingSpec
 
+    @property
+    def folder(self) -> Path:
+        """The output folder: checkpoints and metrics want a local one."""
+        return Path(self.config.output.path)
+
 
 @dataclass(slots=True)
 class FinetuneSummary:
@@ -112,7 +117,7 @@ def run_finetune(ready: ReadyFinetune, say: Say, show: Callable[[dict[str, Any]]
     plan_job(ready.job, say)
     if store.exists(SUCCESS):
         _check_training(ready)
-        if not (store.root / ADAPTER).is_dir():
+        if not (ready.folder / ADAPTER).is_dir():
             raise OutputStorageError(f"{store.path(ADAPTER)} is gone although {store.path(SUCCESS)} says it was there")
         return _summary(ready, "already_complete")
     try:
@@ -120,7 +125,7 @@ def run_finetune(ready: ReadyFinetune, say: Say, show: Callable[[dict[str, Any]]
     except NothingToTrain as error:
         raise JobRefused([Problem("", "", str(error))]) from None
     _check_training(ready)
-    with Interrupt() as interrupt, _alone(store.root), _watched(store.root / METRICS, show):
+    with Interrupt() as interrupt, _alone(ready.folder), _watched(ready.folder / METRICS, show):
         interrupt.on_set = lambda: say("interrupted: the step at work is finished and saved; interrupt again to stop")
         if ready.config.workers.max_size == 1:
             train_process(ready.spec, Ranks(), lambda: interrupt.is_set, data)
@@ -246,7 +251,7 @@ def _summary(ready: ReadyFinetune, status: str, exit_code: int = 0) -> FinetuneS
     if store.exists(SUCCESS):
         result = json.loads(store.read(SUCCESS))
         return FinetuneSummary(status, store.path(""), store.path(ADAPTER), exit_code, **result)
-    steps = [line for line in read_metrics(store.root / METRICS) if "loss" in line]
+    steps = [line for line in read_metrics(ready.folder / METRICS) if "loss" in line]
     last = steps[-1] if steps else {"step": 0, "num_steps": 0}
     return FinetuneSummary(status, store.path(""), None, exit_code, steps=last["step"], num_steps=last["num_steps"])
 

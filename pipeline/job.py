@@ -18,7 +18,7 @@ from pipeline.problems import JobRefused, Problem
 from pipeline.render import RenderSpec, encoder_of
 from pipeline.schemas import ROW_PARAMS_COLUMN
 from pipeline.shards import PROTOCOL
-from pipeline.store import Store
+from pipeline.store import Store, open_store
 from pipeline.unit_worker import WorkerSpec
 from workers.echo import is_echo
 from workers.model_facts import ModelFacts, inspect_model
@@ -44,7 +44,7 @@ class ReadyJob:
 
     @property
     def store(self) -> Store:
-        return Store(self.config.output.path)
+        return open_store(self.config.output.path)
 
     @property
     def max_model_len(self) -> int:

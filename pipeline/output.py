@@ -6,6 +6,8 @@ Knows Parquet and the names of shards; no Ray, no model.
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -14,15 +16,15 @@ import pyarrow.parquet as pq
 from pipeline.manifest import SUCCESS, ForeignOutput, Manifest, load_manifest
 from pipeline.results import ANY_RESULT_COLUMN
 from pipeline.schemas import is_text
-from pipeline.store import OutputStorageError, Store
+from pipeline.store import OutputStorageError, Store, open_store
 from workers.scoring import Task
 
 
-def shard_paths(output: str) -> list[str]:
+def _shards(output: str) -> Iterator["_Shard"]:
     """Committed shards in plan order. Raises ForeignOutput if the folder is no output of Segue."""
-    store, manifest = Store(output), _manifest_of(output)
+    store, manifest = open_store(output), _manifest_of(output)
     present = set(store.names())
-    return [store.path(unit.shard_name) for unit in manifest.units if unit.shard_name in present]
+    yield from (_Shard(store, unit.shard_name) for unit in manifest.units if unit.shard_name in present)
 
 
 def task_of(output: str) -> Task:
@@ -33,16 +35,16 @@ def task_of(output: str) -> Task:
 def finished_manifest(output: str) -> Manifest:
     """What a complete output folder belongs to. Raises ForeignOutput if it is not complete, or none of Segue's."""
     manifest = _manifest_of(output)
-    if not Store(output).exists(SUCCESS):
+    if not open_store(output).exists(SUCCESS):
         raise ForeignOutput(f"{output} is not complete: it has no {SUCCESS}; run its job again to finish it")
     return manifest
 
 
 def read_columns(output: str, choose: Callable[[pa.Schema], Sequence[str]]) -> Iterator[pa.Table]:
     """Each shard's columns among those that `choose` names, given the shard's schema; in plan order."""
-    for path in shard_paths(output):
-        schema = _schema(path)
-        yield _read(path, [name for name in dict.fromkeys(choose(schema)) if name in schema.names])
+    for shard in _shards(output):
+        schema = shard.schema
+        yield shard.read([name for name in dict.fromkeys(choose(schema)) if name in schema.names])
 
 
 def sample_rows(output: str, count: int, seed: int) -> list[dict[str, Any]]:
@@ -50,15 +52,15 @@ def sample_rows(output: str, count: int, seed: int) -> list[dict[str, Any]]:
 
     Bytes that are not UTF-8 become U+FFFD: a row with BAD_UTF8 passes them through as they are.
     """
-    paths = shard_paths(output)
-    sizes = [_metadata(path).num_rows for path in paths]
+    shards = list(_shards(output))
+    sizes = [shard.num_rows for shard in shards]
     chosen = sorted(random.Random(seed).sample(range(sum(sizes)), min(count, sum(sizes))))
     rows: list[dict[str, Any]] = []
     start = 0
-    for path, size in zip(paths, sizes, strict=True):
+    for shard, size in zip(shards, sizes, strict=True):
         inside = [number - start for number in chosen if start <= number < start + size]
         if inside:
-            rows += _shown_rows(_read(path).take(inside))
+            rows += _shown_rows(shard.read().take(inside))
         start += size
     return rows
 
@@ -78,8 +80,8 @@ def _shown_rows(table: pa.Table) -> list[dict[str, Any]]:
 def error_rows(output: str, limit: int) -> list[dict[str, Any]]:
     """The first `limit` rows that have an error: src_path, src_row, code, message."""
     found: list[dict[str, Any]] = []
-    for path in shard_paths(output):
-        table = _read(path, ["src_path", "src_row", "error"])
+    for shard in _shards(output):
+        table = shard.read(["src_path", "src_row", "error"])
         rows = table.filter(table["error"].is_valid()).slice(0, limit - len(found)).to_pylist()
         found += [{"src_path": row["src_path"], "src_row": row["src_row"], **row["error"]} for row in rows]
         if len(found) >= limit:
@@ -90,37 +92,44 @@ def error_rows(output: str, limit: int) -> list[dict[str, Any]]:
 def error_counts(output: str) -> dict[str, int]:
     """Rows by error code."""
     counts: Counter[str] = Counter()
-    for path in shard_paths(output):
-        column = _read(path, ["error"])["error"]
+    for shard in _shards(output):
+        column = shard.read(["error"])["error"]
         counts.update(value["code"] for value in column.drop_null().to_pylist())
     return dict(sorted(counts.items()))
 
 
 def _manifest_of(output: str) -> Manifest:
-    manifest = load_manifest(Store(output))
+    manifest = load_manifest(open_store(output))
     if manifest is None:
         raise ForeignOutput(f"{output} is not an output folder of Segue: it has no _job/manifest.json")
     return manifest
 
 
-def _read(path: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """A shard. Raises OutputStorageError if it cannot be read."""
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as shard:
-            return shard.read(columns=columns)
-    except (OSError, pa.ArrowException) as error:
-        raise OutputStorageError(f"{path} cannot be read: {error}") from error
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """A committed file. Raises OutputStorageError if it cannot be read."""
 
+    store: Store
+    name: str
 
-def _schema(path: str) -> pa.Schema:
-    try:
-        return pq.read_schema(path)
-    except (OSError, pa.ArrowException) as error:
-        raise OutputStorageError(f"{path} cannot be read: {error}") from error
+    @property
+    def num_rows(self) -> int:
+        with self._opened() as file:
+            return file.metadata.num_rows
 
+    @property
+    def schema(self) -> pa.Schema:
+        with self._opened() as file:
+            return file.schema_arrow
 
-def _metadata(path: str) -> pq.FileMetaData:
-    try:
-        return pq.read_metadata(path)
-    except (OSError, pa.ArrowException) as error:
-        raise OutputStorageError(f"{path} cannot be read: {error}") from error
+    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
+        with self._opened() as file:
+            return file.read(columns=columns)
+
+    @contextmanager
+    def _opened(self) -> Iterator[pq.ParquetFile]:
+        try:
+            with self.store.open(self.name) as file:
+                yield pq.ParquetFile(file, page_checksum_verification=True)
+        except (OSError, pa.ArrowException) as error:
+            raise OutputStorageError(f"{self.store.path(self.name)} cannot be read: {error}") from error

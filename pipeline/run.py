@@ -205,4 +205,4 @@ def write_success(store: Store, manifest: Manifest) -> None:
         shards.append({"name": unit.shard_name, "rows": footer.num_rows, "bytes": len(content), "sha256": digest})
     record = {"fingerprint": manifest.fingerprint, "rows": manifest.num_rows, "shards": shards}
     store.create(SUCCESS, json.dumps(record, indent=1).encode())
-    store.remove_temporaries()
+    store.remove_leftovers()

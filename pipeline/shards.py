@@ -60,7 +60,8 @@ def read_footer(store: Store, unit: UnitSpec, fingerprint: str) -> ShardFooter:
     """The footer of a committed shard. Raises ForeignShard if it is not this job's shard of this unit, whole."""
     name = unit.shard_name
     try:
-        metadata = pq.read_metadata(store.path(name))
+        with store.open(name) as file:
+            metadata = pq.read_metadata(file)
         footer = ShardFooter(**json.loads((metadata.metadata or {})[FOOTER_KEY]))
     except (KeyError, TypeError, ValueError) as error:  # ArrowInvalid is a ValueError
         raise ForeignShard(f"{store.path(name)} is not a shard of Segue: {error}") from error

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from pipeline.local_store import LocalStore
 from pipeline.manifest import SUCCESS, load_manifest
-from pipeline.store import OutputStorageError, Store
+from pipeline.store import OutputStorageError
 from pipeline.summary import is_over_limit
 from pipeline.training_data import Holdout, TrainingData, load_training_data
 from workers.adapter_record import AdapterRecord
@@ -59,7 +60,7 @@ class TrainingSpec:
 
 def check_data(spec: TrainingSpec) -> TrainingData:
     """The plan's rows, enough of them and good enough. Raises NothingToTrain, UnitDamaged."""
-    store = Store(spec.output)
+    store = LocalStore(spec.output)
     manifest = load_manifest(store)
     if manifest is None:
         raise FileNotFoundError(f"{spec.output} has no plan")
@@ -89,7 +90,7 @@ def train_process(
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     keep_freed_memory()
-    store = Store(spec.output)
+    store = LocalStore(spec.output)
     data = data or check_data(spec)
     model = TrainingModel.from_pretrained(
         spec.source, spec.lora, dtype=DTYPES[spec.dtype], revision=spec.revision, seed=spec.seed

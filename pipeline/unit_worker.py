@@ -21,7 +21,7 @@ from pipeline.progress import Reporter
 from pipeline.results import error_value, result_row, result_schema, result_table
 from pipeline.scores import score_schema, score_values
 from pipeline.shards import PROTOCOL, ShardFooter, commit_shard, serialize_shard
-from pipeline.store import Store
+from pipeline.store import open_store
 from pipeline.units import PASSED, PlannedRow, UnitSpec, load_unit, planned_rows
 from workers.echo import EchoEngine, is_echo, seconds_per_step
 from workers.loop import EngineLoop, EngineRow, EngineStopped, RowEngine
@@ -70,7 +70,7 @@ class UnitWorker:
 
     def __init__(self, spec: WorkerSpec, progress: Any = None) -> None:
         self._spec = spec
-        self._store = Store(spec.output)
+        self._store = open_store(spec.output)
         self._drain_timer: threading.Timer | None = None
         self._reporter = None
         if progress is not None:

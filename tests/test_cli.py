@@ -11,10 +11,10 @@ from echo_jobs import NUM_ROWS, origins, outcome, rows_of, segue_process, shards
 from typer.testing import CliRunner
 
 from jobs.cli import app
+from pipeline.local_store import LocalStore
 from pipeline.manifest import Manifest
 from pipeline.results import result_schema, result_table
 from pipeline.shards import PROTOCOL, ShardFooter, commit_shard, serialize_shard
-from pipeline.store import Store
 from pipeline.units import UnitSpec
 from workers.sampling import SamplingParams
 
@@ -29,7 +29,7 @@ def segue(*arguments: str | Path) -> tuple[int, str, str]:
 
 def finished_output(folder: Path, texts: list[bytes | None], errors: list[dict[str, str] | None]) -> Path:
     """An output folder of one shard, without a run. A text of None is a row with an error."""
-    store, unit = Store(folder / "out"), UnitSpec(0, "0" * 16, len(texts), len(texts), 1)
+    store, unit = LocalStore(folder / "out"), UnitSpec(0, "0" * 16, len(texts), len(texts), 1)
     manifest = Manifest(PROTOCOL, "job", "2026-01-02", {}, {}, (unit,), {})
     store.create("_job/manifest.json", manifest.to_bytes())
     passed = pa.table({"note": pa.array(texts, pa.binary()).view(pa.string())})

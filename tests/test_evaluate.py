@@ -15,12 +15,12 @@ from jobs.cli import app
 from jobs.evaluate import compare, evaluate
 from jobs.judge import Judging
 from jobs.statistics import mcnemar, wilson_interval
+from pipeline.local_store import LocalStore
 from pipeline.manifest import SUCCESS, ForeignOutput, Manifest
 from pipeline.problems import JobRefused
 from pipeline.results import result_schema, result_table
 from pipeline.scores import score_schema
 from pipeline.shards import PROTOCOL, ShardFooter, commit_shard, serialize_shard
-from pipeline.store import Store
 from pipeline.units import UnitSpec
 from workers.sampling import SamplingParams
 
@@ -30,7 +30,7 @@ ERROR = {"code": "NULL_PROMPT", "message": "the prompt is null"}
 
 def output(folder, task, shards: list[list[dict[str, Any]]], passed: pa.Schema = NOTHING, *, finished=True):
     """A folder as a run leaves it, with rows given by hand."""
-    store = Store(folder)
+    store = LocalStore(folder)
     units = tuple(UnitSpec(n, f"{n:016d}", len(rows), len(rows), 1) for n, rows in enumerate(shards))
     manifest = Manifest(PROTOCOL, "quiz", "2026-01-02", {"task": task}, {}, units, {})
     store.create("_job/manifest.json", manifest.to_bytes())

@@ -22,11 +22,12 @@ from pipeline.cluster import WorkersFailed
 from pipeline.finetune import prepare_finetune, run_finetune
 from pipeline.interrupt import Interrupt
 from pipeline.job import prepare
+from pipeline.local_store import LocalStore
 from pipeline.manifest import ForeignOutput, load_manifest
 from pipeline.output import sample_rows
 from pipeline.problems import JobRefused
 from pipeline.run import run_job
-from pipeline.store import OutputStorageError, Store
+from pipeline.store import OutputStorageError
 from pipeline.training_data import Holdout, load_training_data
 from pipeline.training_process import METRICS, NothingToTrain, read_metrics, train_process
 from pipeline.unit_worker import make_engine
@@ -158,7 +159,7 @@ def test_adapter_refuses_another_mask_or_template_by_name_unless_told(trained, m
     with pytest.raises(JobRefused, match=r"model.adapter: got mask causal \(trained with segment\)"):
         prepare(path)
     told = prepare(path, ["model.check_adapter=false"])
-    manifest = load_manifest(Store(folder / "ft"))
+    manifest = load_manifest(LocalStore(folder / "ft"))
     assert manifest is not None
     engine = make_engine(told.worker_spec(manifest, 1))  # what a worker does
     assert isinstance(engine, Engine)
@@ -402,4 +403,4 @@ def test_finetune_command_ends_in_json_and_a_picture(trained):
     refused = CliRunner().invoke(app, ["evaluate", str(folder / "ft")])
     assert refused.exit_code == 2
     assert "finetune" in refused.stderr
-    assert Store(folder / "ft").exists("_SUCCESS")
+    assert LocalStore(folder / "ft").exists("_SUCCESS")

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -47,7 +48,7 @@ def run(path, *overrides):
     summary = run_job(job, lambda line: None, quiet=True)
     manifest = load_manifest(job.store)
     assert manifest is not None
-    return summary, manifest, [row for _, row in sorted(rows_of(job.store.root).items())]
+    return summary, manifest, [row for _, row in sorted(rows_of(Path(job.config.output.path)).items())]
 
 
 def engine(**config):

@@ -11,9 +11,10 @@ import pytest
 
 from attention.segments import Segment
 from pipeline.chains import encode_chain
+from pipeline.local_store import LocalStore
 from pipeline.results import RESULT_COLUMNS, error_value, result_row, result_schema, result_table
 from pipeline.shards import PROTOCOL, ForeignShard, ShardFooter, commit_shard, read_footer, serialize_shard
-from pipeline.store import OutputStorageError, Store
+from pipeline.store import OutputStorageError
 from pipeline.units import PASSED, PLANNED_FIELDS, UnitDamaged, UnitSpec, load_unit, planned_rows, serialize_unit
 from workers.request import CompletionOutput, RequestOutput, TokenLogprobs
 from workers.row_errors import RowError, RowErrorCode
@@ -60,7 +61,7 @@ def unit_table(errors: Sequence[RowError | None] = (None, ERROR, None)) -> pa.Ta
     return pa.table([*arrays, *passed.columns], names=names)
 
 
-def planned(store: Store) -> UnitSpec:
+def planned(store: LocalStore) -> UnitSpec:
     """A unit that is in the store."""
     unit_id, content = serialize_unit(unit_table())
     unit = UnitSpec(7, unit_id, 3, 3, 6)
@@ -85,7 +86,7 @@ def answer(num_samples: int = 1, logprobs: bool = False) -> dict[str, Any]:
 
 
 def test_unit_round_trip_keeps_types_and_values_to_the_bit(tmp_path):
-    store = Store(tmp_path)
+    store = LocalStore(tmp_path)
     loaded = load_unit(store, planned(store))
     assert bits(loaded) == bits(unit_table())
 
@@ -113,7 +114,7 @@ def test_unit_spec_round_trip_through_json():
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
 def test_unit_file_that_was_tampered_with_is_refused_by_name(tmp_path, damage):
-    store = Store(tmp_path)
+    store = LocalStore(tmp_path)
     unit = planned(store)
     path = tmp_path / unit.unit_name
     content = path.read_bytes()
@@ -153,7 +154,7 @@ def test_shard_samples_and_logprobs_are_those_of_the_answer():
 
 
 def test_shard_commit_passes_columns_through_to_the_bit_for_plain_readers(tmp_path):
-    store = Store(tmp_path)
+    store = LocalStore(tmp_path)
     unit = planned(store)
     shard = shard_of([answer(), {"error": error_value(ERROR)}, answer()], SamplingParams())
     assert commit_shard(store, unit, serialize_shard(shard, footer_of(unit)), "f")
@@ -164,7 +165,7 @@ def test_shard_commit_passes_columns_through_to_the_bit_for_plain_readers(tmp_pa
 
 
 def test_shard_second_commit_of_a_unit_loses_and_the_first_stays(tmp_path):
-    store = Store(tmp_path)
+    store = LocalStore(tmp_path)
     unit = planned(store)
     first = serialize_shard(shard_of([answer()] * 3, SamplingParams()), footer_of(unit))
     second = serialize_shard(shard_of([{"error": error_value(ERROR)}] * 3, SamplingParams()), footer_of(unit))
@@ -174,14 +175,14 @@ def test_shard_second_commit_of_a_unit_loses_and_the_first_stays(tmp_path):
 
 
 def test_shard_that_is_short_is_never_serialized(tmp_path):
-    unit = planned(Store(tmp_path))
+    unit = planned(LocalStore(tmp_path))
     with pytest.raises(ValueError, match="3 rows, wanted 4"):
         serialize_shard(shard_of([answer()] * 3, SamplingParams()), footer_of(unit, num_rows=4))
 
 
 @pytest.mark.parametrize("changes", [{"fingerprint": "other"}, {"unit_id": "0" * 16}, {"protocol": PROTOCOL + 1}])
 def test_shard_of_another_job_at_its_name_is_foreign(tmp_path, changes):
-    store = Store(tmp_path)
+    store = LocalStore(tmp_path)
     unit = planned(store)
     values = {"protocol": PROTOCOL} | {name: getattr(footer_of(unit), name) for name in ShardFooter.__slots__}
     footer = ShardFooter(**(values | changes))
@@ -193,7 +194,7 @@ def test_shard_of_another_job_at_its_name_is_foreign(tmp_path, changes):
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 no", b"text"])
 def test_shard_that_is_no_shard_is_foreign(tmp_path, content):
-    store = Store(tmp_path)
+    store = LocalStore(tmp_path)
     unit = planned(store)
     store.create(unit.shard_name, content)
     with pytest.raises(ForeignShard, match="not a shard"):
@@ -201,7 +202,7 @@ def test_shard_that_is_no_shard_is_foreign(tmp_path, content):
 
 
 def test_shard_parquet_file_without_our_footer_is_foreign(tmp_path):
-    store = Store(tmp_path)
+    store = LocalStore(tmp_path)
     unit = planned(store)
     pq.write_table(pa.table({"a": [1, 2, 3]}), tmp_path / unit.shard_name)
     with pytest.raises(ForeignShard):
@@ -209,7 +210,7 @@ def test_shard_parquet_file_without_our_footer_is_foreign(tmp_path):
 
 
 def test_shard_that_cannot_be_opened_is_a_storage_error(tmp_path):
-    store = Store(tmp_path)
+    store = LocalStore(tmp_path)
     unit = planned(store)
     (tmp_path / unit.shard_name).mkdir()
     with pytest.raises(OutputStorageError, match=unit.shard_name):
