@@ -17,6 +17,7 @@ from pipeline.listing import glob_root, has_magic, is_local
 from pipeline.problems import JobRefused, Problem, nearest, shown
 from pipeline.schemas import JobColumns, check_columns, columns_read
 from pipeline.sources import InputFile, discover
+from pipeline.store import OutputStorageError, open_store
 from workers.prompts import PromptTemplate
 from workers.scoring import ScoringTemplate
 
@@ -112,11 +113,37 @@ def _check_columns(draft: JobDraft, inputs: Sequence[InputFile]) -> tuple[JobCol
 
 def check_output(output: str, input_paths: Sequence[str], inputs: Sequence[InputFile]) -> list[Problem]:
     """Whether results can go into the folder `output`, and no later run would read them as input."""
-    if scheme_of(output):
-        return [
-            Problem("output.path", shown(output), "a local folder: only local folders are supported in this version")
-        ]
+    scheme = scheme_of(output)
+    if scheme == "s3":
+        return _check_bucket(output) or _check_remote_overlap(output, input_paths, inputs)
+    if scheme:
+        return [Problem("output.path", shown(output), "a local folder, or s3://BUCKET/PREFIX")]
     return _check_folder(output) or _check_overlap(output, input_paths, inputs)
+
+
+def _check_bucket(output: str) -> list[Problem]:
+    """Whether the place can be listed. Writes nothing."""
+    try:
+        open_store(output).names()
+    except OutputStorageError as error:
+        wanted = "a bucket that can be listed and written to with the credentials at hand"
+        return [Problem("output.path", str(error), wanted)]
+    return []
+
+
+def _check_remote_overlap(output: str, input_paths: Sequence[str], inputs: Sequence[InputFile]) -> list[Problem]:
+    """The same for URLs, which have no links."""
+    folder = output.rstrip("/") + "/"
+    for path in input_paths:
+        is_inside = folder.startswith(path.rstrip("/") + "/")
+        if is_inside or (has_magic(path) and re.match(glob_translate(path), f"{folder}part-000000-0.parquet")):
+            got = f"{shown(output)}, where input.path {shown(path)} would read the results"
+            return [Problem("output.path", got, "a prefix outside the input")]
+    for file in inputs:
+        if file.path.startswith(folder):
+            got = f"{shown(output)}, which holds the input file {shown(file.path)}"
+            return [Problem("output.path", got, "a prefix without input files")]
+    return []
 
 
 def _check_folder(output: str) -> list[Problem]:

@@ -229,6 +229,8 @@ def _problems(config: FinetuneConfig) -> list[Problem]:
     if config.model.adapter is not None:
         wanted = "it left out: an adapter is trained on the model itself"
         problems.append(Problem("model.adapter", "an adapter", wanted))
+    if not is_local(config.output.path):
+        problems.append(Problem("output.path", config.output.path, "a local folder: checkpoints are kept in it"))
     if config.evaluation.path is not None:
         wanted = "it left out: files of their own are held out"
         given = {"input.limit": config.input.limit is not None}

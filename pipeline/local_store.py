@@ -58,6 +58,9 @@ class LocalStore(Store):
         except FileNotFoundError:
             return []
 
+    def is_exclusive(self) -> bool:
+        return True  # a file system without links refuses to make one
+
     def remove_leftovers(self) -> None:
         for folder in (self.root, *(p for p in self.root.rglob("*") if p.is_dir())):
             for entry in folder.glob(f"{TEMPORARY_PREFIX}*"):

@@ -20,6 +20,7 @@ from pipeline.job import ReadyJob, existing_manifest, today
 from pipeline.manifest import SUCCESS, ForeignOutput, Manifest
 from pipeline.plan import make_plan
 from pipeline.pool import run_units, threads_of
+from pipeline.problems import JobRefused, Problem, shown
 from pipeline.progress import ProgressActor, ProgressDisplay, Totals
 from pipeline.shards import ForeignShard, read_footer
 from pipeline.store import OutputStorageError, Store
@@ -87,13 +88,19 @@ def run_job(job: ReadyJob, say: Say, *, quiet: bool = False) -> RunSummary:
 
 
 def check_unused(store: Store) -> None:
-    """Raises ForeignOutput if a folder without a manifest holds data: it is somebody's."""
+    """Raises ForeignOutput if a folder without a manifest holds data: it is somebody's.
+
+    Raises JobRefused for a store in which two writers could both win.
+    """
     names = store.data_names()
     if names:
         raise ForeignOutput(
             f"output.path: {store.path('')} is not empty ({names[0]}) and not an output of Segue; "
             "wanted a new or empty folder"
         )
+    if not store.is_exclusive():
+        wanted = "a store that honours If-None-Match; this one overwrites what is there"
+        raise JobRefused([Problem("output.path", shown(store.path("")), wanted)])
 
 
 def check_complete(store: Store, manifest: Manifest) -> None:

@@ -44,6 +44,10 @@ class Store(ABC):
         """What is directly inside, sorted, folders with a `/` at the end; nothing if the folder is not there."""
 
     @abstractmethod
+    def is_exclusive(self) -> bool:
+        """Whether `create` really lets one writer win, found out by trying where it depends on the store's make."""
+
+    @abstractmethod
     def remove_leftovers(self) -> None:
         """Delete what dead writers left. Only for a job that is complete: a live one may be writing."""
 
@@ -53,7 +57,8 @@ class Store(ABC):
 
 
 def open_store(path: str) -> Store:
-    """The store at a local path."""
+    """The store at a local path or an `s3://` URL. Touches nothing yet."""
     from pipeline.local_store import LocalStore
+    from pipeline.object_store import ObjectStore
 
-    return LocalStore(path)
+    return ObjectStore(path) if path.startswith("s3://") else LocalStore(path)

@@ -21,3 +21,42 @@ def model_directory(tmp_path_factory) -> str:
     tiny_model("llama").save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
     return str(path)
+
+
+S3_ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "AKIAEXAMPLE0CANARY00",
+    "AWS_SECRET_ACCESS_KEY": "a-secret-canary",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+
+@pytest.fixture(scope="session")
+def moto():
+    """(host, port) of an S3 server in memory."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield server.get_host_and_port()
+    server.stop()
+
+
+@pytest.fixture
+def proxy(moto, monkeypatch):
+    """The way to an empty bucket `data`, for this process and its children."""
+    import urllib.request
+
+    from fault_proxy import fault_proxy
+    from s3fs import S3FileSystem
+
+    host, port = moto
+    for method, path in (("POST", "moto-api/reset"), ("PUT", "data")):
+        request = urllib.request.Request(f"http://{host}:{port}/{path}", method=method)
+        urllib.request.urlopen(request, timeout=30).close()
+    with fault_proxy(host, port) as found:
+        for name, value in (S3_ENVIRONMENT | {"AWS_ENDPOINT_URL": found.url}).items():
+            monkeypatch.setenv(name, value)
+        S3FileSystem.clear_instance_cache()
+        yield found
+    S3FileSystem.clear_instance_cache()
