@@ -189,6 +189,26 @@ def errors(
 
 
 @app.command()
+def verify(
+    output: Annotated[str, typer.Argument(metavar="OUT", help="an output folder, finished or not")],
+    json_only: AsJson = False,
+) -> None:
+    """Whether a folder still holds what its job wrote, byte by byte: missing, cut, changed and foreign files by name.
+
+    Exit codes: 0 sound, 3 not complete yet, 5 damaged.
+    """
+    with _exit_codes():
+        from jobs.show import show_verification
+        from pipeline.verify import verify as verified
+
+        found = verified(output)
+        if not json_only:
+            show_verification(found)
+        _json(asdict(found))
+    raise typer.Exit(found.exit_code)
+
+
+@app.command()
 def evaluate(
     output: Annotated[str, typer.Argument(metavar="OUT", help="a finished output folder")],
     other: Annotated[str | None, typer.Argument(metavar="[OUT2]", help="another, to compare row by row")] = None,

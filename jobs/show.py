@@ -15,6 +15,7 @@ from pipeline.manifest import Manifest
 from pipeline.output import sample_rows, task_of
 from pipeline.results import RESULT_COLUMNS
 from pipeline.summary import RunSummary
+from pipeline.verify import Verification
 from workers.scoring import Task
 
 MAX_CELL_CHARS = 160
@@ -124,6 +125,15 @@ def plain(text: str) -> str:
     """One line without control characters or markup."""
     line = "".join(char if char.isprintable() else " " for char in text).strip()
     return escape(line if len(line) <= MAX_CELL_CHARS else f"{line[: MAX_CELL_CHARS - 3]}...")
+
+
+def show_verification(found: Verification) -> None:
+    """Each damaged file, and what is in order."""
+    out = _console()
+    for damage in found.damages:
+        out.print(f"{damage.kind}: {plain(damage.path)}: {plain(damage.detail)}", soft_wrap=True)
+    missing = f", {found.missing} still to come" if found.missing else ""
+    out.print(f"{found.status}: {found.rows:,} rows in {found.shards} shards in order{missing}")
 
 
 def _console() -> Console:

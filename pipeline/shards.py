@@ -58,17 +58,25 @@ def commit_shard(store: Store, unit: UnitSpec, content: bytes, fingerprint: str)
 
 def read_footer(store: Store, unit: UnitSpec, fingerprint: str) -> ShardFooter:
     """The footer of a committed shard. Raises ForeignShard if it is not this job's shard of this unit, whole."""
-    name = unit.shard_name
+    path = store.path(unit.shard_name)
     try:
-        with store.open(name) as file:
+        with store.open(unit.shard_name) as file:
             metadata = pq.read_metadata(file)
-        footer = ShardFooter(**json.loads((metadata.metadata or {})[FOOTER_KEY]))
-    except (KeyError, TypeError, ValueError) as error:  # ArrowInvalid is a ValueError
-        raise ForeignShard(f"{store.path(name)} is not a shard of Segue: {error}") from error
+    except ValueError as error:  # ArrowInvalid is one
+        raise ForeignShard(f"{path} is not a shard of Segue: {error}") from error
     except OSError as error:
-        raise OutputStorageError(f"{store.path(name)}: {error.strerror or error}") from error
+        raise OutputStorageError(f"{path}: {error.strerror or error}") from error
+    return parse_footer(metadata, unit, fingerprint, path)
+
+
+def parse_footer(metadata: pq.FileMetaData, unit: UnitSpec, fingerprint: str, path: str) -> ShardFooter:
+    """`read_footer` of what was read; `path` is what the file is called in errors."""
+    try:
+        footer = ShardFooter(**json.loads((metadata.metadata or {})[FOOTER_KEY]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ForeignShard(f"{path} is not a shard of Segue: {error}") from error
     wanted = (PROTOCOL, fingerprint, unit.unit_id, unit.num_rows)
     got = (footer.protocol, footer.fingerprint, footer.unit_id, footer.num_rows)
     if got != wanted or metadata.num_rows != unit.num_rows:
-        raise ForeignShard(f"{store.path(name)} is a shard of another job or unit: got {got}, wanted {wanted}")
+        raise ForeignShard(f"{path} is a shard of another job or unit: got {got}, wanted {wanted}")
     return footer

@@ -18,6 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SEGUE = str(Path(sys.executable).with_name("segue"))
+READERS = ("errors", "evaluate", "verify")  # of what other lines have written
 ECHO = ["--set", "model.source=echo", "--limit", "7"]
 
 
@@ -33,9 +34,9 @@ def commands(program: str) -> list[list[str]]:
 
 def redirected(args: Sequence[str], folder: Path, *, extra: Sequence[str] = ()) -> list[str]:
     """The same command writing, or looking, below `folder` instead of the checkout."""
-    if args[0] not in ("run", "plan", "validate", "errors", "evaluate"):
+    if args[0] not in ("run", "plan", "validate", *READERS):
         return list(args)
-    if args[0] in ("errors", "evaluate"):
+    if args[0] in READERS:
         return [args[0], str(folder / args[1]), *args[2:]]
     words = [*args, *extra]
     if "--output" in words:
@@ -66,7 +67,7 @@ def run_lines(folder: Path, *, weights: bool, extra: Sequence[str] = ()) -> dict
     Two at a time, each with a Ray of its own, then those that read what others have written.
     """
     lines = {shlex.join(args): args for args in commands("segue") if needs_weights(args) == weights}
-    readers = {line: args for line, args in lines.items() if args[0] in ("errors", "evaluate")}
+    readers = {line: args for line, args in lines.items() if args[0] in READERS}
     printed: dict[str, dict] = {}
     for group in ({line: args for line, args in lines.items() if line not in readers}, readers):
         with ThreadPoolExecutor(2) as pool:

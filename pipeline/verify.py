@@ -1,0 +1,124 @@
+"""Whether an output folder still holds what its job wrote: every shard against the plan and `_SUCCESS`, byte by byte.
+
+Writes nothing, and reads one shard at a time. Knows Parquet and the store; no model, no Ray.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.manifest import SUCCESS, ForeignOutput, Manifest, load_manifest
+from pipeline.shards import ForeignShard, parse_footer
+from pipeline.store import Store, open_store
+from pipeline.units import UnitDamaged, UnitSpec, load_unit
+
+Kind = Literal["missing", "truncated", "changed", "of another job", "foreign", "plan"]
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """One file that is not as it should be."""
+
+    kind: Kind
+    path: str
+    detail: str
+
+
+@dataclass(slots=True)
+class Verification:
+    """Of one output folder."""
+
+    output: str
+    status: str = "sound"  # sound | incomplete | damaged
+    rows: int = 0  # in shards that are in order
+    shards: int = 0
+    missing: int = 0  # shards that the job has still to write
+    damages: list[Damage] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        return {"sound": 0, "incomplete": 3, "damaged": 5}[self.status]
+
+
+def verify(output: str) -> Verification:
+    """Raises ForeignOutput for what is no output of `segue run`, OutputStorageError for what cannot be read."""
+    store = open_store(output)
+    manifest = load_manifest(store)
+    if manifest is None:
+        raise ForeignOutput(f"{output} is not an output folder of Segue: it has no _job/manifest.json")
+    if manifest.fields.get("task") == "finetune":
+        raise ForeignOutput(f"{output} is a training's folder; wanted an output of segue run")
+    found = Verification(output)
+    recorded = _recorded(store, manifest, found)
+    present = set(store.data_names())
+    planned = {unit.shard_name for unit in manifest.units}
+    found.damages += [
+        Damage("foreign", store.path(name), "a file that is not in the plan") for name in sorted(present - planned)
+    ]
+    for unit in manifest.units:
+        if unit.shard_name in present:
+            damages = list(_damages(store, manifest, unit, recorded))
+            found.damages += damages
+            found.rows += 0 if damages else unit.num_rows
+            found.shards += not damages
+        elif recorded is not None:
+            detail = f"gone, although {SUCCESS} says that it was there"
+            found.damages.append(Damage("missing", store.path(unit.shard_name), detail))
+        else:
+            found.missing += 1
+            found.damages += _plan_damages(store, unit)
+    found.status = "damaged" if found.damages else "sound" if recorded is not None else "incomplete"
+    return found
+
+
+def _recorded(store: Store, manifest: Manifest, found: Verification) -> dict[str, dict[str, Any]] | None:
+    """What `_SUCCESS` says of each shard; None without one."""
+    if not store.exists(SUCCESS):
+        return None
+    try:
+        success = json.loads(store.read(SUCCESS))
+        shards = {shard["name"]: shard for shard in success["shards"]}
+        fingerprint = success["fingerprint"]
+    except (ValueError, KeyError, TypeError):
+        found.damages.append(Damage("changed", store.path(SUCCESS), "not what a finished job writes"))
+        return {}
+    if fingerprint != manifest.fingerprint:
+        detail = f"job {fingerprint}, the plan's is {manifest.fingerprint}"
+        found.damages.append(Damage("of another job", store.path(SUCCESS), detail))
+    return shards
+
+
+def _damages(
+    store: Store, manifest: Manifest, unit: UnitSpec, recorded: dict[str, dict[str, Any]] | None
+) -> Iterator[Damage]:
+    path, content = store.path(unit.shard_name), store.read(unit.shard_name)
+    record = (recorded or {}).get(unit.shard_name)
+    if record is not None and len(content) < record["bytes"]:
+        yield Damage("truncated", path, f"{len(content):,} bytes, wanted {record['bytes']:,}")
+        return
+    try:
+        with pq.ParquetFile(io.BytesIO(content), page_checksum_verification=True) as file:
+            parse_footer(file.metadata, unit, manifest.fingerprint, path)
+            file.read()
+    except ForeignShard as error:
+        yield Damage("of another job", path, str(error))
+        return
+    except (OSError, ValueError, pa.ArrowException) as error:
+        yield Damage("changed", path, f"not a Parquet file any more: {error}")
+        return
+    if record is not None and hashlib.sha256(content).hexdigest() != record["sha256"]:
+        yield Damage("changed", path, f"its sha256 is not the one in {SUCCESS}")
+
+
+def _plan_damages(store: Store, unit: UnitSpec) -> Iterator[Damage]:
+    """Of a unit that is still to be answered."""
+    try:
+        load_unit(store, unit)
+    except UnitDamaged as error:
+        yield Damage("plan", store.path(unit.unit_name), str(error))
