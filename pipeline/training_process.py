@@ -21,7 +21,7 @@ from pipeline.manifest import SUCCESS, load_manifest
 from pipeline.store import OutputStorageError
 from pipeline.summary import is_over_limit
 from pipeline.training_data import Holdout, TrainingData, load_training_data
-from workers.adapter_record import AdapterRecord
+from workers.adapter_record import RECORD, AdapterRecord
 from workers.checkpoints import Checkpoints, sync
 from workers.memory import keep_freed_memory
 from workers.model import DTYPES
@@ -115,6 +115,8 @@ def save_adapter(model: TrainingModel, target: Path, record: AdapterRecord) -> N
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_adapter(temporary, base_model=record.base_model or "")
     record.save(temporary)
+    for path in temporary.iterdir():
+        shutil.copymode(temporary / RECORD, path)  # safetensors lets nobody else read its file
     for path in [*temporary.iterdir(), temporary]:
         sync(path)
     shutil.rmtree(target, ignore_errors=True)  # of a run that was killed before it could say that it is done

@@ -4,6 +4,7 @@ import fcntl
 import json
 import shutil
 import signal
+import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -211,6 +212,12 @@ def test_adapter_refuses_another_base_model_of_the_same_shape(trained, tmp_path)
         "q_proj",
         "v_proj",
     ]
+
+
+def test_adapter_may_be_read_by_whoever_may_read_the_record(trained):
+    folder, _ = trained
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (folder / "ft" / "adapter").iterdir()}
+    assert set(modes.values()) == {modes["segue.json"]}
 
 
 def test_every_problem_of_a_job_is_told_at_once(tmp_path):

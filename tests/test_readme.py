@@ -5,6 +5,7 @@ Knows the README's form, blocks fenced as sh or python and one command a line; n
 """
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -14,6 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
+from pipeline.config import JobConfig
+from pipeline.config_file import load_job
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -120,15 +124,22 @@ def test_design_names_modules_and_tests_that_exist_and_leaves_no_module_out() ->
 
 
 def test_readme_job_file_is_valid_and_asks_what_the_example_asks(tmp_path: Path) -> None:
-    from pipeline.config_file import load_job
-
     *jobs, _ = blocks("yaml")
     for name, block in zip(("triage", "quiz"), jobs, strict=True):
         (tmp_path / "job.yaml").write_text(block)
-        shown, example = load_job(tmp_path / "job.yaml"), load_job(ROOT / "jobs/examples" / name / "job.yaml")
+        shown, example = _job(tmp_path / "job.yaml"), _job(ROOT / "jobs/examples" / name / "job.yaml")
         for section in ("task", "model", "sampling_params", "scoring", "workers"):
             if section != "workers" or name == "triage":
                 assert getattr(shown, section) == getattr(example, section), (name, section)
+
+
+def _job(path: Path) -> JobConfig:
+    """With the adapter as the file names it, relative to itself."""
+    job = load_job(path)
+    if job.model.adapter is None:
+        return job
+    adapter = os.path.relpath(job.model.adapter, path.parent)
+    return job.model_copy(update={"model": job.model.model_copy(update={"adapter": adapter})})
 
 
 def test_readme_training_is_valid_and_names_the_defaults(tmp_path: Path) -> None:
@@ -166,7 +177,7 @@ def test_readme_python_runs_and_prints_what_it_says() -> None:
 @pytest.mark.commands
 def test_readme_lines_that_need_no_weights_work_with_the_echo_model(tmp_path: Path) -> None:
     printed = run_lines(tmp_path, weights=False, extra=ECHO)
-    assert {line.split()[0] for line in printed} == {"run", "validate", "errors", "evaluate", "schema"}
+    assert {line.split()[0] for line in printed} == {"run", "validate", *READERS, "schema"}
     finished = [value for line, value in printed.items() if line.startswith("run ")]
     assert [(value["status"], value["rows"]) for value in finished] == [("done", 7)] * len(finished)
     assert sum(printed["errors out-bad"]["errors"].values()) > 0

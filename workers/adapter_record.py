@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from workers.model_source import ModelRefused
 
-FILE_NAME = "segue.json"
+RECORD = "segue.json"
 
 
 class AdapterRecord(BaseModel):
@@ -42,12 +42,12 @@ class AdapterRecord(BaseModel):
 
     def save(self, directory: Path) -> None:
         text = json.dumps(self.model_dump(exclude_none=True), indent=2)
-        (directory / FILE_NAME).write_text(text + "\n", encoding="utf-8")
+        (directory / RECORD).write_text(text + "\n", encoding="utf-8")
 
 
 def load_record(adapter: Path) -> AdapterRecord | None:
     """None if the adapter has none: then it was made elsewhere. Raises ModelRefused for one that is not understood."""
-    path = adapter / FILE_NAME
+    path = adapter / RECORD
     if not path.is_file():
         return None
     try:
