@@ -19,14 +19,16 @@ def make_tasks() -> ModuleType:
 
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_look_ups_have_one_answer_in_either_order(part: str) -> None:
-    tasks = make_tasks()
-    items = list(tasks.lookup_items(part, 200))
+    items = list(make_tasks().lookup_items(part, 200))
     for item in items:
-        table = dict(pair.split(": ") for pair in item.text.removeprefix("Table: ").removesuffix(".").split(", "))
-        asked = item.question.removeprefix("Who has ").removesuffix("?")
-        assert [name for name, colour in table.items() if colour == asked] == [item.choices[item.label]]
-        first, last = (item.prompt(order) for order in tasks.ORDERS)
-        assert first.split("\n")[::-1] == last.split("\n")
+        assert sorted(item.parts) == sorted(item.swapped)
+        assert item.parts != item.swapped
+        numbers, names, question = item.parts
+        number_of = dict(pair.split() for pair in numbers.removeprefix("Numbers: ").rstrip(".").split(", "))
+        colour_of = dict(pair.split() for pair in names.removeprefix("Names: ").rstrip(".").split(", "))
+        asked = question.removeprefix("Which number has ").rstrip("?")
+        assert number_of[colour_of[asked]] == item.choices[item.label]
+        assert len({*item.choices}) == 6
     assert len({item.label for item in items}) == 6
 
 
@@ -35,8 +37,8 @@ def test_words_occur_in_their_sentence_and_no_other_option_does() -> None:
     sentences = [f"Which {word} grows near the river bank in summer?" for word in ("plant", "flower", "grass")]
     vocabulary = ["mountain", "river", "magnet", "planet", "summer", "engine"]
     for item in tasks.word_items("train", 3, sentences, vocabulary):
-        options = item.question.removeprefix("Which word is in the sentence? ").split()[1::2]
-        found = [option in tasks.words_of(item.text.removeprefix("Sentence: ")) for option in options]
+        options = item.parts[0].removeprefix("Which word is in the sentence? ").split()[1::2]
+        found = [option in tasks.words_of(item.parts[1].removeprefix("Sentence: ")) for option in options]
         assert found == [n == item.label for n in range(4)]
 
 

@@ -1,12 +1,14 @@
 """The study's data: tasks in which the order of a prompt's parts matters, and four of the paper's own.
 
-    lookup    a table of six names and their colours, and whose a colour is: the name stands *before* what is asked for
+    lookup    six names and their colours, six colours and their numbers: which number does a name have, by its colour?
     word      a sentence of a real exam question, and which of four words occurs in it
     paper     ARC-Easy, ARC-Challenge, OpenBookQA and BoolQ as the paper's authors train on them, in one
 
-`lookup` and `word` are small enough for a small model to learn, and come in both orders: what is asked first, or last.
-A third form has the prompt twice ("prompt repetition"), for the arm that gives a causal model a second look. Knows
-texts; nothing of models or jobs.
+`lookup` and `word` are small enough for a small model to learn, and come in two orders. If the numbers stand before the
+names, a causal model can put both hops together while it reads; if they stand after them, all is left to the last
+tokens. If the question stands before the sentence, the sentence is read with it in mind. A third form has the prompt
+twice ("prompt repetition"), for the arm that gives a causal model a second look. Knows texts; nothing of models or
+jobs.
 """
 
 import json
@@ -20,12 +22,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 NUM_TRAIN, NUM_TEST = 2400, 1000
-ORDERS = ("question_first", "question_last")
+ORDERS = {"lookup": ("numbers_first", "numbers_last"), "word": ("question_first", "question_last")}
 NAMES = (
     "Ada", "Ben", "Cara", "Dan", "Eva", "Finn", "Gina", "Hugo", "Ida", "Jack", "Kim", "Leo", "Mia", "Ned", "Olga",
     "Paul", "Rosa", "Sam", "Tina", "Ulf", "Vera", "Will", "Yara", "Zoe",
 )  # fmt: skip
 COLOURS = ("red", "blue", "green", "black", "white", "brown", "pink", "gray", "gold", "silver", "purple", "orange")
+NUM_PAIRS = 6
 LETTERS = "ABCD"
 KINDS = ("easy", "challenge")
 PAPER_TASKS = ("arc_easy", "arc_challenge", "openbookqa", "boolq")
@@ -35,26 +38,27 @@ AS_PUBLISHED = "as_published"  # the paper's tasks have one order
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One question: what is to be looked through, what is asked of it, and what may be answered."""
+    """One question: the parts of its prompt in the first of its task's orders, and what may be answered."""
 
-    text: str
-    question: str
+    parts: tuple[str, ...]
+    swapped: tuple[str, ...]  # in the second order
     choices: tuple[str, ...]
     label: int
 
-    def prompt(self, order: str) -> str:
-        parts = (self.question, self.text) if order == "question_first" else (self.text, self.question)
-        return "\n".join(parts)
-
 
 def lookup_items(seed: str, count: int) -> Iterator[Item]:
-    """Every item has its own table; names and colours are drawn anew."""
+    """Every item has its own tables; names, colours and numbers are drawn anew."""
     random = Random(f"lookup/{seed}")
     for _ in range(count):
-        names, colours = random.sample(NAMES, 6), random.sample(COLOURS, 6)
-        label = random.randrange(6)
-        table = ", ".join(f"{name}: {colour}" for name, colour in zip(names, colours, strict=True))
-        yield Item(f"Table: {table}.", f"Who has {colours[label]}?", tuple(names), label)
+        names, colours = random.sample(NAMES, NUM_PAIRS), random.sample(COLOURS, NUM_PAIRS)
+        numbers = random.sample("123456789", NUM_PAIRS)
+        order = random.sample(range(NUM_PAIRS), NUM_PAIRS)
+        label = random.randrange(NUM_PAIRS)
+        by_name = ", ".join(f"{name} {colour}" for name, colour in zip(names, colours, strict=True))
+        by_colour = ", ".join(f"{colours[place]} {numbers[place]}" for place in order)
+        first, second = f"Numbers: {by_colour}.", f"Names: {by_name}."
+        question = f"Which number has {names[label]}?"
+        yield Item((first, second, question), (second, first, question), tuple(numbers), label)
 
 
 def word_items(seed: str, count: int, sentences: Sequence[str], vocabulary: Sequence[str]) -> Iterator[Item]:
@@ -67,7 +71,8 @@ def word_items(seed: str, count: int, sentences: Sequence[str], vocabulary: Sequ
         options = random.sample([right, *wrong], 4)
         label = options.index(right)
         listed = " ".join(f"{letter}: {option}" for letter, option in zip(LETTERS, options, strict=True))
-        yield Item(f"Sentence: {sentence}", f"Which word is in the sentence? {listed}", tuple(LETTERS), label)
+        text, question = f"Sentence: {sentence}", f"Which word is in the sentence? {listed}"
+        yield Item((question, text), (text, question), tuple(LETTERS), label)
 
 
 def words_of(sentence: str) -> list[str]:
@@ -121,20 +126,22 @@ def write_tasks(data: Path | None, folder: Path) -> dict[str, tuple[str, ...]]:
             rows = [row for name, text in files.items() for row in paper_rows(text.splitlines(), count, name)]
             _write(folder / "paper" / AS_PUBLISHED / f"{part}.parquet", rows)
     for task, parts in items.items():
-        for order in ORDERS:
+        for number, order in enumerate(ORDERS[task]):
             for part, made in parts.items():
-                _write(folder / task / order / f"{part}.parquet", [_row(item, order) for item in made])
-    orders: dict[str, tuple[str, ...]] = dict.fromkeys(items, ORDERS)
+                rows = [_row(item, (item.parts, item.swapped)[number]) for item in made]
+                _write(folder / task / order / f"{part}.parquet", rows)
+    orders: dict[str, tuple[str, ...]] = {task: ORDERS[task] for task in items}
     return orders if data is None else orders | {"paper": (AS_PUBLISHED,)}
 
 
 _COUNTS = {"train": NUM_TRAIN, "test": NUM_TEST}
 
 
-def _row(item: Item, order: str) -> dict[str, object]:
+def _row(item: Item, parts: tuple[str, ...]) -> dict[str, object]:
+    prompt = "\n".join(parts)
     return {
-        "prompt": item.prompt(order),
-        "prompt_twice": f"{item.prompt(order)}\n\n{item.prompt(order)}",
+        "prompt": prompt,
+        "prompt_twice": f"{prompt}\n\n{prompt}",
         "output": item.choices[item.label],
         "choices": item.choices,
         "label": item.label,
