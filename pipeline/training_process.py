@@ -102,10 +102,9 @@ def train_process(
         with Metrics(store.root / METRICS, done if ranks.is_first else None) as metrics:
             if not trainer.run(checkpoints, metrics.write, should_stop):
                 return False
-        eval_loss, _ = trainer.evaluate() if data.held_out else (None, 0)
         if ranks.is_first:
             save_adapter(model, store.root / ADAPTER, spec.record)
-            store.create(SUCCESS, json.dumps(_result(trainer, data, eval_loss), indent=1).encode())
+            store.create(SUCCESS, json.dumps(_result(trainer, data), indent=1).encode())
     return True
 
 
@@ -181,7 +180,7 @@ def _check_steps(num_steps: int, params: TrainingParams) -> None:
         )
 
 
-def _result(trainer: Trainer, data: TrainingData, eval_loss: float | None) -> dict[str, Any]:
+def _result(trainer: Trainer, data: TrainingData) -> dict[str, Any]:
     progress = trainer.progress
     return {
         "steps": progress.step,
@@ -190,7 +189,7 @@ def _result(trainer: Trainer, data: TrainingData, eval_loss: float | None) -> di
         "examples": len(data.examples),
         "held_out": len(data.held_out),
         "errors": dict(sorted(data.errors.items())),
-        "eval_loss": eval_loss,
+        "eval_loss": trainer.kept_loss,
         "best_step": progress.best_step,
         "tokens": progress.num_tokens,
         "training_seconds": round(progress.seconds, 2),

@@ -220,7 +220,7 @@ def test_adapter_may_be_read_by_whoever_may_read_the_record(trained):
     assert set(modes.values()) == {modes["segue.json"]}
 
 
-def test_every_problem_of_a_job_is_told_at_once(tmp_path):
+def test_every_problem_of_a_job_is_told_at_once(tmp_path, monkeypatch):
     rows = {"path": "rows.parquet", "limit": 5}
     path = write(tmp_path, "echo", evaluation={"path": "rows.parquet"}, input=rows, workers={"max_num_seqs": 3})
     with pytest.raises(JobRefused) as refused:
@@ -238,6 +238,9 @@ def test_every_problem_of_a_job_is_told_at_once(tmp_path):
         prepare_finetune(path, ["evaluation.path=nowhere.parquet"])
     with pytest.raises(JobRefused, match=r"'replies'"):
         prepare_finetune(path, ["scoring.continuation_column=replies"])
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(JobRefused, match=r"output.path: got s3://bucket/ft, wanted a local folder"):
+        prepare_finetune(path, ["output.path=s3://bucket/ft"])
 
 
 def test_validate_checks_a_training_without_starting_it(trained, tmp_path, model_directory):

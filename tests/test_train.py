@@ -158,6 +158,7 @@ def test_early_stopping_ends_the_training_and_the_best_adapter_is_kept(tmp_path)
     assert not any(look.is_best for look in looks[-2:])
     best = min(look.eval_loss for look in looks)
     assert subject.evaluate()[0] == pytest.approx(best, abs=1e-6)
+    assert subject.kept_loss == best
     assert best < looks[-1].eval_loss
     assert run(trainer(contrary, num_epochs=20, early_stopping_patience=2, dropout=0.0), tmp_path) == []
 
@@ -178,6 +179,7 @@ def test_last_adapter_is_kept_if_asked_for(tmp_path):
     subject = trainer(contrary, keep="last", num_epochs=4, dropout=0.0, warmup_steps=0)
     looks = [event for event in run(subject, tmp_path) if isinstance(event, EvaluationReport)]
     assert subject.evaluate()[0] == pytest.approx(looks[-1].eval_loss, abs=1e-6)
+    assert subject.kept_loss == looks[-1].eval_loss
 
 
 def test_loss_that_is_no_number_is_told_with_its_step(tmp_path):

@@ -25,7 +25,8 @@ class Progress:
     step: int = 0  # steps done
     num_tokens: int = 0  # fed in all steps
     seconds: float = 0.0  # of training, those before a resume included
-    best_loss: float | None = None  # on the held-out examples
+    last_loss: float | None = None  # on the held-out examples, when they were last looked at
+    best_loss: float | None = None
     best_step: int | None = None
     looks_since_best: int = 0
     is_stopped: bool = False  # early

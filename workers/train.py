@@ -94,6 +94,11 @@ class Trainer:
     def progress(self) -> Progress:
         return self._progress
 
+    @property
+    def kept_loss(self) -> float | None:
+        """On the held-out examples, of the adapter that a finished training ends with; None without any."""
+        return self._progress.best_loss if self._params.keep == "best" else self._progress.last_loss
+
     def run(self, checkpoints: Checkpoints, report: Report, should_stop: Callable[[], bool] = lambda: False) -> bool:
         """Train to the end, from the beginning or from where `resume` found it.
 
@@ -201,6 +206,7 @@ class Trainer:
     def _look(self, checkpoints: Checkpoints) -> EvaluationReport:
         loss, count = self.evaluate()
         progress = self._progress
+        progress.last_loss = loss
         is_best = progress.best_loss is None or loss < progress.best_loss
         progress.looks_since_best = 0 if is_best else progress.looks_since_best + 1
         if is_best:
