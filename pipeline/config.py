@@ -54,7 +54,7 @@ def _check_data_location(path: str) -> str:
         raise PydanticCustomError("scheme", "a local path, a file:/// URL or an s3:// URL")
     if scheme == "file" and not path[len("file://") :].startswith("/"):
         raise PydanticCustomError("file_url", "file:/// followed by an absolute path")
-    return path
+    return scheme + path[len(scheme) :]  # in lower case
 
 
 def _tuple_of_one_or_many(value: object) -> object:

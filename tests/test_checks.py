@@ -292,9 +292,23 @@ def test_check_output_beside_the_input_passes(tmp_path, source, output):
 
 
 @pytest.mark.parametrize("output", ["s3://bucket/out", "S3://bucket/out"])
-def test_check_output_in_a_store_is_refused_for_now(tmp_path, output):
+def test_check_output_in_a_store_is_refused_without_credentials(tmp_path, monkeypatch, output):
     write(tmp_path / "in/a.parquet", {"prompt": ["x"]})
-    assert "only local folders are supported in this version" in refusal(job(tmp_path, output={"path": output}))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    found = refusal(job(tmp_path, output={"path": output}))
+    assert "output.path: got s3://bucket/out/: NoCredentialsError" in found
+    assert "wanted a bucket that can be listed" in found
+
+
+@pytest.mark.parametrize("output", ["file:///out", "gs://bucket/out"])
+def test_check_output_elsewhere_is_refused(tmp_path, output):
+    with pytest.raises((JobRefused, ValueError)) as refused:
+        check_job(job(tmp_path, output={"path": output}))
+    assert "s3://" in str(refused.value)
 
 
 @pytest.mark.parametrize("output", ["out", "out/below"])
