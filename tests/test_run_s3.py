@@ -5,6 +5,9 @@ import json
 import pytest
 from echo_jobs import NUM_ROWS, awkward_table, origins, outcome, rows_of, segue_process, write_input, write_job
 from fault_proxy import Fault
+from typer.testing import CliRunner
+
+from jobs.cli import app
 
 LOCATIONS = {"input": {"path": "s3://data/in"}, "output": {"path": "s3://data/out", "max_rows_per_file": 16}}
 
@@ -19,9 +22,12 @@ def bucket(proxy, tmp_path):
     return fs
 
 
-def segue(folder, *arguments):
-    with segue_process(folder, *arguments) as process:
-        return outcome(process)
+def segue(*arguments):
+    """In this process, for what starts no Ray: (exit code, stdout, stderr)."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
 
 
 def pending_uploads(fs):
@@ -34,7 +40,8 @@ def test_rows_go_from_s3_to_s3_exactly_once_through_faults(bucket, proxy, tmp_pa
     proxy.faults += [Fault("status", path="units/", times=2), Fault("reset", "GET", path="units/")]
     proxy.faults += [Fault("status", "GET", path="in/", status=500, code="InternalError"), Fault("cut", "GET", "part-")]
     job = write_job(tmp_path, **LOCATIONS)
-    code, out, err = segue(tmp_path, "run", str(job), "--quiet")
+    with segue_process(tmp_path, "run", str(job), "--quiet") as process:
+        code, out, err = outcome(process)
     assert (code, "Traceback" in err) == (0, False), err
     assert [fault for fault in proxy.faults if fault.times] == []
     bucket.get("data/out", str(tmp_path / "out"), recursive=True)
@@ -48,18 +55,18 @@ def test_rows_go_from_s3_to_s3_exactly_once_through_faults(bucket, proxy, tmp_pa
     assert pending_uploads(bucket) == []
     assert "canary" not in (out + err).lower()
 
-    code, out, _ = segue(tmp_path, "run", str(job), "--quiet")
+    code, out, _ = segue("run", str(job), "--quiet")
     assert (code, json.loads(out.splitlines()[-1])["status"]) == (0, "already_complete")
-    code, _, err = segue(tmp_path, "run", str(job), "--quiet", "--set", "sampling_params.max_tokens=5")
+    code, _, err = segue("run", str(job), "--quiet", "--set", "sampling_params.max_tokens=5")
     assert code == 2
     assert "sampling_params" in err
-    code, out, err = segue(tmp_path, "errors", "s3://data/out")
+    code, out, err = segue("errors", "s3://data/out")
     assert (code, json.loads(out.splitlines()[-1])["errors"]) == (0, {}), err
 
 
 def test_store_that_overwrites_is_refused_before_anything_is_planned(bucket, proxy, tmp_path):
     proxy.drops_conditions = True
-    code, _, err = segue(tmp_path, "run", str(write_job(tmp_path, **LOCATIONS)), "--quiet")
+    code, _, err = segue("run", str(write_job(tmp_path, **LOCATIONS)), "--quiet")
     assert code == 2
     assert "output.path: got 's3://data/out/', wanted a store that honours If-None-Match" in err
     assert bucket.find("data/out") == ["data/out/_job/.probe"]
@@ -75,14 +82,14 @@ def test_store_that_overwrites_is_refused_before_anything_is_planned(bucket, pro
 )
 def test_output_that_cannot_be_is_refused_in_one_line(bucket, tmp_path, output, wanted):
     job = write_job(tmp_path, input=LOCATIONS["input"], output={"path": output})
-    code, _, err = segue(tmp_path, "validate", str(job))
+    code, _, err = segue("validate", str(job))
     assert code == 2
     assert wanted in err
 
 
 def test_denied_output_is_refused_before_the_start(bucket, proxy, tmp_path):
     proxy.faults.append(Fault("status", "GET", path="prefix=out", times=10**6, status=403, code="AccessDenied"))
-    code, _, err = segue(tmp_path, "validate", str(write_job(tmp_path, **LOCATIONS)))
+    code, _, err = segue("validate", str(write_job(tmp_path, **LOCATIONS)))
     assert code == 2
     assert "AccessDenied" in err
     assert "canary" not in err.lower()
