@@ -24,7 +24,7 @@ from pipeline.job import IDENTITY_DIGITS, ReadyJob, checked_encoder, prepared, t
 from pipeline.listing import is_local
 from pipeline.manifest import SUCCESS, ForeignOutput, check_same_fields
 from pipeline.pool import threads_of
-from pipeline.problems import JobRefused, Problem
+from pipeline.problems import JobRefused, Problem, shown
 from pipeline.run import Say, plan_job
 from pipeline.sources import discover
 from pipeline.store import OutputStorageError
@@ -230,7 +230,7 @@ def _problems(config: FinetuneConfig) -> list[Problem]:
         wanted = "it left out: an adapter is trained on the model itself"
         problems.append(Problem("model.adapter", "an adapter", wanted))
     if not is_local(config.output.path):
-        problems.append(Problem("output.path", config.output.path, "a local folder: checkpoints are kept in it"))
+        problems.append(Problem("output.path", shown(config.output.path), "a local folder: checkpoints are kept in it"))
     if config.evaluation.path is not None:
         wanted = "it left out: files of their own are held out"
         given = {"input.limit": config.input.limit is not None}

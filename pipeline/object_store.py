@@ -35,8 +35,7 @@ class ObjectStore(Store):
     def create(self, name: str, content: bytes) -> bool:
         if len(content) >= MAX_PUT_BYTES:
             raise OutputStorageError(f"{self.path(name)}: {len(content):,} bytes are more than one PUT takes")
-        put = {"mode": "create", "chunksize": MAX_PUT_BYTES}
-        return self._retried(name, lambda: self._put(name, content, put))
+        return self._retried(name, lambda: self._put(name, content))
 
     def read(self, name: str) -> bytes:
         return self._retried(name, lambda: self._fs.cat_file(self._key(name)))
@@ -84,9 +83,9 @@ class ObjectStore(Store):
     def _key(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
 
-    def _put(self, name: str, content: bytes, options: dict[str, Any]) -> bool:
+    def _put(self, name: str, content: bytes) -> bool:
         try:
-            self._fs.pipe_file(self._key(name), content, **options)
+            self._fs.pipe_file(self._key(name), content, mode="create", chunksize=MAX_PUT_BYTES)
         except OSError as error:
             if _status(error) != LOST_THE_RACE:
                 raise

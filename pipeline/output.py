@@ -22,19 +22,27 @@ from workers.scoring import Task
 
 def _shards(output: str) -> Iterator["_Shard"]:
     """Committed shards in plan order. Raises ForeignOutput if the folder is no output of Segue."""
-    store, manifest = open_store(output), _manifest_of(output)
+    store, manifest = open_store(output), manifest_of(output)
     present = set(store.names())
     yield from (_Shard(store, unit.shard_name) for unit in manifest.units if unit.shard_name in present)
 
 
 def task_of(output: str) -> Task:
     """What the folder's job does. Raises ForeignOutput."""
-    return _manifest_of(output).fields.get("task", "generate")
+    return manifest_of(output).fields.get("task", "generate")
+
+
+def manifest_of(output: str) -> Manifest:
+    """What a folder belongs to, finished or not. Raises ForeignOutput if it is none of Segue's."""
+    manifest = load_manifest(open_store(output))
+    if manifest is None:
+        raise ForeignOutput(f"{output} is not an output folder of Segue: it has no _job/manifest.json")
+    return manifest
 
 
 def finished_manifest(output: str) -> Manifest:
     """What a complete output folder belongs to. Raises ForeignOutput if it is not complete, or none of Segue's."""
-    manifest = _manifest_of(output)
+    manifest = manifest_of(output)
     if not open_store(output).exists(SUCCESS):
         raise ForeignOutput(f"{output} is not complete: it has no {SUCCESS}; run its job again to finish it")
     return manifest
@@ -96,13 +104,6 @@ def error_counts(output: str) -> dict[str, int]:
         column = shard.read(["error"])["error"]
         counts.update(value["code"] for value in column.drop_null().to_pylist())
     return dict(sorted(counts.items()))
-
-
-def _manifest_of(output: str) -> Manifest:
-    manifest = load_manifest(open_store(output))
-    if manifest is None:
-        raise ForeignOutput(f"{output} is not an output folder of Segue: it has no _job/manifest.json")
-    return manifest
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,13 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.manifest import SUCCESS, ForeignOutput, Manifest, load_manifest
+from pipeline.manifest import SUCCESS, ForeignOutput, Manifest
+from pipeline.output import manifest_of
 from pipeline.shards import ForeignShard, parse_footer
 from pipeline.store import Store, open_store
 from pipeline.units import UnitDamaged, UnitSpec, load_unit
@@ -46,12 +47,18 @@ class Verification:
         return {"sound": 0, "incomplete": 3, "damaged": 5}[self.status]
 
 
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """What `_SUCCESS` says of a shard."""
+
+    num_bytes: int
+    sha256: str
+
+
 def verify(output: str) -> Verification:
     """Raises ForeignOutput for what is no output of `segue run`, OutputStorageError for what cannot be read."""
     store = open_store(output)
-    manifest = load_manifest(store)
-    if manifest is None:
-        raise ForeignOutput(f"{output} is not an output folder of Segue: it has no _job/manifest.json")
+    manifest = manifest_of(output)
     if manifest.fields.get("task") == "finetune":
         raise ForeignOutput(f"{output} is a training's folder; wanted an output of segue run")
     found = Verification(output)
@@ -63,7 +70,7 @@ def verify(output: str) -> Verification:
     ]
     for unit in manifest.units:
         if unit.shard_name in present:
-            damages = list(_damages(store, manifest, unit, recorded))
+            damages = list(_damages(store, manifest, unit, (recorded or {}).get(unit.shard_name)))
             found.damages += damages
             found.rows += 0 if damages else unit.num_rows
             found.shards += not damages
@@ -77,30 +84,30 @@ def verify(output: str) -> Verification:
     return found
 
 
-def _recorded(store: Store, manifest: Manifest, found: Verification) -> dict[str, dict[str, Any]] | None:
-    """What `_SUCCESS` says of each shard; None without one."""
+def _recorded(store: Store, manifest: Manifest, found: Verification) -> dict[str, _Record] | None:
+    """What `_SUCCESS` says of each shard; None without one, or if it cannot be read."""
     if not store.exists(SUCCESS):
         return None
+    path = store.path(SUCCESS)
     try:
         success = json.loads(store.read(SUCCESS))
-        shards = {shard["name"]: shard for shard in success["shards"]}
-        fingerprint = success["fingerprint"]
+        fingerprint = str(success["fingerprint"])
+        records = {str(each["name"]): _Record(int(each["bytes"]), str(each["sha256"])) for each in success["shards"]}
     except (ValueError, KeyError, TypeError):
-        found.damages.append(Damage("changed", store.path(SUCCESS), "not what a finished job writes"))
-        return {}
+        found.damages.append(Damage("changed", path, "not what a finished job writes"))
+        return None
     if fingerprint != manifest.fingerprint:
         detail = f"job {fingerprint}, the plan's is {manifest.fingerprint}"
-        found.damages.append(Damage("of another job", store.path(SUCCESS), detail))
-    return shards
+        found.damages.append(Damage("of another job", path, detail))
+    unlisted = [unit.shard_name for unit in manifest.units if unit.shard_name not in records]
+    found.damages += [Damage("changed", path, f"does not list {name}") for name in unlisted]
+    return records
 
 
-def _damages(
-    store: Store, manifest: Manifest, unit: UnitSpec, recorded: dict[str, dict[str, Any]] | None
-) -> Iterator[Damage]:
+def _damages(store: Store, manifest: Manifest, unit: UnitSpec, record: _Record | None) -> Iterator[Damage]:
     path, content = store.path(unit.shard_name), store.read(unit.shard_name)
-    record = (recorded or {}).get(unit.shard_name)
-    if record is not None and len(content) < record["bytes"]:
-        yield Damage("truncated", path, f"{len(content):,} bytes, wanted {record['bytes']:,}")
+    if record is not None and len(content) < record.num_bytes:
+        yield Damage("truncated", path, f"{len(content):,} bytes, wanted {record.num_bytes:,}")
         return
     try:
         with pq.ParquetFile(io.BytesIO(content), page_checksum_verification=True) as file:
@@ -112,7 +119,7 @@ def _damages(
     except (OSError, ValueError, pa.ArrowException) as error:
         yield Damage("changed", path, f"not a Parquet file any more: {error}")
         return
-    if record is not None and hashlib.sha256(content).hexdigest() != record["sha256"]:
+    if record is not None and hashlib.sha256(content).hexdigest() != record.sha256:
         yield Damage("changed", path, f"its sha256 is not the one in {SUCCESS}")
 
 

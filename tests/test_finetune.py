@@ -239,7 +239,7 @@ def test_every_problem_of_a_job_is_told_at_once(tmp_path, monkeypatch):
     with pytest.raises(JobRefused, match=r"'replies'"):
         prepare_finetune(path, ["scoring.continuation_column=replies"])
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    with pytest.raises(JobRefused, match=r"output.path: got s3://bucket/ft, wanted a local folder"):
+    with pytest.raises(JobRefused, match=r"output.path: got 's3://bucket/ft', wanted a local folder"):
         prepare_finetune(path, ["output.path=s3://bucket/ft"])
 
 

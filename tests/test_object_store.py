@@ -120,7 +120,7 @@ def test_expired_credentials_are_read_again_once(store, proxy):
 
 
 def test_listing_goes_past_a_thousand_names(store):
-    from moto.core import DEFAULT_ACCOUNT_ID
+    from moto.core.models import DEFAULT_ACCOUNT_ID
     from moto.s3.models import s3_backends
 
     for number in range(1100):  # by hand: over HTTP it would take ten seconds

@@ -114,10 +114,20 @@ def test_shard_written_again_with_other_rows_is_found(finished):
     assert only_damage(verify(str(folder))).path == str(shard)
 
 
-def test_success_that_is_no_success_is_found(finished):
+@pytest.mark.parametrize("text", ["done", "[]", '{"fingerprint": "f", "shards": [{"name": "a"}]}', '{"shards": 3}'])
+def test_success_that_is_no_success_is_found(finished, text):
     folder, _ = finished
-    (folder / "_SUCCESS").write_text("done")
-    assert [damage.kind for damage in verify(str(folder)).damages] == ["changed"]
+    (folder / "_SUCCESS").write_text(text)
+    damage = only_damage(verify(str(folder)))
+    assert (damage.kind, damage.path) == ("changed", str(folder / "_SUCCESS"))
+
+
+def test_success_that_leaves_a_shard_out_is_found(finished):
+    folder, shard = finished
+    success = json.loads((folder / "_SUCCESS").read_bytes())
+    success["shards"] = [each for each in success["shards"] if each["name"] != shard.name]
+    (folder / "_SUCCESS").write_text(json.dumps(success))
+    assert only_damage(verify(str(folder))).detail == f"does not list {shard.name}"
 
 
 def test_unfinished_folder_is_incomplete_and_its_plan_is_looked_at(tmp_path):

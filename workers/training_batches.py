@@ -7,6 +7,7 @@ no tensor, no model.
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from random import Random
 
 from attention.segments import Segment, num_tokens
@@ -59,16 +60,17 @@ def forward_passes(examples: Sequence[TrainingExample], max_tokens: int) -> list
     PASS_TOKENS for each pass.
     """
     ordered = sorted(examples, key=lambda example: -example.num_fed_tokens)
-    best: list[tuple[int, int]] = [(0, 0)]  # for the first n: tokens computed, and where their last pass starts
+
+    def padded(start: int, stop: int) -> int:
+        return (stop - start) * ordered[start].num_fed_tokens
+
+    best: list[tuple[int, int]] = [
+        (0, 0)
+    ]  # for the first n: the least that is computed, and where their last pass starts
     for stop in range(1, len(ordered) + 1):
-        found = None
-        for start in range(stop - 1, -1, -1):
-            padded = (stop - start) * ordered[start].num_fed_tokens
-            if padded > max_tokens and start < stop - 1:
-                break
-            total = best[start][0] + padded + PASS_TOKENS
-            found = min(found, (total, start)) if found else (total, start)
-        best.append(found or (0, 0))
+        earlier = takewhile(lambda start: padded(start, stop) <= max_tokens, range(stop - 2, -1, -1))  # noqa: B023
+        starts = (stop - 1, *earlier)
+        best.append(min((best[start][0] + padded(start, stop) + PASS_TOKENS, start) for start in starts))
     passes: list[list[TrainingExample]] = []
     stop = len(ordered)
     while stop:

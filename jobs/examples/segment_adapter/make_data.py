@@ -9,6 +9,7 @@ README.md says which job comes between.
 """
 
 import re
+import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,7 +134,8 @@ def write_prompts() -> None:
     made_up = [text for text in instructions(pq.read_table(OUT / "instructions")) if text not in asked]
     demo = pq.read_table(HERE.parent / "triage" / "data").to_pylist()
     seen = {row["ticket"] for row in demo}
-    own = [row for seed in TICKET_SEEDS for row in _triage().make_rows(seed) if row["ticket"] not in seen]
+    make_rows = runpy.run_path(str(HERE.parent / "triage" / "make_data.py"))["make_rows"]
+    own = [row for seed in TICKET_SEEDS for row in make_rows(seed) if row["ticket"] not in seen]
     Random(SEED).shuffle(own)
     Random(SEED).shuffle(demo)
     train = general_rows(made_up)[:MAX_TRAIN_INSTRUCTIONS] + ticket_rows(own[:MAX_TRAIN_TICKETS])
@@ -150,19 +152,6 @@ def _row(kind: str, messages: list[Row]) -> Row:
 
 def _message(role: str, *parts: str) -> Row:
     return {"role": role, "content": [{"type": "text", "text": part} for part in parts]}
-
-
-def _triage() -> Any:
-    """The module that makes the triage example's tickets."""
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("triage_make_data", HERE.parent / "triage" / "make_data.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 if __name__ == "__main__":
