@@ -71,12 +71,20 @@ def test_every_flipped_byte_is_found(finished):
         assert damage.path == str(shard)
 
 
-def test_flipped_byte_of_a_row_is_found_before_the_job_is_finished(tmp_path):
+def test_flipped_byte_that_reads_as_another_answer_is_found_before_the_job_is_finished(tmp_path):
+    """Only the pages' checksums can tell."""
     manifest = output_of(tmp_path, shards=1)
     shard = tmp_path / manifest.units[0].shard_name
-    content = shard.read_bytes()
-    place = pq.read_metadata(shard).row_group(0).column(2).data_page_offset + 40
-    shard.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    content, wanted = shard.read_bytes(), pq.read_table(shard)
+    for place in range(len(content) // 2):
+        shard.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        try:
+            if not pq.read_table(shard).equals(wanted):
+                break
+        except (OSError, ValueError):  # zstd or Parquet noticed by itself
+            continue
+    else:
+        pytest.fail("no byte of this shard can be flipped unnoticed")
     damage = only_damage(verify(str(tmp_path)))
     assert (damage.kind, damage.path) == ("changed", str(shard))
 
