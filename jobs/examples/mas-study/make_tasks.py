@@ -1,6 +1,6 @@
 """The study's data: tasks in which the order of a prompt's parts matters, and four of the paper's own.
 
-    lookup    six names and their colours, six colours and their numbers: which number does a name have, by its colour?
+    lookup    eight names and their colours, eight colours and their numbers: which number does a name have, by its colour?
     word      a sentence of a real exam question, and which of four words occurs in it
     paper     ARC-Easy, ARC-Challenge, OpenBookQA and BoolQ as the paper's authors train on them, in one
 
@@ -21,14 +21,14 @@ from random import Random
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-NUM_TRAIN, NUM_TEST = 2400, 1000
+NUM_TRAIN, NUM_TEST = 2112, 1000
 ORDERS = {"lookup": ("numbers_first", "numbers_last"), "word": ("question_first", "question_last")}
 NAMES = (
     "Ada", "Ben", "Cara", "Dan", "Eva", "Finn", "Gina", "Hugo", "Ida", "Jack", "Kim", "Leo", "Mia", "Ned", "Olga",
     "Paul", "Rosa", "Sam", "Tina", "Ulf", "Vera", "Will", "Yara", "Zoe",
 )  # fmt: skip
 COLOURS = ("red", "blue", "green", "black", "white", "brown", "pink", "gray", "gold", "silver", "purple", "orange")
-NUM_PAIRS = 6
+NUM_PAIRS = 8
 LETTERS = "ABCD"
 KINDS = ("easy", "challenge")
 PAPER_TASKS = ("arc_easy", "arc_challenge", "openbookqa", "boolq")
