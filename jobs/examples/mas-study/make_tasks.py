@@ -1,6 +1,6 @@
 """The study's data: tasks in which the order of a prompt's parts matters, and four of the paper's own.
 
-    lookup    eight names and their colours, eight colours and their numbers: which number does a name have, by its colour?
+    lookup    six names with colours, six colours with numbers: which number does a name have, by its colour?
     word      a sentence of a real exam question, and which of four words occurs in it
     paper     ARC-Easy, ARC-Challenge, OpenBookQA and BoolQ as the paper's authors train on them, in one
 
@@ -28,7 +28,7 @@ NAMES = (
     "Paul", "Rosa", "Sam", "Tina", "Ulf", "Vera", "Will", "Yara", "Zoe",
 )  # fmt: skip
 COLOURS = ("red", "blue", "green", "black", "white", "brown", "pink", "gray", "gold", "silver", "purple", "orange")
-NUM_PAIRS = 8
+NUM_PAIRS = 6  # with eight, no arm learns anything in as many steps
 LETTERS = "ABCD"
 KINDS = ("easy", "challenge")
 PAPER_TASKS = ("arc_easy", "arc_challenge", "openbookqa", "boolq")
