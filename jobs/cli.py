@@ -94,9 +94,9 @@ def validate(job: JobFile, overrides: Overrides = None, limit: Limit = None, out
     Of a job for `segue run`, or for `segue finetune`.
     """
     with _exit_codes():
+        from pipeline.completeness import check_unused
         from pipeline.finetune import is_training, prepare_finetune
         from pipeline.job import existing_manifest, prepare
-        from pipeline.run import check_unused
 
         changes = _overrides(overrides, limit, output)
         ready = prepare_finetune(job, changes).job if is_training(job) else prepare(job, changes)

@@ -11,9 +11,10 @@ import os
 import secrets
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 
 import ray
 import ray.exceptions
@@ -38,17 +39,19 @@ class WorkersFailed(RuntimeError):
 def ray_session(num_cpus: int | None = None) -> Iterator[None]:
     """Ray for the time of the block: RAY_ADDRESS if set, else a local one with token auth and no dashboard.
 
-    Leaves a Ray that is already initialised in this process as it is.
+    Leaves a Ray that is already initialised in this process as it is. What Ray has to say goes to stderr: it reports
+    dead workers on stdout, which is for results.
     """
-    if ray.is_initialized():
-        yield
-        return
-    try:
-        _start(num_cpus)
-        _quieten()
-        yield
-    finally:
-        ray.shutdown()
+    with redirect_stdout(sys.stderr):
+        if ray.is_initialized():
+            yield
+            return
+        try:
+            _start(num_cpus)
+            _quieten()
+            yield
+        finally:
+            ray.shutdown()
 
 
 def _start(num_cpus: int | None) -> None:
@@ -138,6 +141,11 @@ def cause_of(error: ray.exceptions.RayError, *expected: type[Exception]) -> Exce
     for kind in expected:
         if isinstance(inner, kind):
             return kind(message)
+    return WorkersFailed(one_line(f"{type(inner).__name__}: {message}"))
+
+
+def one_line(message: str) -> str:
+    """What a log can show of an error: its first line and its last."""
     lines = [line.strip() for line in message.splitlines() if line.strip()] or ["no message"]
     line = lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}"
-    return WorkersFailed(f"{type(inner).__name__}: {line[:MAX_MESSAGE_CHARS]}")
+    return line[:MAX_MESSAGE_CHARS]

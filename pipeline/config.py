@@ -159,6 +159,7 @@ class WorkersConfig(Section):
     kv_cache_memory_bytes: PositiveInt | None = None
     enable_prefix_caching: bool = True
     threads: PositiveInt | None = None  # CPU threads a worker
+    step_timeout_s: Annotated[float, Field(gt=0)] = 600.0  # a worker whose step takes longer is killed
 
     @model_validator(mode="after")
     def _check_sizes(self) -> "WorkersConfig":

@@ -1,36 +1,38 @@
 """What runs in a worker process: units in, shards committed, receipts out.
 
 Several units are in flight at once, over one engine, so that it never idles at a unit's end. Receipts are for counting;
-the shard is the commit. A unit that is answered but not committed leaves nothing behind.
+the shard is the commit. A unit that is answered but not committed leaves nothing behind. An error of storage or of the
+plan is part of a receipt; after one inside the engine the process ends, since what it holds cannot be trusted.
 """
 
 import asyncio
 import json
-import os
 import threading
-import uuid
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 
-from pipeline.progress import Reporter
+from pipeline.cluster import WorkersFailed, one_line
 from pipeline.results import error_value, result_row, result_schema, result_table
+from pipeline.roster import Reporter
 from pipeline.scores import score_schema, score_values
-from pipeline.shards import PROTOCOL, ShardFooter, commit_shard, serialize_shard
-from pipeline.store import open_store
-from pipeline.units import PASSED, PlannedRow, UnitSpec, load_unit, planned_rows
-from workers.echo import EchoEngine, is_echo, seconds_per_step
+from pipeline.shards import PROTOCOL, ForeignShard, ShardFooter, commit_shard, serialize_shard
+from pipeline.store import OutputStorageError, open_store
+from pipeline.units import PASSED, PlannedRow, UnitDamaged, UnitSpec, load_unit, planned_rows
+from workers.echo import EchoEngine, is_echo
 from workers.loop import EngineLoop, EngineRow, EngineStopped, RowEngine
 from workers.request import GenerationRequest, RequestOutput
+from workers.row_errors import RowError
 from workers.sampling import SamplingParams
 from workers.score_rows import requests_of
 from workers.scoring import Task
 
 DRAIN_SECONDS = 10.0  # how long units in flight may go on once a drain is asked for
+_FAILURES: tuple[type[Exception], ...] = (UnitDamaged, ForeignShard, OutputStorageError)
 
 
 @dataclass(frozen=True)
@@ -57,48 +59,97 @@ class Receipt:
     """A unit's outcome, for counting."""
 
     ordinal: int
-    status: str  # committed | lost (another attempt was first) | drained
+    status: str  # committed | lost (another attempt was first) | drained | failed
     num_rows: int = 0
     errors: dict[str, int] = field(default_factory=dict)
     num_input_tokens: int = 0
     num_computed_tokens: int = 0
     num_generated_tokens: int = 0
+    failure: str | None = None  # name of an exception's class, and its message
+    message: str = ""
+
+    @property
+    def exception(self) -> Exception | None:
+        """Why the unit failed, as what it was."""
+        kinds = {kind.__name__: kind for kind in (*_FAILURES, WorkersFailed)}
+        return kinds[self.failure](self.message) if self.failure else None
 
 
 class UnitWorker:
     """The class Ray Data runs in each actor of the pool."""
 
-    def __init__(self, spec: WorkerSpec, progress: Any = None) -> None:
+    def __init__(self, spec: WorkerSpec, roster: Any = None) -> None:
         self._spec = spec
         self._store = open_store(spec.output)
         self._drain_timer: threading.Timer | None = None
-        self._reporter = None
-        if progress is not None:
-            self._reporter = Reporter(progress, f"{os.getpid()}-{uuid.uuid4().hex[:6]}", self._drain)
-        self._loop = EngineLoop(lambda: make_engine(spec), self._reporter)
-        # A model that cannot be loaded fails every unit, with its reason; an actor that fails would lose it.
-        if self._loop.ready.exception() is None and self._reporter is not None:
-            self._reporter.announce(self._loop.ready.result())
+        self._reporter = Reporter(roster, self._drain) if roster is not None else None
+        self._loop: EngineLoop | None = None
+        if self._reporter is None:
+            self._loop = EngineLoop(lambda: make_engine(spec))
+            return
+        self._reporter.announce()
+        if not self._reporter.is_draining:
+            self._loop = EngineLoop(lambda: make_engine(spec), self._reporter)
+            error = self._loop.ready.exception()
+            if error is not None:
+                self._reporter.end_process(error, while_loading=True)
+            self._reporter.announce_loaded(self._loop.ready.result())
 
     async def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch of one unit, as JSON, to its receipt, as JSON."""
-        receipts = [await self.run_unit(UnitSpec.from_json(str(text))) for text in batch["unit"]]
+        """A batch of one unit, as JSON, to its receipt, as JSON. Raises nothing: Ray Data would drop it."""
+        receipts = [await self.receipt(UnitSpec.from_json(str(text))) for text in batch["unit"]]
         return {"receipt": [json.dumps(asdict(receipt)) for receipt in receipts]}
 
-    async def run_unit(self, unit: UnitSpec) -> Receipt:
-        """Answer every row and commit the shard."""
-        if self._reporter is not None and self._reporter.is_draining:
+    async def receipt(self, unit: UnitSpec, convicted: Mapping[int, RowError] | None = None) -> Receipt:
+        """Of `run_unit`, whatever became of it."""
+        try:
+            return await self.run_unit(unit, convicted)
+        except _FAILURES as error:
+            return Receipt(unit.ordinal, "failed", failure=type(error).__name__, message=str(error))
+        except Exception as error:  # a bug of ours
+            message = one_line(f"{type(error).__name__}: {error}")
+            return Receipt(unit.ordinal, "failed", failure=WorkersFailed.__name__, message=message)
+
+    async def run_unit(self, unit: UnitSpec, convicted: Mapping[int, RowError] | None = None) -> Receipt:
+        """Answer every row and commit the shard; rows that are `convicted`, by their place, get that error instead."""
+        if self._is_draining:
             return Receipt(unit.ordinal, "drained")
         table = await asyncio.to_thread(load_unit, self._store, unit)
         rows = list(planned_rows(table, self._spec.params))
+        for place, error in (convicted or {}).items():
+            rows[place] = replace(rows[place], error=error)
+        answers = await self._answers(rows)
+        if answers is None:
+            return Receipt(unit.ordinal, "drained")
+        return await asyncio.to_thread(self._commit, unit, table, rows, answers)
+
+    async def try_rows(self, unit: UnitSpec, places: Sequence[int]) -> bool:
+        """Answer these rows for nothing but to see whether the process survives it. False if it was drained."""
+        if self._is_draining:
+            return False
+        table = await asyncio.to_thread(load_unit, self._store, unit)
+        rows = list(planned_rows(table, self._spec.params))
+        return await self._answers([rows[place] for place in places]) is not None
+
+    @property
+    def _is_draining(self) -> bool:
+        return self._reporter is not None and self._reporter.is_draining
+
+    async def _answers(self, rows: Sequence[PlannedRow]) -> list[list[RequestOutput]] | None:
+        """Of each row what it asked for; None if the engine was stopped before."""
+        if self._loop is None:
+            return None
         requests = [self._requests(row) for row in rows]
         try:
             outputs = await asyncio.wrap_future(self._loop.submit([request for own in requests for request in own]))
         except EngineStopped:
-            return Receipt(unit.ordinal, "drained")
+            return None
+        except Exception as error:
+            if self._reporter is not None:
+                self._reporter.end_process(error, while_loading=False)
+            raise
         each = iter(outputs)
-        answers = [list(islice(each, len(own))) for own in requests]
-        return await asyncio.to_thread(self._commit, unit, table, rows, answers)
+        return [list(islice(each, len(own))) for own in requests]
 
     def _requests(self, row: PlannedRow) -> Sequence[EngineRow]:
         """What the engine is asked for a row: nothing if it has an error already."""
@@ -135,15 +186,16 @@ class UnitWorker:
         return score_schema(passed, self._spec.task)
 
     def _drain(self) -> None:
-        self._drain_timer = threading.Timer(DRAIN_SECONDS, self._loop.stop)
-        self._drain_timer.daemon = True
-        self._drain_timer.start()
+        if self._loop is not None:
+            self._drain_timer = threading.Timer(DRAIN_SECONDS, self._loop.stop)
+            self._drain_timer.daemon = True
+            self._drain_timer.start()
 
 
 def make_engine(spec: WorkerSpec) -> RowEngine:
     """The engine of a job, in the thread that will drive it."""
     if is_echo(spec.source):
-        return EchoEngine(seconds_per_step=seconds_per_step(spec.source))
+        return EchoEngine.from_source(spec.source)
     import torch
 
     from workers.engine import Engine

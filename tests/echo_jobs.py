@@ -122,6 +122,17 @@ def _members(session: int) -> set[int]:
     return found
 
 
+def worker_pids(session: int) -> list[int]:
+    """Processes of a run's pool."""
+    found = []
+    for pid in _members(session):
+        with suppress(OSError):
+            if b"MapWorker(MapBatches(UnitWorker))" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    assert found, "there is no worker"
+    return found
+
+
 def outcome(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) once it ends by itself."""
     out, err = process.communicate(timeout=PATIENCE)

@@ -2,14 +2,18 @@
 
 A row's answer is its own prompt's last tokens, and what it scores high are tokens of the context. Prompts are bytes: a
 token is a byte of UTF-8, and the chat template is ChatML with three control tokens. For tests of everything around a
-model, and for dry runs of a job: `source: echo`, or `echo:0.5` for steps that take half a second.
+model, and for dry runs and drills of a job: `source: echo`, or `echo:0.5` for steps that take half a second;
+with `echo?crash=WORD&hang=WORD&fail=WORD` its process ends with a segmentation fault, stands still, or raises, at a row
+that has the word.
 """
 
+import ctypes
 import re
 import time
 from collections import deque
 from collections.abc import Hashable, Iterable
 from typing import Any
+from urllib.parse import parse_qsl
 
 from attention.segments import Segment
 from workers.request import (
@@ -30,18 +34,12 @@ CHAT_TEMPLATE = (
 )
 MAX_MODEL_LEN = 1 << 20
 ROWS_PER_STEP = 256
-_SOURCE = re.compile(r"echo(?::(\d+(?:\.\d+)?))?")
+_SOURCE = re.compile(r"echo(?::(?P<seconds>\d+(?:\.\d+)?))?(?P<drills>(?:[?&](?:crash|hang|fail)=\w+)*)")
 
 
 def is_echo(source: str) -> bool:
     """Whether a job's `model.source` means this engine."""
     return _SOURCE.fullmatch(source) is not None
-
-
-def seconds_per_step(source: str) -> float:
-    """What `echo:SECONDS` asks for; 0 for plain `echo`."""
-    match = _SOURCE.fullmatch(source)
-    return float(match[1] or 0) if match else 0.0
 
 
 def echo_tokenizer() -> Any:
@@ -64,11 +62,20 @@ def echo_tokenizer() -> Any:
 class EchoEngine:
     """Answers each row with the end of its own prompt, control tokens left out."""
 
-    def __init__(self, *, seconds_per_step: float = 0.0) -> None:
+    def __init__(self, *, seconds_per_step: float = 0.0, crash: str = "", hang: str = "", fail: str = "") -> None:
         self.seconds_per_step = seconds_per_step
+        self._crash, self._hang, self._fail = crash, hang, fail
         self.tokenizer = echo_tokenizer()
         self.stats = EngineStats()
         self._queue: deque[tuple[Hashable, GenerationRequest | ScoringRequest]] = deque()
+
+    @classmethod
+    def from_source(cls, source: str) -> "EchoEngine":
+        """What a job's `model.source` describes."""
+        match = _SOURCE.fullmatch(source)
+        if match is None:
+            raise ValueError(f"got {source!r}, wanted echo[:SECONDS][?crash=WORD][&hang=WORD][&fail=WORD]")
+        return cls(seconds_per_step=float(match["seconds"] or 0), **dict(parse_qsl(match["drills"].lstrip("?"))))
 
     @property
     def has_work(self) -> bool:
@@ -89,7 +96,9 @@ class EchoEngine:
         if isinstance(row, ScoringRequest):
             return self._score(request_id, row)
         prompt, params = _tokens(row.segments), row.params
-        text = self.tokenizer.decode(prompt, skip_special_tokens=True)[-params.max_tokens :]
+        text = self.tokenizer.decode(prompt, skip_special_tokens=True)
+        self._drill(text)
+        text = text[-params.max_tokens :]
         answer = self.tokenizer(text, add_special_tokens=False).input_ids[-params.max_tokens :]
         self._count(prompt)
         self.stats.num_generated_tokens += len(answer) * params.n
@@ -105,6 +114,14 @@ class EchoEngine:
         hits = [token in expected for token in row.continuation]
         score = Score(-float(sum(1 if hit else 2 for hit in hits)), len(hits), all(hits))
         return RequestOutput(request_id, [], 0, score=score, num_scored_prompt_tokens=len(prompt))
+
+    def _drill(self, text: str) -> None:
+        if self._crash and self._crash in text:
+            ctypes.string_at(0)
+        if self._fail and self._fail in text:
+            raise RuntimeError("a drill")
+        while self._hang and self._hang in text:
+            time.sleep(60)
 
     def _count(self, prompt: list[int]) -> None:
         self.stats.num_finished_rows += 1

@@ -25,6 +25,8 @@ class RowErrorCode(StrEnum):
     PROMPT_TOO_LARGE = "PROMPT_TOO_LARGE"  # more bytes than limits.max_prompt_bytes
     ROW_OOM = "ROW_OOM"  # the row alone does not fit into the KV memory
     NUMERIC_ERROR = "NUMERIC_ERROR"  # the model gave NaN or infinite logits
+    WORKER_CRASH = "WORKER_CRASH"  # twice, the row alone ended the process that computed it
+    ROW_TIMEOUT = "ROW_TIMEOUT"  # twice, with the row alone, no step was finished within workers.step_timeout_s
 
 
 class RowError(Exception):

@@ -1,0 +1,61 @@
+"""What an output folder lacks to be complete, and the last write that says it is.
+
+What is missing is always the plan minus the listing, never a count of receipts. Knows the plan and the store; no Ray.
+"""
+
+import hashlib
+import json
+
+from pipeline.manifest import SUCCESS, ForeignOutput, Manifest
+from pipeline.problems import JobRefused, Problem, shown
+from pipeline.shards import read_footer
+from pipeline.store import OutputStorageError, Store
+from pipeline.units import UnitSpec
+
+
+def check_unused(store: Store) -> None:
+    """Raises ForeignOutput if a folder without a manifest holds data: it is somebody's.
+
+    Raises JobRefused for a store in which two writers could both win.
+    """
+    names = store.data_names()
+    if names:
+        raise ForeignOutput(
+            f"output.path: {store.path('')} is not empty ({names[0]}) and not an output of Segue; "
+            "wanted a new or empty folder"
+        )
+    if not store.is_exclusive():
+        wanted = "a store that honours If-None-Match; this one overwrites what is there"
+        raise JobRefused([Problem("output.path", shown(store.path("")), wanted)])
+
+
+def check_complete(store: Store, manifest: Manifest) -> None:
+    """Raises OutputStorageError if shards are gone that `_SUCCESS` says were there."""
+    gone = missing_units(store, manifest)
+    if gone:
+        raise OutputStorageError(
+            f"{store.path(gone[0].shard_name)} is gone although {store.path(SUCCESS)} says that it was there; "
+            f"put it back, or remove {SUCCESS} to compute it again"
+        )
+
+
+def missing_units(store: Store, manifest: Manifest) -> list[UnitSpec]:
+    """Plan minus listing. Raises ForeignOutput for a file that looks like data and is not in the plan."""
+    present = set(store.data_names())
+    strangers = sorted(present - {unit.shard_name for unit in manifest.units})
+    if strangers:
+        raise ForeignOutput(f"output.path: {store.path(strangers[0])} is not a shard of this job; move it away")
+    return [unit for unit in manifest.units if unit.shard_name not in present]
+
+
+def write_success(store: Store, manifest: Manifest) -> None:
+    """The last write: every shard checked against the plan, with its size and checksum."""
+    shards = []
+    for unit in manifest.units:
+        footer = read_footer(store, unit, manifest.fingerprint)
+        content = store.read(unit.shard_name)
+        digest = hashlib.sha256(content).hexdigest()
+        shards.append({"name": unit.shard_name, "rows": footer.num_rows, "bytes": len(content), "sha256": digest})
+    record = {"fingerprint": manifest.fingerprint, "rows": manifest.num_rows, "shards": shards}
+    store.create(SUCCESS, json.dumps(record, indent=1).encode())
+    store.remove_leftovers()

@@ -1,0 +1,169 @@
+"""What is missing, computed: passes over it, until nothing is, or nothing more can be had.
+
+A worker that dies takes every unit in flight with it. What is lost so goes through a pass in which each unit is alone
+in its worker; what dies there, too, is searched row by row. Knows the plan, the store and Ray.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray.exceptions
+
+from pipeline import cluster
+from pipeline.completeness import missing_units
+from pipeline.interrupt import Interrupt
+from pipeline.job import ReadyJob
+from pipeline.manifest import Manifest
+from pipeline.pool import run_units, threads_of
+from pipeline.progress import ProgressDisplay, Totals
+from pipeline.quarantine import Quarantine
+from pipeline.roster import Roster
+from pipeline.summary import is_over_limit
+from pipeline.unit_worker import DRAIN_SECONDS, Receipt
+from pipeline.units import UnitSpec
+from pipeline.watchdog import Watchdog
+
+Say = Callable[[str], None]
+
+
+@dataclass(slots=True)
+class Tally:
+    """Rows so far: those found committed at the start, and receipts of this run."""
+
+    rows_before: int
+    errors_before: int
+    rows: int = 0
+    errors: int = 0
+    computed: int = 0
+    commits: int = 0
+
+    def add(self, receipt: Receipt) -> None:
+        self.rows += receipt.num_rows
+        self.computed += receipt.num_computed_tokens
+        self.errors += sum(receipt.errors.values())
+        self.commits += receipt.status == "committed"
+
+
+class Passes:
+    """Of one run. `tally` counts along; the first `interrupt` drains the workers."""
+
+    def __init__(
+        self, job: ReadyJob, manifest: Manifest, tally: Tally, interrupt: Interrupt, say: Say, *, quiet: bool
+    ) -> None:
+        self._job = job
+        self._workers = job.config.workers
+        self._manifest = manifest
+        self._spec = job.worker_spec(manifest, threads_of(self._workers))
+        self._tally = tally
+        self._interrupt = interrupt
+        self._say = say
+        self._quiet = quiet
+        self._failure: Exception | None = None  # what no other attempt would make good
+
+    def run(self) -> None:
+        """Raises what a unit failed for, and WorkersFailed if workers die of every unit."""
+        missing = self._missing()
+        while missing and self._may_go_on():
+            left = self._round(missing)
+            if self._failure is not None:
+                raise self._failure
+            if len(left) == len(missing):
+                return
+            missing = left
+
+    def _round(self, units: Sequence[UnitSpec]) -> list[UnitSpec]:
+        """What is missing afterwards."""
+        left = self._pass(units, self._workers.units_in_flight)
+        if left and self._may_go_on() and (self._workers.units_in_flight > 1 or len(left) < len(units)):
+            self._say(f"{len(left)} units were lost with their workers; trying each alone in a worker")
+            left = self._pass(left, 1)
+        if left and self._may_go_on():
+            self._say(f"{len(left)} units end their worker; looking for the rows that do it")
+            left = self._quarantine(left)
+        return left
+
+    def _pass(self, units: Sequence[UnitSpec], units_in_flight: int) -> list[UnitSpec]:
+        lost: Exception | None = None
+        with self._watched(units) as (roster, watchdog):
+            try:
+                for receipt in run_units(units, self._workers, self._spec, roster, units_in_flight=units_in_flight):
+                    self._take(receipt, roster)
+            except ray.exceptions.RayError as error:  # no pool could be made
+                lost = cluster.cause_of(error)
+        left = self._missing()
+        if watchdog.has_load_failed:
+            self._failure = cluster.WorkersFailed(watchdog.tripped)
+        elif lost is not None and len(left) == len(units):
+            # Not chained: Ray's traceback holds its executor, and that holds the workers' CPUs.
+            self._failure = lost
+        elif watchdog.tripped is not None:
+            self._check_that_any_survives(left, watchdog.tripped)
+        return left
+
+    def _quarantine(self, units: Sequence[UnitSpec]) -> list[UnitSpec]:
+        for unit in units:
+            if not self._may_go_on():
+                break
+            with self._quarantined([unit]) as (quarantine, roster):
+                receipt = quarantine.settle(unit)
+                if receipt is not None:
+                    self._take(receipt, roster)
+        return self._missing()
+
+    def _check_that_any_survives(self, units: Sequence[UnitSpec], reason: str) -> None:
+        with self._quarantined(units) as (quarantine, _):
+            if units and not quarantine.does_any_survive(units):
+                self._failure = cluster.WorkersFailed(f"{reason}; single rows that were tried alone died, too")
+
+    @contextmanager
+    def _quarantined(self, units: Sequence[UnitSpec]) -> Iterator[tuple[Quarantine, Any]]:
+        with (
+            self._watched(units) as (roster, watchdog),
+            closing(Quarantine(self._spec, roster, watchdog, self._may_convict)) as quarantine,
+        ):
+            yield quarantine, roster
+
+    @contextmanager
+    def _watched(self, units: Sequence[UnitSpec]) -> Iterator[tuple[Any, Watchdog]]:
+        """A roster for workers that work on these units, shown, watched, and told to drain by a signal."""
+        roster: Any = Roster.remote()
+        self._interrupt.on_set = threading.Thread(target=self._drain, args=(roster,), daemon=True).start
+        num_rows, num_tokens = sum(unit.num_rows for unit in units), sum(unit.num_tokens for unit in units)
+        num_requests = None if self._job.config.task == "generate" else sum(unit.num_requests for unit in units)
+        watchdog = Watchdog(
+            roster,
+            step_timeout_s=self._workers.step_timeout_s,
+            max_workers=self._workers.max_size,
+            num_commits=lambda: self._tally.commits,
+        )
+        with ProgressDisplay(roster, Totals(num_rows, num_tokens, num_requests), quiet=self._quiet), watchdog:
+            yield roster, watchdog
+
+    def _take(self, receipt: Receipt, roster: Any) -> None:
+        self._tally.add(receipt)
+        failure = receipt.exception
+        self._failure = self._failure or failure
+        if failure is not None or self._is_over_limit():
+            roster.drain.remote()
+
+    def _drain(self, roster: Any) -> None:
+        """In a thread: a signal handler may run while Ray holds its locks."""
+        roster.drain.remote()
+        self._say(f"interrupted: units in flight have {DRAIN_SECONDS:.0f} s to finish; interrupt again to stop at once")
+
+    def _missing(self) -> list[UnitSpec]:
+        return missing_units(self._job.store, self._manifest)
+
+    def _may_go_on(self) -> bool:
+        return not (self._interrupt.is_set or self._failure is not None or self._is_over_limit())
+
+    def _may_convict(self, unit: UnitSpec, num_convicted: int) -> bool:
+        return not (self._interrupt.is_set or self._is_over_limit(unit.num_rows, num_convicted))
+
+    def _is_over_limit(self, more_rows: int = 0, more_errors: int = 0) -> bool:
+        rows = self._tally.rows_before + self._tally.rows + more_rows
+        errors = self._tally.errors_before + self._tally.errors + more_errors
+        return is_over_limit(rows, errors, self._job.config.limits.max_error_rate)
