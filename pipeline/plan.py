@@ -4,7 +4,7 @@ Ray Data reads, renders and sorts; the sorted rows stream through the driver onc
 The plan is content-addressed, and complete only when its manifest is there.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
 from itertools import repeat
@@ -32,15 +32,16 @@ ORDER = ["chain", "src_path", "src_row"]  # a total order: equal prompts stay in
 STREAM_ROWS = 4096
 
 
-def make_plan(job: CheckedJob, fields: dict[str, Any], spec: RenderSpec, store: Store) -> Manifest:
-    """Write units and manifest. Two planners at once end with one plan.
+def make_plan(
+    job: CheckedJob, fields: dict[str, Any], spec: RenderSpec, store: Store, rows: Iterable[pa.Table]
+) -> Manifest:
+    """Write units and manifest of `rows`, which come in the plan's order. Two planners at once end with one plan.
 
-    Raises InputChanged, InputUnreadable, WorkersFailed for what fails in a task, OutputStorageError.
+    Raises OutputStorageError, and what `rows` raises.
     """
     cutter = _UnitCutter(job, spec, store)
-    failure = _add_rows(cutter, job, spec)
-    if failure is not None:
-        raise failure
+    for batch in rows:
+        cutter.add(batch)
     units = cutter.finish()
     manifest = Manifest(
         protocol=PROTOCOL,
@@ -59,21 +60,17 @@ def make_plan(job: CheckedJob, fields: dict[str, Any], spec: RenderSpec, store: 
     return found
 
 
-def _add_rows(cutter: "_UnitCutter", job: CheckedJob, spec: RenderSpec) -> Exception | None:
-    """Returns what went wrong in a task, without Ray's traceback, which would hold its executor and workers."""
-    try:
-        for batch in _sorted_rows(job, spec):
-            cutter.add(batch)
-    except ray.exceptions.RayError as error:
-        return cause_of(error, InputChanged, InputUnreadable)
-    return None
-
-
-def _sorted_rows(job: CheckedJob, spec: RenderSpec) -> Iterator[pa.Table]:
+def sorted_rows(job: CheckedJob, spec: RenderSpec) -> Iterator[pa.Table]:
+    """The input read, rendered and sorted by Ray Data. Raises InputChanged, InputUnreadable, WorkersFailed."""
     source = ParquetRowsSource(job.inputs, job.columns.schema, job.config.input.limit)
     rows = ray.data.read_datasource(source)
     rows = rows.map_batches(partial(render_block, spec=spec), batch_format="pyarrow", batch_size=None)
-    yield from rows.sort(ORDER).iter_batches(batch_size=STREAM_ROWS, batch_format="pyarrow", prefetch_batches=1)
+    try:
+        yield from rows.sort(ORDER).iter_batches(batch_size=STREAM_ROWS, batch_format="pyarrow", prefetch_batches=1)
+        return
+    except ray.exceptions.RayError as error:
+        failure = cause_of(error, InputChanged, InputUnreadable)
+    raise failure  # without Ray's traceback, which would hold its executor and workers
 
 
 class _UnitCutter:

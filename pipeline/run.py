@@ -12,7 +12,7 @@ from pipeline.interrupt import Interrupt
 from pipeline.job import ReadyJob, existing_manifest, today
 from pipeline.manifest import SUCCESS, Manifest
 from pipeline.passes import Passes, Tally
-from pipeline.plan import make_plan
+from pipeline.plan import make_plan, sorted_rows
 from pipeline.summary import RunSummary, committed_footers, count_rows, summary_of
 
 Say = Callable[[str], None]
@@ -40,6 +40,7 @@ def run_job(job: ReadyJob, say: Say, *, quiet: bool = False) -> RunSummary:
         check_unused(job.store)
     elif job.store.exists(SUCCESS):
         check_complete(job.store, manifest)
+        job.store.remove_leftovers()  # of a run that died right after its last write
         return summary_of(job, manifest, "already_complete")
     with Interrupt() as interrupt, cluster.ray_session():
         interrupt.install()  # Ray takes SIGTERM for itself
@@ -58,7 +59,8 @@ def _plan(job: ReadyJob, say: Say) -> Manifest:
     num_rows = sum(file.num_rows for file in job.checked.inputs)
     limit = job.config.input.limit
     say(f"planning {min(num_rows, limit) if limit is not None else num_rows:,} rows of {len(job.checked.inputs)} files")
-    manifest = make_plan(job.checked, job.fields, job.render_spec(today()), job.store)
+    spec = job.render_spec(today())
+    manifest = make_plan(job.checked, job.fields, spec, job.store, sorted_rows(job.checked, spec))
     stats = manifest.stats
     say(
         f"planned {manifest.num_rows:,} rows as {len(manifest.units)} units: "

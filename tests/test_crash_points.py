@@ -1,0 +1,30 @@
+"""A death at every kind of step of the commit protocol, and at two of them: what is resumed ends exact."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from crash_points import BucketPlace, LocalPlace, Place, bucket, crash, pairs_of, steps_of
+
+pytestmark = [pytest.mark.chaos, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray[.]")]
+
+
+def die_everywhere(place: Place, wanted: Sequence[str]) -> None:
+    """Once at the last step of each name, since names repeat from shard to shard; then at pairs of steps."""
+    names = steps_of(place)
+    assert set(wanted) <= set(names)
+    for name, number in {name: number for number, name in enumerate(names, 1)}.items():
+        assert crash(place, number) == [name]
+    for pair in pairs_of(len(names), 8, seed=0):
+        assert crash(place, *pair)
+
+
+def test_death_at_any_step_on_local_disk_ends_exact(tmp_path: Path) -> None:
+    steps = ["half of a temporary file is written", "before link of part-000001.parquet", "after link of _SUCCESS"]
+    die_everywhere(LocalPlace(tmp_path), [*steps, "after fsync of out", "before leftovers are removed"])
+
+
+def test_death_at_any_step_on_s3_ends_exact(tmp_path: Path) -> None:
+    steps = [f"{when} pipe_file of {name}" for when in ("before", "after") for name in ("manifest.json", "_SUCCESS")]
+    with bucket():
+        die_everywhere(BucketPlace(tmp_path), [*steps, "after pipe_file of part-000002.parquet", "before ls of out"])
