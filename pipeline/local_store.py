@@ -51,15 +51,28 @@ class LocalStore(Store):
     def path(self, name: str) -> str:
         return str(self.root / name)
 
-    def names(self) -> list[str]:
+    def names(self, folder: str = "") -> list[str]:
+        inside = self.root / folder
         try:
-            with _storage_errors(self.root), os.scandir(self.root) as entries:
+            with _storage_errors(inside), os.scandir(inside) as entries:
                 return sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries)
         except FileNotFoundError:
             return []
 
     def is_exclusive(self) -> bool:
         return True  # a file system without links refuses to make one
+
+    def overwrite(self, name: str, content: bytes) -> None:
+        target = self.root / name
+        temporary = target.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+        with _storage_errors(target):
+            _make_folder(target.parent)
+            temporary.write_bytes(content)
+            temporary.replace(target)
+
+    def discard(self, name: str) -> None:
+        with suppress(OSError):
+            (self.root / name).unlink()
 
     def remove_leftovers(self) -> None:
         for folder in (self.root, *(p for p in self.root.rglob("*") if p.is_dir())):

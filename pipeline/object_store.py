@@ -9,7 +9,7 @@ import random
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any, BinaryIO, TypeVar
 
@@ -55,12 +55,13 @@ class ObjectStore(Store):
     def path(self, name: str) -> str:
         return f"{self._url}/{name}"
 
-    def names(self) -> list[str]:
+    def names(self, folder: str = "") -> list[str]:
+        inside = self._key(folder)
         try:
-            found = self._retried("", lambda: self._fs.ls(self._root, detail=True, refresh=True))
+            found = self._retried(folder, lambda: self._fs.ls(inside, detail=True, refresh=True))
         except FileNotFoundError:
             return []
-        start = len(self._root) + 1
+        start = len(inside) + 1
         names = (f"{entry['name'][start:]}{'/' if entry['type'] == 'directory' else ''}" for entry in found)
         return sorted(name for name in names if name)
 
@@ -68,6 +69,13 @@ class ObjectStore(Store):
         """Some stores take a condition that they do not know, and overwrite. Leaves one small object."""
         self.create(PROBE, b"first")
         return not self.create(PROBE, uuid.uuid4().bytes)
+
+    def overwrite(self, name: str, content: bytes) -> None:
+        self._retried(name, lambda: self._fs.pipe_file(self._key(name), content, chunksize=MAX_PUT_BYTES))
+
+    def discard(self, name: str) -> None:
+        with suppress(OutputStorageError, FileNotFoundError), self._storage_errors(name):
+            self._fs.rm_file(self._key(name))
 
     def remove_leftovers(self) -> None:
         """There are none: a PUT that did not end left nothing."""

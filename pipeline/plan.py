@@ -18,7 +18,7 @@ from attention.segments import num_tokens
 from pipeline.chains import decode_chain, num_chain_tokens
 from pipeline.checks import CheckedJob
 from pipeline.cluster import cause_of
-from pipeline.manifest import MANIFEST, Manifest, check_same_job, load_manifest, versions
+from pipeline.manifest import MANIFEST, ForeignOutput, Manifest, check_same_job, load_manifest, versions
 from pipeline.render import RenderSpec, render_block
 from pipeline.request_counter import RequestCounter
 from pipeline.rows import InputChanged, InputUnreadable, ParquetRowsSource
@@ -56,7 +56,12 @@ def make_plan(
     found = load_manifest(store)
     if found is None:
         raise FileNotFoundError(f"{store.path(MANIFEST)} was written and is not there")
-    check_same_job(found, fields, store.path(""))
+    try:
+        check_same_job(found, fields, store.path(""))
+    except ForeignOutput:
+        for unit in set(units) - set(found.units):  # another job was planned into the folder at the same time
+            store.discard(unit.unit_name)
+        raise
     return found
 
 

@@ -13,6 +13,7 @@ from pipeline.job import ReadyJob, existing_manifest, today
 from pipeline.manifest import SUCCESS, Manifest
 from pipeline.passes import Passes, Tally
 from pipeline.plan import make_plan, sorted_rows
+from pipeline.presence import Presence
 from pipeline.summary import RunSummary, committed_footers, count_rows, summary_of
 
 Say = Callable[[str], None]
@@ -42,7 +43,7 @@ def run_job(job: ReadyJob, say: Say, *, quiet: bool = False) -> RunSummary:
         check_complete(job.store, manifest)
         job.store.remove_leftovers()  # of a run that died right after its last write
         return summary_of(job, manifest, "already_complete")
-    with Interrupt() as interrupt, cluster.ray_session():
+    with Interrupt() as interrupt, Presence(job.store, say), cluster.ray_session():
         interrupt.install()  # Ray takes SIGTERM for itself
         manifest = manifest or _plan(job, say)
         started = time.monotonic()

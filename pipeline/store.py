@@ -40,12 +40,20 @@ class Store(ABC):
         """What a person calls it."""
 
     @abstractmethod
-    def names(self) -> list[str]:
+    def names(self, folder: str = "") -> list[str]:
         """What is directly inside, sorted, folders with a `/` at the end; nothing if the folder is not there."""
 
     @abstractmethod
     def is_exclusive(self) -> bool:
         """Whether `create` really lets one writer win, found out by trying where it depends on the store's make."""
+
+    @abstractmethod
+    def overwrite(self, name: str, content: bytes) -> None:
+        """Write a file that may be there: for notes on which nothing depends. Raises OutputStorageError."""
+
+    @abstractmethod
+    def discard(self, name: str) -> None:
+        """Delete a file that no plan names, if it can be deleted; a store may forbid it."""
 
     @abstractmethod
     def remove_leftovers(self) -> None:

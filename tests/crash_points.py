@@ -55,7 +55,7 @@ class Steps:
     def __call__(self, name: str) -> None:
         if self.is_dead:
             raise Crash("dead already")
-        self.names.append(re.sub(r"-[0-9a-f]{16}\b", "", name))
+        self.names.append(re.sub(r"-?([0-9a-f]{16}){1,2}\b", "", name))
         if len(self.names) == self.fatal:
             self.is_dead = True
             raise Crash(name)
@@ -88,15 +88,20 @@ class LocalPlace:
 
     @contextmanager
     def crashing(self, steps: Steps) -> Iterator[None]:
-        clean = local_store.LocalStore.remove_leftovers
+        clean, overwrite = local_store.LocalStore.remove_leftovers, local_store.LocalStore.overwrite
 
         def remove_leftovers(store: local_store.LocalStore) -> None:
             steps("before leftovers are removed")
             clean(store)
 
+        def note(store: local_store.LocalStore, name: str, content: bytes) -> None:
+            steps("before a note is written")
+            overwrite(store, name, content)
+
         with (
             patch.object(local_store, "os", _CrashingOs(steps)),
             patch.object(local_store.LocalStore, "remove_leftovers", remove_leftovers),
+            patch.object(local_store.LocalStore, "overwrite", note),
         ):
             yield
 
