@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from fsspec import AbstractFileSystem
-from fsspec.core import url_to_fs
 from fsspec.utils import glob_translate
 
 from pipeline.problems import JobRefused, Problem, nearest, shown
+from pipeline.remote import open_remote
 
 KEY = "input.path"
 SUFFIX = ".parquet"
@@ -77,7 +77,7 @@ def stamp(path: str) -> ListedFile:
     if is_local(path):
         state = os.stat(path)
         return ListedFile(path, state.st_size, f"mtime:{state.st_mtime_ns}")
-    fs, name = url_to_fs(path)
+    fs, name = open_remote(path)
     fs.invalidate_cache()
     return _remote_stamp(fs, fs.info(name))
 
@@ -179,7 +179,7 @@ def _translated(pattern: str) -> str:
 
 def _list_remote(url: str) -> Listing:
     try:
-        fs, name = url_to_fs(url)
+        fs, name = open_remote(url)
         if has_magic(name) and not fs.exists(name):
             root, found = glob_root(name), fs.glob(name, detail=True)
         elif fs.isdir(name):

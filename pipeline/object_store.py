@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any, BinaryIO, TypeVar
 
+from pipeline.remote import s3_options
 from pipeline.store import OutputStorageError, Store
 
 PROBE = "_job/.probe"
@@ -84,9 +85,11 @@ class ObjectStore(Store):
     def _fs(self) -> Any:
         from s3fs import S3FileSystem
 
-        # Every call asks the store: what others have written meanwhile is the whole point. s3fs tries five times within
-        # two seconds, botocore not at all: patience is `_retried`'s.
-        return S3FileSystem(use_listings_cache=False, config_kwargs={"retries": {"total_max_attempts": 1}})
+        # Every call asks the store: what others have written meanwhile is the whole point. botocore does not try again,
+        # s3fs once, for the sake of files that are read in parts: patience is `_retried`'s.
+        fs = S3FileSystem(use_listings_cache=False, **s3_options(retries={"total_max_attempts": 1}))
+        fs.retries = 2
+        return fs
 
     def _key(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root

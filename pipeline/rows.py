@@ -12,13 +12,13 @@ from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.core import url_to_fs
 from ray.data import Datasource
 from ray.data.block import BlockMetadata
 from ray.data.context import DataContext
 from ray.data.datasource import ReadTask
 
 from pipeline.listing import is_local, stamp
+from pipeline.remote import open_remote
 from pipeline.sources import InputFile, limit_rows
 
 TASK_BYTES = 64 * 2**20
@@ -159,7 +159,7 @@ def _parquet_file(path: str) -> Iterator[pq.ParquetFile]:
         with pq.ParquetFile(path, page_checksum_verification=True) as parquet:
             yield parquet
         return
-    fs, name = url_to_fs(path)
+    fs, name = open_remote(path)
     with fs.open(name, "rb") as stream, pq.ParquetFile(stream, page_checksum_verification=True) as parquet:
         yield parquet
 

@@ -21,6 +21,10 @@ class ForeignShard(ValueError):
     """A file stands where a shard belongs, and it is not that shard."""
 
 
+class ShardDamaged(OutputStorageError):
+    """A shard is not what was written."""
+
+
 @dataclass(frozen=True, slots=True)
 class ShardFooter:
     """What a shard says of itself."""
@@ -67,6 +71,36 @@ def read_footer(store: Store, unit: UnitSpec, fingerprint: str) -> ShardFooter:
     except OSError as error:
         raise OutputStorageError(f"{path}: {error.strerror or error}") from error
     return parse_footer(metadata, unit, fingerprint, path)
+
+
+def read_shard(store: Store, unit: UnitSpec, fingerprint: str) -> tuple[ShardFooter, bytes]:
+    """`read_footer`, and the content it is of, every page checked.
+
+    Read again if it is not as it should be, since a byte may have flipped on the way.
+    """
+    for is_last in (False, False, True):
+        content = store.read(unit.shard_name)
+        try:
+            return _checked(content, unit, fingerprint, store.path(unit.shard_name)), content
+        except (ForeignShard, ShardDamaged):
+            if is_last:
+                raise
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _checked(content: bytes, unit: UnitSpec, fingerprint: str, path: str) -> ShardFooter:
+    try:
+        with pq.ParquetFile(io.BytesIO(content), page_checksum_verification=True) as file:
+            footer = parse_footer(file.metadata, unit, fingerprint, path)
+            for _ in file.iter_batches():
+                pass
+    except ForeignShard:
+        raise
+    except ValueError as error:
+        raise ForeignShard(f"{path} is not a shard of Segue: {error}") from error
+    except OSError as error:  # of Arrow: nothing is read from a disk here
+        raise ShardDamaged(f"{path} is damaged: {error}") from error
+    return footer
 
 
 def parse_footer(metadata: pq.FileMetaData, unit: UnitSpec, fingerprint: str, path: str) -> ShardFooter:

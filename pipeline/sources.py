@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.core import url_to_fs
 
 from pipeline.listing import KEY, ListedFile, Listing, is_local, list_files
 from pipeline.problems import JobRefused, Problem, shown
+from pipeline.remote import open_remote
 
 MAX_FOOTER_BYTES = 64 * 2**20
 _TAIL_BYTES = 64 * 2**10  # most footers fit: one read a file
@@ -137,7 +137,7 @@ def _footer_of(listed: ListedFile) -> bytes:
     """The footer with its length and magic. Raises ValueError for what is not a whole Parquet file."""
     if listed.size < 12:
         raise ValueError(f"{listed.size} bytes, not a Parquet file")
-    fs, name = url_to_fs(listed.path)
+    fs, name = open_remote(listed.path)
     tail = fs.cat_file(name, start=max(0, listed.size - _TAIL_BYTES), end=listed.size)
     if tail[-4:] == b"PARE":
         raise ValueError("encrypted")

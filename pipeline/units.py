@@ -22,6 +22,7 @@ from workers.row_errors import RowError, RowErrorCode
 from workers.sampling import SamplingParams
 from workers.score_rows import ScoreRow
 
+MAX_READS = 3  # of a unit whose checksum is wrong: a byte may have flipped on the way
 _WAY_OUT = "restore the file, or plan again into another output.path"
 PASSED = "in:"  # prefix of passed-through columns inside the plan, so that none can collide
 PLANNED_FIELDS = [
@@ -101,15 +102,16 @@ def serialize_unit(table: pa.Table) -> tuple[str, bytes]:
 
 
 def load_unit(store: Store, unit: UnitSpec) -> pa.Table:
-    """The unit's table. Raises UnitDamaged if its file is not the one that was planned."""
+    """The unit's table. Raises UnitDamaged if its file is not the one that was planned, however often it is read."""
     path = store.path(unit.unit_name)
-    try:
-        content = store.read(unit.unit_name)
-    except FileNotFoundError:
-        raise UnitDamaged(f"{path} is gone, wanted the unit that was planned; {_WAY_OUT}") from None
-    if hashlib.sha256(content).hexdigest()[:16] != unit.unit_id:
-        raise UnitDamaged(f"{path} was changed after it was planned: its sha256 is another one; {_WAY_OUT}")
-    return pq.read_table(io.BytesIO(content), page_checksum_verification=True)
+    for _ in range(MAX_READS):
+        try:
+            content = store.read(unit.unit_name)
+        except FileNotFoundError:
+            raise UnitDamaged(f"{path} is gone, wanted the unit that was planned; {_WAY_OUT}") from None
+        if hashlib.sha256(content).hexdigest()[:16] == unit.unit_id:
+            return pq.read_table(io.BytesIO(content), page_checksum_verification=True)
+    raise UnitDamaged(f"{path} was changed after it was planned: its sha256 is another one; {_WAY_OUT}")
 
 
 def score_value(row: ScoreRow) -> dict[str, object]:

@@ -3,6 +3,7 @@
 import datetime
 from collections.abc import Sequence
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -13,7 +14,16 @@ from attention.segments import Segment
 from pipeline.chains import encode_chain
 from pipeline.local_store import LocalStore
 from pipeline.results import RESULT_COLUMNS, error_value, result_row, result_schema, result_table
-from pipeline.shards import PROTOCOL, ForeignShard, ShardFooter, commit_shard, read_footer, serialize_shard
+from pipeline.shards import (
+    PROTOCOL,
+    ForeignShard,
+    ShardDamaged,
+    ShardFooter,
+    commit_shard,
+    read_footer,
+    read_shard,
+    serialize_shard,
+)
 from pipeline.store import OutputStorageError
 from pipeline.units import PASSED, PLANNED_FIELDS, UnitDamaged, UnitSpec, load_unit, planned_rows, serialize_unit
 from workers.request import CompletionOutput, RequestOutput, TokenLogprobs
@@ -215,3 +225,38 @@ def test_shard_that_cannot_be_opened_is_a_storage_error(tmp_path):
     (tmp_path / unit.shard_name).mkdir()
     with pytest.raises(OutputStorageError, match=unit.shard_name):
         read_footer(store, unit, "f")
+
+
+class FlippingStore(LocalStore):
+    """Whose first reads come with a byte that is not what was written, `at` of the file's length."""
+
+    def __init__(self, root: Path, times: int, at: float = 0.3) -> None:
+        super().__init__(root)
+        self.times, self.at = times, at
+
+    def read(self, name: str) -> bytes:
+        content = bytearray(super().read(name))
+        if self.times:
+            self.times -= 1
+            content[int(len(content) * self.at)] ^= 1
+        return bytes(content)
+
+
+def test_unit_byte_that_flips_on_the_way_is_read_again(tmp_path):
+    unit = planned(LocalStore(tmp_path))
+    assert bits(load_unit(FlippingStore(tmp_path, 2), unit)) == bits(unit_table())
+    with pytest.raises(UnitDamaged, match=unit.unit_name):
+        load_unit(FlippingStore(tmp_path, 3), unit)
+
+
+@pytest.mark.parametrize(
+    ("at", "kind"), [(0.02, ShardDamaged), (0.95, (ShardDamaged, ForeignShard))], ids=["page", "footer"]
+)
+def test_shard_byte_that_flips_on_the_way_is_read_again_and_never_hashed(tmp_path, at, kind):
+    store = LocalStore(tmp_path)
+    unit = planned(store)
+    content = serialize_shard(shard_of([answer()] * 3, SamplingParams()), footer_of(unit))
+    commit_shard(store, unit, content, "f")
+    assert read_shard(FlippingStore(tmp_path, 2, at), unit, "f") == (footer_of(unit), content)
+    with pytest.raises((ShardDamaged, ForeignShard), match=unit.shard_name):
+        read_shard(FlippingStore(tmp_path, 3, at), unit, "f")
