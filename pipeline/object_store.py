@@ -13,11 +13,12 @@ from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any, BinaryIO, TypeVar
 
-from pipeline.remote import s3_options
+from pipeline import remote
 from pipeline.store import OutputStorageError, Store
 
 PROBE = "_job/.probe"
 MAX_PUT_BYTES = 5 << 30  # S3's limit of one PUT
+SLOWEST_BYTES_PER_SECOND = 1 << 20  # of an upload that is given time to end
 RETRY_SECONDS = (0.5, 1, 2, 4, 8, 16, 16, 16)  # between attempts, each made up to half shorter by chance
 LOST_THE_RACE = 412  # the condition of a PUT does not hold
 CONFLICT = 409  # another conditional PUT of the same name is under way
@@ -87,7 +88,7 @@ class ObjectStore(Store):
 
         # Every call asks the store: what others have written meanwhile is the whole point. botocore does not try again,
         # s3fs once, for the sake of files that are read in parts: patience is `_retried`'s.
-        fs = S3FileSystem(use_listings_cache=False, **s3_options(retries={"total_max_attempts": 1}))
+        fs = S3FileSystem(use_listings_cache=False, **remote.s3_options(retries={"total_max_attempts": 1}))
         fs.retries = 2
         return fs
 
@@ -95,8 +96,10 @@ class ObjectStore(Store):
         return f"{self._root}/{name}" if name else self._root
 
     def _put(self, name: str, content: bytes) -> bool:
+        # The limits of sockets do not hold once a server has said "100 continue".
+        timeout = remote.READ_TIMEOUT_SECONDS + len(content) / SLOWEST_BYTES_PER_SECOND
         try:
-            self._fs.pipe_file(self._key(name), content, mode="create", chunksize=MAX_PUT_BYTES)
+            self._fs.pipe_file(self._key(name), content, mode="create", chunksize=MAX_PUT_BYTES, timeout=timeout)
         except OSError as error:
             if _status(error) != LOST_THE_RACE:
                 raise

@@ -90,8 +90,8 @@ def test_get_survives(store, proxy, kind):
 
 @pytest.mark.parametrize("method", ["PUT", "GET"])
 def test_server_that_never_answers_is_asked_again(store, proxy, monkeypatch, method):
-    monkeypatch.setattr(remote, "READ_TIMEOUT_SECONDS", 0.3)
-    proxy.faults.append(Fault("hang", method, "/a", times=3, seconds=60))
+    monkeypatch.setattr(remote, "READ_TIMEOUT_SECONDS", 1.5)
+    proxy.faults.append(Fault("hang", method, "/a", times=2, seconds=60))
     started = time.monotonic()
     assert store.create("a", b"content")
     assert store.read("a") == b"content"
