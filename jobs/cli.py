@@ -59,6 +59,36 @@ def run(
 
 
 @app.command()
+def retry(
+    done: Annotated[str, typer.Argument(metavar="OUT", help="a finished output folder")],
+    output: Annotated[str, typer.Option(help="where the new answers go")],
+    overrides: Overrides = None,
+    json_only: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Answer the rows that have an error in OUT, by the same job with what --set changes, into another folder."""
+    with _exit_codes():
+        import os
+        import tempfile
+
+        from jobs.show import show_summary
+        from pipeline.job import prepare
+        from pipeline.retries import retry_job
+        from pipeline.run import run_job
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "retry.yaml")
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump(retry_job(_absolute(done), _absolute(output)), file)  # JSON is YAML
+            ready = prepare(path, overrides or [])
+        summary = run_job(ready, _silent if quiet else _say, quiet=quiet)
+        if not json_only:
+            show_summary(summary)
+        _json(asdict(summary))
+    raise typer.Exit(summary.exit_code)
+
+
+@app.command()
 def plan(
     job: JobFile,
     overrides: Overrides = None,
@@ -103,7 +133,7 @@ def validate(job: JobFile, overrides: Overrides = None, limit: Limit = None, out
         manifest = existing_manifest(ready)
         if manifest is None:
             check_unused(ready.store)
-        rows = sum(file.num_rows for file in ready.checked.inputs)
+        rows = ready.checked.num_rows
         num_files = len(ready.checked.inputs)
         _say(f"{job}: valid ({rows:,} rows in {num_files} files, mask {ready.mask}, dtype {ready.facts.dtype})")
         _json(
@@ -269,14 +299,18 @@ def _fail(error: Exception, code: int) -> None:
 
 def _overrides(overrides: list[str] | None, limit: int | None, output: str | None) -> list[str]:
     """`--limit` and `--output` as overrides; a path given on the command line is relative to where one stands."""
-    from pathlib import Path
-
     found = list(overrides or [])
     if limit is not None:
         found.append(f"input.limit={limit}")
     if output is not None:
-        found.append(f"output.path={json.dumps(output if '://' in output else str(Path(output).absolute()))}")
+        found.append(f"output.path={json.dumps(_absolute(output))}")
     return found
+
+
+def _absolute(path: str) -> str:
+    from pathlib import Path
+
+    return path if "://" in path else str(Path(path).absolute())
 
 
 def _say(line: str) -> None:

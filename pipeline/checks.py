@@ -4,19 +4,23 @@ Reads footers and looks at folders; loads no model, starts no Ray. Problems foun
 put beside its own, so that a person sees all of them at once.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 from fsspec.utils import glob_translate
 
 from pipeline.config import InputConfig, JobConfig, scheme_of, scoring_over, template_over
 from pipeline.config_file import JobDraft, read_job
 from pipeline.listing import glob_root, has_magic, is_local
+from pipeline.manifest import ForeignOutput
 from pipeline.problems import JobRefused, Problem, nearest, shown
+from pipeline.retries import FailedRows, failed_rows
 from pipeline.schemas import JobColumns, check_columns, columns_read
-from pipeline.sources import InputFile, discover
+from pipeline.sources import InputFile, discover, limit_rows
 from pipeline.store import OutputStorageError, open_store
 from workers.prompts import PromptTemplate
 from workers.scoring import ScoringTemplate
@@ -30,6 +34,16 @@ class CheckedJob:
     template: PromptTemplate  # `config.prompt` with the names of `config.input.columns` in it
     inputs: tuple[InputFile, ...]  # in the order of src_path
     columns: JobColumns
+    failed: FailedRows | None = None  # the only rows to be read, if input.retry_of names an output
+
+    @property
+    def num_rows(self) -> int:
+        """Of all that is read."""
+        limited = zip(self.inputs, limit_rows(self.inputs, self.config.input.limit), strict=True)
+        if self.failed is None:
+            return sum(num_rows for _, num_rows in limited)
+        rows = self.failed.rows
+        return sum(int(np.searchsorted(rows[file.src_path], n)) for file, n in limited if file.src_path in rows)
 
 
 def check_job(config: JobConfig, *, has_gpu: bool = False, others: Sequence[Problem] = ()) -> CheckedJob:
@@ -57,11 +71,21 @@ def check_draft(draft: JobDraft, *, has_gpu: bool = False, others: Sequence[Prob
         problems += found
     columns, found = _check_columns(draft, inputs)
     problems += found
+    failed, found = _check_retry(draft.input, inputs)
+    problems += found
     if draft.output is not None:
         problems += check_output(draft.output.path, draft.input.path if draft.input else (), inputs)
     if problems or draft.config is None or columns is None:
         raise JobRefused(_placed(problem, draft) for problem in problems)
-    return CheckedJob(draft.config, draft.config.prompt_template(), inputs, columns)
+    return CheckedJob(draft.config, draft.config.prompt_template(), inputs, columns, failed)
+
+
+def input_identity(inputs: Sequence[InputFile]) -> str:
+    """One digest for all files: there may be thousands."""
+    total = hashlib.sha256()
+    for file in inputs:
+        total.update(repr(sorted(file.identity().items())).encode())
+    return f"{len(inputs)} files, sha256 {total.hexdigest()[:16]}"
 
 
 def _placed(problem: Problem, draft: JobDraft) -> Problem:
@@ -83,6 +107,8 @@ def _check_task(config: JobConfig) -> list[Problem]:
         foreign.append("sampling_params")
     wanted = f"it left out: it means nothing to task {config.task}"
     problems = [Problem(key, "a value", wanted) for key in foreign]
+    if config.task == "finetune" and config.input.retry_of is not None:
+        problems.append(Problem("input.retry_of", "a value", "it left out: a training has no failed rows"))
     if config.task == "perplexity" and config.prompt.format != "text":
         problems.append(Problem("prompt.format", shown(config.prompt.format), "text, for task perplexity"))
     return problems
@@ -93,6 +119,20 @@ def _check_input(config: InputConfig) -> tuple[tuple[InputFile, ...], list[Probl
         return discover(config.path), []
     except JobRefused as refused:
         return (), list(refused.problems)
+
+
+def _check_retry(config: InputConfig | None, inputs: Sequence[InputFile]) -> tuple[FailedRows | None, list[Problem]]:
+    """The rows to be tried again, which must be those of the same files."""
+    if config is None or config.retry_of is None or not inputs:
+        return None, []
+    try:
+        failed = failed_rows(config.retry_of)
+    except (ForeignOutput, OutputStorageError) as error:
+        return None, [Problem("input.retry_of", str(error), "a complete output of segue run")]
+    if failed.input_files != input_identity(inputs):
+        wanted = f"the files that {shown(config.retry_of)} was made of ({failed.input_files})"
+        return None, [Problem("input.path", input_identity(inputs), wanted)]
+    return failed, []
 
 
 def _check_columns(draft: JobDraft, inputs: Sequence[InputFile]) -> tuple[JobColumns | None, list[Problem]]:

@@ -136,6 +136,7 @@ class InputConfig(Section):
     path: DataLocations  # files, folders or globs; relative paths are relative to the job file's folder
     columns: InputColumns = InputColumns()  # the short form for templates that name no column
     limit: Annotated[int, Field(ge=0)] | None = None  # the first rows in (src_path, src_row) order
+    retry_of: DataLocation | None = None  # a finished output: only the rows that have an error in it
 
 
 class OutputConfig(Section):

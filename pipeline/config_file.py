@@ -1,11 +1,12 @@
 """A job file, with `--set` overrides, to a JobConfig: every mistake found, all at once, each on one line.
 
-Relative paths in `input.path`, `output.path`, `model.source`, `model.adapter` and `content_file` are relative to the
-job file's folder, also when they come from an override; absolute paths and URLs stay as they are. Knows nothing of
-data, models or Ray: it opens the job file and the content files it names, nothing else.
+Relative paths in `input.path`, `input.retry_of`, `output.path`, `model.source`, `model.adapter` and `content_file` are
+relative to the job file's folder, also when they come from an override; absolute paths and URLs stay as they are. Knows
+nothing of data, models or Ray: it opens the job file and the content files it names, nothing else.
 """
 
 import os
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -164,7 +165,7 @@ def _draft(
     prompt = config.prompt if config else _section(PromptTemplate, values.get("prompt", {}))
     task = config.task if config else _task(values.get("task", schema.model_fields["task"].default))
     scoring = config.scoring if config else _section(ScoringTemplate, values.get("scoring", {}))
-    rows = rows and rows.model_copy(update={"path": tuple(_data_path(path, folder) for path in rows.path)})
+    rows = rows and _resolved_input(rows, folder)
     output = output and output.model_copy(update={"path": _data_path(output.path, folder)})
     try:
         prompt = prompt and prompt.resolve(folder)
@@ -201,6 +202,11 @@ def _local_path(path: str, folder: Path) -> str:
     return path if os.path.isabs(path) else os.path.normpath(folder / path)
 
 
+def _resolved_input(rows: InputConfig, folder: Path) -> InputConfig:
+    paths = tuple(_data_path(path, folder) for path in rows.path)
+    return rows.model_copy(update={"path": paths, "retry_of": rows.retry_of and _data_path(rows.retry_of, folder)})
+
+
 def _resolved_model(model: ModelConfig, folder: Path) -> ModelConfig:
     """Local sources become absolute; a hub id looks like a relative path and stays, unless such a path exists."""
     places = {
@@ -211,7 +217,7 @@ def _resolved_model(model: ModelConfig, folder: Path) -> ModelConfig:
 
 
 def _model_path(source: str, folder: Path) -> str:
-    if source.split(":")[0] == ECHO or scheme_of(source):
+    if re.split("[:?]", source)[0] == ECHO or scheme_of(source):
         return source if scheme_of(source) != "file" else _data_path(source, folder)
     local = _local_path(source, folder)
     return local if source.startswith((".", "~")) or os.path.exists(local) else source

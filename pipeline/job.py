@@ -4,13 +4,12 @@ Everything that can be refused before work is refused here, all problems at once
 """
 
 import datetime
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.checks import CheckedJob, check_draft
+from pipeline.checks import CheckedJob, check_draft, input_identity
 from pipeline.config import JobConfig
 from pipeline.config_file import JobDraft, read_job
 from pipeline.manifest import Manifest, check_same_job, code_version, load_manifest
@@ -189,7 +188,8 @@ def fingerprint_fields(checked: CheckedJob, facts: ModelFacts, mask: str) -> dic
         "limits.max_model_len": config.limits.max_model_len,
         "limits.max_prompt_bytes": config.limits.max_prompt_bytes,
         "input.limit": config.input.limit,
-        "input.files": _input_identity(checked),
+        "input.files": input_identity(checked.inputs),
+        **_what_is_tried_again(checked),
         "output.columns": list(checked.columns.passed),
         "output.max_rows_per_file": config.output.max_rows_per_file,
         "output.max_bytes_per_file": config.output.max_bytes_per_file,
@@ -205,9 +205,7 @@ def _what_is_asked(config: JobConfig) -> dict[str, Any]:
     return {"scoring": scoring.model_dump(mode="json") | {"target_delimiter": delimiter}}
 
 
-def _input_identity(checked: CheckedJob) -> str:
-    """One digest for all files: there may be thousands."""
-    total = hashlib.sha256()
-    for file in checked.inputs:
-        total.update(repr(sorted(file.identity().items())).encode())
-    return f"{len(checked.inputs)} files, sha256 {total.hexdigest()[:16]}"
+def _what_is_tried_again(checked: CheckedJob) -> dict[str, Any]:
+    if checked.failed is None:
+        return {}
+    return {"input.retry_of": f"{checked.failed.num_rows} rows of job {checked.failed.fingerprint}"}

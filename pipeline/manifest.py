@@ -7,7 +7,7 @@ Parallelism, batch sizes, paths of logs and credentials are not in it.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -33,6 +33,7 @@ class Manifest:
     stats: dict[str, Any]  # tokens requested and distinct, top shared segments: what `segue plan` prints
     units: tuple[UnitSpec, ...]
     versions: dict[str, str]  # of what computed the plan; told, not compared
+    job: dict[str, Any] = field(default_factory=dict)  # the job file as it was understood; told, not compared
 
     @property
     def fingerprint(self) -> str:

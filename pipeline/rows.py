@@ -5,11 +5,12 @@ struct of the input columns with their types unchanged. `ray.data.read_parquet` 
 tasks here are (file, consecutive row groups), planned from footers alone. Knows nothing of prompts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from ray.data import Datasource
@@ -43,20 +44,31 @@ class RowRange:
 
 
 class ParquetRowsSource(Datasource):
-    """The first `limit` rows of `files`, in (src_path, src_row) order, each once.
+    """The first `limit` rows of `files`, in (src_path, src_row) order, each once; of these the `selected`, if given.
 
     The rows and their provenance depend on the files alone, not on row groups, parallelism or blocks. Ray keeps
     no order of blocks unless told to.
     """
 
-    def __init__(self, files: Sequence[InputFile], schema: pa.Schema, limit: int | None = None) -> None:
-        """`schema`: the columns to read, with the type that each has in all files (`pipeline.schemas`)."""
+    def __init__(
+        self,
+        files: Sequence[InputFile],
+        schema: pa.Schema,
+        limit: int | None = None,
+        selected: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        """`schema`: the columns to read, with the type that each has in all files (`pipeline.schemas`).
+
+        `selected`: by src_path, the numbers of the rows to read, int64, ascending; none of files that are not named.
+        """
         super().__init__()
         self._schema = schema
+        self._selected = selected
         self._ranges = [
             (file, rows)
             for file, num_rows in zip(files, limit_rows(files, limit), strict=True)
             for rows in row_ranges(file, num_rows)
+            if selected is None or len(_between(selected.get(file.src_path), rows.start, rows.stop))
         ]
 
     def estimate_inmemory_data_size(self) -> int:
@@ -72,9 +84,13 @@ class ParquetRowsSource(Datasource):
         return [self._task(file, rows, per_task_row_limit) for file, rows in self._ranges]
 
     def _task(self, file: InputFile, rows: RowRange, row_limit: int | None) -> ReadTask:
-        metadata = _metadata(rows.stop - rows.start, rows.num_bytes, (file.path,))
+        chosen = None
+        if self._selected is not None:
+            chosen = _between(self._selected[file.src_path], rows.start, rows.stop)
+        num_rows = rows.stop - rows.start if chosen is None else len(chosen)
+        metadata = _metadata(num_rows, rows.num_bytes, (file.path,))
         schema = block_of(self._schema.empty_table(), "", 0).schema
-        read = partial(_read_blocks, file, rows.start, rows.stop, self._schema)
+        read = partial(_read_blocks, file, rows.start, rows.stop, self._schema, chosen)
         return ReadTask(read, metadata, schema, row_limit)
 
 
@@ -116,10 +132,22 @@ def block_of(table: pa.Table, src_path: str, first_row: int) -> pa.Table:
     return pa.table({"src_path": paths, "src_row": rows, "input": structs})
 
 
-def _read_blocks(file: InputFile, start: int, stop: int, columns: pa.Schema) -> Iterator[pa.Table]:
+def _read_blocks(
+    file: InputFile, start: int, stop: int, columns: pa.Schema, chosen: np.ndarray | None = None
+) -> Iterator[pa.Table]:
     for batch in _batches(file, start, stop, columns):
-        yield block_of(pa.Table.from_batches([batch]), file.src_path, start)
+        block = block_of(pa.Table.from_batches([batch]), file.src_path, start)
+        if chosen is not None:
+            block = block.take(_between(chosen, start, start + batch.num_rows) - start)
+        yield block
         start += batch.num_rows
+
+
+def _between(numbers: np.ndarray | None, start: int, stop: int) -> np.ndarray:
+    """Of ascending numbers those in [start, stop)."""
+    if numbers is None:
+        return np.empty(0, np.int64)
+    return numbers[np.searchsorted(numbers, start) : np.searchsorted(numbers, stop)]
 
 
 def _batches(file: InputFile, start: int, stop: int, columns: pa.Schema) -> Iterator[pa.RecordBatch]:

@@ -57,9 +57,7 @@ def run_job(job: ReadyJob, say: Say, *, quiet: bool = False) -> RunSummary:
 
 
 def _plan(job: ReadyJob, say: Say) -> Manifest:
-    num_rows = sum(file.num_rows for file in job.checked.inputs)
-    limit = job.config.input.limit
-    say(f"planning {min(num_rows, limit) if limit is not None else num_rows:,} rows of {len(job.checked.inputs)} files")
+    say(f"planning {job.checked.num_rows:,} rows of {len(job.checked.inputs)} files")
     spec = job.render_spec(today())
     manifest = make_plan(job.checked, job.fields, spec, job.store, sorted_rows(job.checked, spec))
     stats = manifest.stats
