@@ -4,6 +4,7 @@
 #   make test         everything that must hold: format, lint, types, arrows, tests
 #   make test-commands  every command of the README, which takes minutes of its own; CI runs it, too
 #   make test-chaos   runs and trainings that are killed and started again; CI runs it, too
+#   make chaos        an hour of faults: every step of the commit protocol, 60 kills, S3 servers of other makes
 #   make test-fast    what make test runs, without the tests marked slow
 
 VENV := .venv
@@ -13,7 +14,7 @@ PIP := $(BIN)/python -m pip install -qq --constraint constraints.txt
 # Named, so that pip takes the build that is offered for CPUs; its newest build would bring CUDA along.
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo setup check test test-fast test-commands test-chaos format
+.PHONY: demo setup check test test-fast test-commands test-chaos chaos format
 .DEFAULT_GOAL := test
 
 setup: $(READY)
@@ -43,16 +44,22 @@ check: $(READY)
 	$(BIN)/lint-imports
 
 test: check
-	$(BIN)/python -m pytest -m "not commands and not chaos"
+	$(BIN)/python -m pytest -m "not commands and not chaos and not stores"
 
 test-chaos: $(READY)
 	$(BIN)/python -m pytest -m chaos
+
+chaos: $(READY)
+	@$(PIP) --no-build-isolation --editable '.[dev,stores]'
+	$(BIN)/python tests/crash_points.py
+	$(BIN)/python -m pytest -m "chaos or stores"
+	$(BIN)/python tests/chaos.py
 
 test-commands: $(READY)
 	$(BIN)/python -m pytest -m commands
 
 test-fast: check
-	$(BIN)/python -m pytest -m "not slow and not chaos"
+	$(BIN)/python -m pytest -m "not slow and not chaos and not stores"
 
 format: $(READY)
 	$(BIN)/ruff format

@@ -22,6 +22,8 @@ SLOWEST_BYTES_PER_SECOND = 1 << 20  # of an upload that is given time to end
 RETRY_SECONDS = (0.5, 1, 2, 4, 8, 16, 16, 16)  # between attempts, each made up to half shorter by chance
 LOST_THE_RACE = 412  # the condition of a PUT does not hold
 CONFLICT = 409  # another conditional PUT of the same name is under way
+# The request that arrived was not the one that was sent, or not all of it.
+DAMAGED_ON_THE_WAY = ("BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody", "RequestTimeout")
 EXPIRED = ("ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired")
 
 T = TypeVar("T")
@@ -174,14 +176,16 @@ def _code(error: BaseException) -> str:
 
 def _may_pass(error: BaseException) -> bool:
     """Throttling, a server's error, no answer, a cut one: whatever says nothing about the request itself."""
-    from botocore.exceptions import BotoCoreError, HTTPClientError
+    from botocore.exceptions import BotoCoreError, FlexibleChecksumError, HTTPClientError
     from botocore.parsers import ResponseParserError
 
     status = _status(error)
+    if _code(error) in DAMAGED_ON_THE_WAY:
+        return True
     if status is not None:
         return status in (CONFLICT, 429) or status >= 500
     if isinstance(error, BotoCoreError):  # others are about credentials and configuration
-        return isinstance(error, HTTPClientError)
+        return isinstance(error, (HTTPClientError, FlexibleChecksumError))
     return isinstance(error, (OSError, ResponseParserError)) and not isinstance(
         error, (FileNotFoundError, PermissionError)
     )

@@ -9,6 +9,7 @@ process does nothing more, so after a crash every later step of it crashes, too,
 
 import argparse
 import asyncio
+import logging
 import os
 import random
 import re
@@ -292,13 +293,14 @@ def pairs_of(num_steps: int, count: int, seed: int) -> list[tuple[int, int]]:
 
 
 @contextmanager
-def bucket() -> Iterator[None]:
-    """An S3 server in memory with the bucket, and the environment that leads to it."""
+def bucket() -> Iterator[tuple[str, int]]:
+    """Host and port of an S3 server in memory with the bucket, and the environment that leads to it."""
     import urllib.request
 
     from conftest import S3_ENVIRONMENT
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -306,7 +308,7 @@ def bucket() -> Iterator[None]:
     try:
         with patch.dict(os.environ, S3_ENVIRONMENT | {"AWS_ENDPOINT_URL": url}):
             urllib.request.urlopen(urllib.request.Request(f"{url}/data", method="PUT"), timeout=30).close()
-            yield
+            yield host, port
     finally:
         server.stop()
 

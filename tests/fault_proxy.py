@@ -11,7 +11,7 @@ from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 
-Kind = Literal["status", "reset", "hang", "lost_reply", "cut", "flip"]
+Kind = Literal["status", "reset", "hang", "lost_reply", "cut", "flip", "flip_request"]
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding"}
 
 
@@ -89,13 +89,14 @@ class _Handler(BaseHTTPRequestHandler):
         if kind in ("hang", "reset"):
             self._reset()
             return
+        if kind == "flip_request":
+            body = _flipped(body)
         status, headers, content = self._forward(body)
         if kind == "lost_reply":
             self._reset()
             return
         if kind == "flip" and content:
-            middle = len(content) // 2
-            content = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+            content = _flipped(content)
         self._answer(status, headers, content, cut=kind == "cut")
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _serve
@@ -147,3 +148,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close_connection = True
         self.connection.close()
+
+
+def _flipped(content: bytes) -> bytes:
+    """One bit in the middle."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
