@@ -4,13 +4,14 @@
     python tests/chaos.py --runs 8 --seed 7  some of them
 
 A run is disturbed at a moment drawn at random, and run again until it is done. What is there is then compared with the
-input, and its answers with those of the echo engine, or of an undisturbed run of the model in fp32: they may differ only
-from a token on at which the two best are closer than 1e-3. Prints a table, and exits with 1 if anything is wrong.
+input, and its answers with those of the echo engine, or of an undisturbed run of the model in fp32: they may differ
+only from a token on at which the two best are closer than 1e-3. Prints a table, and exits with 1 if anything is wrong.
 """
 
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +145,8 @@ def settings(place: str, engine: str, seed: int) -> Iterator[Setting]:
             proxy = stack.enter_context(fault_proxy(host, port))
             stack.enter_context(patch.dict(os.environ, {"AWS_ENDPOINT_URL": proxy.url}))
             fs = S3FileSystem(use_listings_cache=False, skip_instance_cache=True)
+            fs.rm("data", recursive=True)  # moto keeps its state from server to server
+            fs.mkdir("data")
             fs.put(inputs, "data/in", recursive=True)
             inputs, output = "data/in", "data/out"
         prefix = "s3://" if place == "s3" else ""
@@ -234,9 +238,15 @@ class Row:
     ties: int = 0
     wrong: int = 0
 
+    def add(self, other: "Row") -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
-def disturb(fault: str, place: str, engine: str, seed: int, row: Row) -> None:
-    row.runs += 1
+
+def disturb(fault: str, place: str, engine: str, seed: int) -> Row:
+    """One run, disturbed and finished."""
+    row = Row(runs=1)
+    started = time.monotonic()
     with settings(place, engine, seed) as setting:
         try:
             FAULTS[fault](setting)
@@ -250,6 +260,8 @@ def disturb(fault: str, place: str, engine: str, seed: int, row: Row) -> None:
         origins = _origins(setting)
         row.lost += len(set(input_rows(setting.fs, setting.inputs)) - set(origins))
         row.duplicated += len(origins) - len(set(origins))
+    print(f"{fault}, {place}, {engine}, seed {seed}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    return row
 
 
 def _origins(setting: Setting) -> list[tuple[str, int]]:
@@ -267,6 +279,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, help="only so many, drawn at random")
     parser.add_argument("--seeds", type=int, default=3, help="of each fault, place and engine")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--parallel", type=int, default=3, help="runs at once: they wait more than they compute")
     args = parser.parse_args()
     cases = [
         (fault, place, engine, args.seed + number)
@@ -277,11 +290,10 @@ def main() -> int:
     ]
     if args.runs is not None:
         cases = random.Random(args.seed).sample(cases, args.runs)
-    rows: dict[str, Row] = {}
-    for number, case in enumerate(cases, 1):
-        started = time.monotonic()
-        disturb(*case, rows.setdefault(case[0], Row()))
-        print(f"{number}/{len(cases)} {case} {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    rows = {fault: Row() for fault, *_ in cases}
+    with ProcessPoolExecutor(args.parallel, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for (fault, *_), row in zip(cases, pool.map(disturb, *zip(*cases, strict=True)), strict=True):
+            rows[fault].add(row)
     table = Table("fault", "runs", "lost", "duplicated", "content equal", "of these from a tie on")
     for fault, row in rows.items():
         equal = f"{row.runs - row.wrong} of {row.runs}"

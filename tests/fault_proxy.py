@@ -57,7 +57,7 @@ def fault_proxy(host: str, port: int) -> Iterator[FaultProxy]:
         shared = proxy
         target = (host, port)
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = _Server(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     proxy.url = f"http://127.0.0.1:{server.server_address[1]}"
@@ -66,6 +66,11 @@ def fault_proxy(host: str, port: int) -> Iterator[FaultProxy]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Nothing: a client that dies in the middle of a request is what tests are about."""
 
 
 class _Handler(BaseHTTPRequestHandler):
