@@ -8,6 +8,7 @@ from attention.segments import Segment
 from pipeline.job import ReadyJob
 from pipeline.one_prompt import prompt_of_row
 from pipeline.problems import JobRefused, Problem
+from pipeline.remote_models import local_source
 from workers.attention_maps import attention_map, load_for_maps
 
 MASKS = ("causal", "segment")
@@ -21,7 +22,8 @@ def draw_attention(job: ReadyJob, row: int, layer: int | None, path: str) -> dic
     from matplotlib.figure import Figure
 
     origin, segments, texts = prompt_of_row(job, row)
-    model = load_for_maps(job.config.model.source, adapter=job.config.model.adapter, revision=job.facts.commit)
+    source, adapter = local_source(job.config.model.source), job.config.model.adapter
+    model = load_for_maps(source, adapter=adapter and local_source(adapter), revision=job.facts.commit)
     try:
         maps = {mask: attention_map(model, segments, mask, layer).numpy() for mask in MASKS}
     except ValueError as error:

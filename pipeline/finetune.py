@@ -25,6 +25,7 @@ from pipeline.listing import is_local
 from pipeline.manifest import SUCCESS, ForeignOutput, check_same_fields
 from pipeline.pool import threads_of
 from pipeline.problems import JobRefused, Problem, shown
+from pipeline.remote_models import local_source
 from pipeline.run import Say, plan_job
 from pipeline.sources import discover
 from pipeline.store import OutputStorageError
@@ -101,7 +102,7 @@ def prepare_finetune(path: str | os.PathLike[str], overrides: Sequence[str] = ()
     job = prepared(_with_files(draft, config, held_out), [*_problems(config), *problems])
     spec = _training_spec(config, job, held_out)
     try:
-        check_trainable(spec.source, spec.revision, spec.lora, spec.answer_end_id)
+        check_trainable(local_source(spec.source), spec.revision, spec.lora, spec.answer_end_id)
     except ModelRefused as error:
         raise JobRefused([Problem("", "", str(error))]) from None
     return ReadyFinetune(job, config, spec)

@@ -14,6 +14,7 @@ from pipeline.config import JobConfig
 from pipeline.config_file import JobDraft, read_job
 from pipeline.manifest import Manifest, check_same_job, code_version, load_manifest
 from pipeline.problems import JobRefused, Problem
+from pipeline.remote_models import local_source
 from pipeline.render import RenderSpec, encoder_of
 from pipeline.schemas import ROW_PARAMS_COLUMN
 from pipeline.shards import PROTOCOL
@@ -161,7 +162,8 @@ def _look_at_model(config: JobConfig) -> tuple[ModelFacts | None, list[Problem]]
         wanted = "auto or 0: GPU workers are not available in this version"
         problems.append(Problem("workers.num_gpus", str(config.workers.num_gpus), wanted))
     try:
-        facts = inspect_model(model.source, dtype=model.dtype, adapter=model.adapter, revision=model.revision)
+        source, adapter = local_source(model.source), model.adapter and local_source(model.adapter)
+        facts = inspect_model(source, dtype=model.dtype, adapter=adapter, revision=model.revision)
     except ModelRefused as refused:
         return None, [*problems, Problem("model", "", str(refused))]
     wanted_length = config.limits.max_model_len

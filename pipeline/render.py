@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from attention.segments import canonical_segments, num_tokens
 from pipeline.chains import encode_chain, shared_chains
+from pipeline.remote_models import local_source
 from pipeline.results import error_value
 from pipeline.schemas import ROW_PARAMS_COLUMN
 from pipeline.units import PASSED, PLANNED_FIELDS, SCORE_FIELD, score_value
@@ -199,5 +200,5 @@ def _encoder(source: str, revision: str | None, template: str, date: str, max_pr
     parsed, when = PromptTemplate.model_validate_json(template), datetime.date.fromisoformat(date)
     if is_echo(source):
         return PromptEncoder(echo_tokenizer(), parsed, date=when, max_prompt_bytes=max_prompt_bytes)
-    directory = safetensors_directory(locate(source, revision))
+    directory = safetensors_directory(locate(local_source(source), revision))
     return PromptEncoder.from_directory(directory, parsed, date=when, max_prompt_bytes=max_prompt_bytes)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from pipeline.local_store import LocalStore
 from pipeline.manifest import SUCCESS, load_manifest
+from pipeline.remote_models import local_source
 from pipeline.store import OutputStorageError
 from pipeline.summary import is_over_limit
 from pipeline.training_data import Holdout, TrainingData, load_training_data
@@ -93,7 +94,7 @@ def train_process(
     store = LocalStore(spec.output)
     data = data or check_data(spec)
     model = TrainingModel.from_pretrained(
-        spec.source, spec.lora, dtype=DTYPES[spec.dtype], revision=spec.revision, seed=spec.seed
+        local_source(spec.source), spec.lora, dtype=DTYPES[spec.dtype], revision=spec.revision, seed=spec.seed
     )
     trainer = Trainer(model, data.examples, data.held_out, spec.training, seed=spec.seed, ranks=ranks)
     checkpoints = Checkpoints(store.root / CHECKPOINTS)

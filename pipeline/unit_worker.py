@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.cluster import WorkersFailed, one_line
+from pipeline.remote_models import local_source
 from pipeline.results import error_value, result_row, result_schema, result_table
 from pipeline.roster import Reporter
 from pipeline.scores import score_schema, score_values
@@ -203,8 +204,9 @@ def make_engine(spec: WorkerSpec) -> RowEngine:
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     options: dict[str, Any] = {"mask": spec.mask, "max_model_len": spec.max_model_len, **spec.engine}
+    source, adapter = local_source(spec.source), spec.adapter and local_source(spec.adapter)
     return Engine.from_pretrained(
-        spec.source, dtype=spec.dtype, adapter=spec.adapter, check_adapter=False, revision=spec.revision, **options
+        source, dtype=spec.dtype, adapter=adapter, check_adapter=False, revision=spec.revision, **options
     )
 
 

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -41,6 +42,7 @@ NUM_SHARDS = NUM_ROWS // ROWS_PER_FILE
 TIE = 1e-3  # between the log-probabilities of the two best tokens
 WORKERS = {"min_size": 2, "max_size": 2, "units_in_flight": 1, "step_timeout_s": 4, "threads": 1}
 MAX_RUNS = 6  # of a job that is disturbed once
+Answers = dict[tuple[str, int], dict[str, Any]]  # whole rows of an output, by where they come from
 
 
 @dataclass
@@ -53,7 +55,7 @@ class Setting:
     output: str
     job: Path
     random: random.Random
-    reference: dict[tuple[str, int], dict[str, Any]] | None  # answers of the model, undisturbed
+    reference: Answers | None  # of the model, undisturbed
     proxy: FaultProxy | None
 
     def num_shards(self) -> int:
@@ -132,8 +134,8 @@ PLACES, ENGINES = ("local", "s3"), ("echo", "model")
 
 
 @contextmanager
-def settings(place: str, engine: str, seed: int) -> Iterator[Setting]:
-    """A fresh place with its input. The model's answers are computed once for each place, undisturbed."""
+def settings(place: str, engine: str, seed: int, reference: Answers | None = None) -> Iterator[Setting]:
+    """A fresh place with its input, where nothing has gone wrong yet."""
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = write_input(Path(name), NUM_ROWS)
         fs: Any = LocalFileSystem()
@@ -160,11 +162,7 @@ def settings(place: str, engine: str, seed: int) -> Iterator[Setting]:
             | ({} if engine == "echo" else {"logprobs": 2}),
             workers=WORKERS,
         )
-        setting = Setting(folder, fs, inputs, output, job, random.Random(seed), None, proxy)
-        if engine == "model":
-            finish(setting)
-            setting.reference = answers(setting)
-            fs.rm(output, recursive=True)
+        setting = Setting(folder, fs, inputs, output, job, random.Random(seed), reference, proxy)
         if proxy is not None:
             setting.random.shuffle(NOISE)
             proxy.faults += [Fault(**fault) for fault in NOISE[: setting.random.randint(0, 4)]]
@@ -200,7 +198,7 @@ def finish(setting: Setting) -> int:
     raise Inexact(f"not done after {MAX_RUNS} runs: {code} {out} {err}")
 
 
-def answers(setting: Setting) -> dict[tuple[str, int], dict[str, Any]]:
+def answers(setting: Setting) -> Answers:
     found = {}
     for path in setting.fs.find(setting.output, maxdepth=1):
         if "/part-" in path:
@@ -243,11 +241,18 @@ class Row:
             setattr(self, name, getattr(self, name) + value)
 
 
-def disturb(fault: str, place: str, engine: str, seed: int) -> Row:
+def undisturbed() -> Answers:
+    """What the model answers when nothing goes wrong."""
+    with settings("local", "model", seed=0) as setting:
+        finish(setting)
+        return answers(setting)
+
+
+def disturb(fault: str, place: str, engine: str, seed: int, reference: Answers) -> Row:
     """One run, disturbed and finished."""
     row = Row(runs=1)
     started = time.monotonic()
-    with settings(place, engine, seed) as setting:
+    with settings(place, engine, seed, reference if engine == "model" else None) as setting:
         try:
             FAULTS[fault](setting)
             finish(setting)
@@ -279,7 +284,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, help="only so many, drawn at random")
     parser.add_argument("--seeds", type=int, default=3, help="of each fault, place and engine")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--parallel", type=int, default=3, help="runs at once: they wait more than they compute")
+    parser.add_argument("--parallel", type=int, default=4, help="runs at once: they wait more than they compute")
     args = parser.parse_args()
     cases = [
         (fault, place, engine, args.seed + number)
@@ -290,9 +295,11 @@ def main() -> int:
     ]
     if args.runs is not None:
         cases = random.Random(args.seed).sample(cases, args.runs)
+    columns = zip(*cases, strict=True)
     rows = {fault: Row() for fault, *_ in cases}
+    reference = undisturbed()
     with ProcessPoolExecutor(args.parallel, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for (fault, *_), row in zip(cases, pool.map(disturb, *zip(*cases, strict=True)), strict=True):
+        for (fault, *_), row in zip(cases, pool.map(partial(disturb, reference=reference), *columns), strict=True):
             rows[fault].add(row)
     table = Table("fault", "runs", "lost", "duplicated", "content equal", "of these from a tie on")
     for fault, row in rows.items():
