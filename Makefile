@@ -44,7 +44,7 @@ check: $(READY)
 	$(BIN)/lint-imports
 
 test: check
-	$(BIN)/python -m pytest -m "not commands and not chaos and not stores"
+	$(BIN)/python -m pytest -m "not commands and not chaos and not long"
 
 test-chaos: $(READY)
 	$(BIN)/python -m pytest -m chaos
@@ -52,14 +52,15 @@ test-chaos: $(READY)
 chaos: $(READY)
 	@$(PIP) --no-build-isolation --editable '.[dev,stores]'
 	$(BIN)/python tests/crash_points.py
-	$(BIN)/python -m pytest -m "chaos or stores"
+	$(BIN)/python -m pytest -m "chaos or long"
+	$(BIN)/python tests/mutations.py
 	$(BIN)/python tests/chaos.py
 
 test-commands: $(READY)
 	$(BIN)/python -m pytest -m commands
 
 test-fast: check
-	$(BIN)/python -m pytest -m "not slow and not chaos and not stores"
+	$(BIN)/python -m pytest -m "not slow and not chaos and not long"
 
 format: $(READY)
 	$(BIN)/ruff format

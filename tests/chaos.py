@@ -30,12 +30,13 @@ from unittest.mock import patch
 
 import pyarrow.parquet as pq
 from crash_points import bucket
-from echo_jobs import PATIENCE, outcome, segue_process, wait_for, worker_pids, write_input, write_job
+from echo_jobs import outcome, segue_process, wait_for, worker_pids, write_input, write_job
 from fault_proxy import Fault, FaultProxy, fault_proxy
 from fsspec.implementations.local import LocalFileSystem
 from oracle import Inexact, check_exact, echo_answer, input_rows
 from rich.console import Console
 from rich.table import Table
+from two_nodes import two_nodes
 
 NUM_ROWS, ROWS_PER_FILE, MAX_TOKENS = 48, 4, 6
 NUM_SHARDS = NUM_ROWS // ROWS_PER_FILE
@@ -100,19 +101,10 @@ def _signal_worker(setting: Setting, signum: int) -> None:
 
 def kill_node(setting: Setting) -> None:
     """A cluster of two nodes, of which the one without the driver vanishes."""
-    script = Path(__file__).with_name("two_nodes.py")
-    ray = subprocess.Popen([sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert ray.stdin is not None
-    assert ray.stdout is not None
-    address = ray.stdout.readline().strip()
-    try:
-        with patch.dict(os.environ, {"RAY_ADDRESS": address}), setting.run() as process:
-            setting.wait_for_some(process)
-            print("kill", file=ray.stdin, flush=True)
-            outcome(process)
-    finally:
-        ray.stdin.close()
-        ray.wait(timeout=PATIENCE)
+    with two_nodes() as (address, kill), patch.dict(os.environ, {"RAY_ADDRESS": address}), setting.run() as process:
+        setting.wait_for_some(process)
+        kill()
+        outcome(process)
 
 
 def two_drivers(setting: Setting) -> None:

@@ -1,6 +1,11 @@
 """What several test files share: a local Ray, and a tiny model on disk."""
 
 import pytest
+from hypothesis import settings
+
+# Tests run beside others: how long an example takes says nothing.
+settings.register_profile("segue", deadline=None)
+settings.load_profile("segue")
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,14 @@ def die_everywhere(place: Place, wanted: Sequence[str]) -> None:
 
 
 def test_death_at_any_step_on_local_disk_ends_exact(tmp_path: Path) -> None:
-    steps = ["half of a temporary file is written", "before link of part-000001.parquet", "after link of _SUCCESS"]
-    die_everywhere(LocalPlace(tmp_path), [*steps, "after fsync of out", "before leftovers are removed"])
+    steps = [
+        "half of a temporary file is written",
+        "after fsync of temporary file",
+        "before link of part-000001.parquet",
+    ]
+    die_everywhere(
+        LocalPlace(tmp_path), [*steps, "after link of _SUCCESS", "after fsync of out", "before leftovers are removed"]
+    )
 
 
 def test_death_at_any_step_on_s3_ends_exact(tmp_path: Path) -> None:

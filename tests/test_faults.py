@@ -13,8 +13,9 @@ import pytest
 from echo_jobs import outcome, segue_process, shards_in, wait_for, worker_pids, write_job
 from fsspec.implementations.local import LocalFileSystem
 from oracle import check_exact, echo_answer
+from two_nodes import two_nodes
 
-pytestmark = [pytest.mark.chaos, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray[.]")]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray[.]")
 MAX_TOKENS = 6
 TWO_WORKERS = {"min_size": 2, "max_size": 2, "units_in_flight": 4}
 
@@ -48,6 +49,7 @@ def check(folder: Path, errors: dict[int, str]) -> None:
     )
 
 
+@pytest.mark.chaos
 def test_row_that_crashes_and_row_that_hangs_are_marked_and_all_others_are_answered(tmp_path):
     folder = write_rows(tmp_path, {37: "POISON", 102: "STUCK"})
     code, summary, _ = run(folder, "echo?crash=POISON&hang=STUCK", step_timeout_s=4)
@@ -56,6 +58,7 @@ def test_row_that_crashes_and_row_that_hangs_are_marked_and_all_others_are_answe
     check(folder, {37: "WORKER_CRASH", 102: "ROW_TIMEOUT"})
 
 
+@pytest.mark.long
 def test_rows_at_which_the_engine_raises_are_marked_with_what_it_raised(tmp_path):
     folder = write_rows(tmp_path, {0: "POISON", 1: "POISON", 31: "POISON"}, num_rows=32)
     code, _, err = run(folder, "echo?fail=POISON", max_rows_per_file=32, max_size=1, min_size=1)
@@ -65,6 +68,7 @@ def test_rows_at_which_the_engine_raises_are_marked_with_what_it_raised(tmp_path
     assert messages == {"twice, with this row alone in it, the worker's process ended: RuntimeError"}
 
 
+@pytest.mark.chaos
 def test_job_whose_every_row_crashes_ends_with_4_and_says_so(tmp_path):
     started = time.monotonic()
     code, _, err = run(write_rows(tmp_path, {}), "echo?crash=fine")
@@ -75,6 +79,7 @@ def test_job_whose_every_row_crashes_ends_with_4_and_says_so(tmp_path):
     assert not (tmp_path / "out" / "_SUCCESS").exists()
 
 
+@pytest.mark.long
 def test_rows_that_crash_at_the_front_of_every_unit_do_not_end_the_job(tmp_path):
     folder = write_rows(tmp_path, dict.fromkeys(range(4), "AAA"), num_rows=40)
     code, _, err = run(folder, "echo?crash=AAA", max_rows_per_file=10)
@@ -82,6 +87,7 @@ def test_rows_that_crash_at_the_front_of_every_unit_do_not_end_the_job(tmp_path)
     check(folder, dict.fromkeys(range(4), "WORKER_CRASH"))
 
 
+@pytest.mark.long
 def test_worker_that_is_frozen_is_killed_and_costs_nothing(tmp_path):
     folder = write_rows(tmp_path, {})
     job = write_job(
@@ -100,6 +106,7 @@ def test_worker_that_is_frozen_is_killed_and_costs_nothing(tmp_path):
     check(folder, {})
 
 
+@pytest.mark.long
 def test_too_many_crashing_rows_stop_the_job_at_the_error_limit(tmp_path):
     folder = write_rows(tmp_path, dict.fromkeys(range(0, 1200, 10), "POISON"), num_rows=1200)
     output = {"path": "out", "max_rows_per_file": 1200}
@@ -113,3 +120,19 @@ def test_too_many_crashing_rows_stop_the_job_at_the_error_limit(tmp_path):
     with segue_process(folder, "run", str(job), "--json") as process:
         code, out, err = outcome(process)
     assert (code, json.loads(out)["status"]) == (3, "incomplete"), err
+
+
+@pytest.mark.chaos
+def test_node_that_vanishes_costs_nothing(tmp_path, monkeypatch):
+    folder = write_rows(tmp_path, {}, num_rows=64)
+    workers = {"min_size": 2, "max_size": 2, "units_in_flight": 1, "threads": 1}
+    output = {"path": "out", "max_rows_per_file": 8}
+    job = write_job(folder, model={"source": "echo:1"}, workers=workers, output=output)
+    with two_nodes() as (address, kill):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with segue_process(folder, "run", str(job), "--json", "--quiet") as process:
+            wait_for(lambda: shards_in(folder / "out"), process)
+            kill()
+            code, out, err = outcome(process)
+    assert (code, json.loads(out)["num_errors"]) == (0, 0), err
+    check(folder, {})

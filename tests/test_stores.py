@@ -20,7 +20,7 @@ from store_servers import ADMIN, READER, StoreServer, rclone, seaweedfs
 from pipeline.object_store import ObjectStore
 from pipeline.store import OutputStorageError
 
-pytestmark = pytest.mark.stores
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")

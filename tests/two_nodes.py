@@ -1,11 +1,32 @@
-"""A Ray of two nodes on this machine: prints its address, kills the second node when told, ends with its input."""
+"""A Ray of two nodes on this machine, in a process of its own; the second node can be killed."""
 
+import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from ray.cluster_utils import Cluster
+
+@contextmanager
+def two_nodes() -> Iterator[tuple[str, Callable[[], None]]]:
+    """Its address, and what kills the node on which no driver runs."""
+    process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    said = process.stdin
+
+    def kill() -> None:
+        print("kill", file=said, flush=True)
+
+    try:
+        yield process.stdout.readline().strip(), kill
+    finally:
+        process.communicate(timeout=60)
 
 
 def main() -> None:
+    """Prints the address, does what it is told, and ends with its input."""
+    from ray.cluster_utils import Cluster
+
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     node = cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()
