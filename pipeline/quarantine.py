@@ -5,6 +5,7 @@ died with it, too. Knows Ray, and rows by their place in a unit; nothing of what
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import ray
@@ -98,9 +99,10 @@ class Quarantine:
         """Of the worker, which is gone then."""
         actor_id = self._worker._actor_id.hex()
         self._worker = None
-        health: Any = ray.get(self._roster.health.remote())
-        failures = health.failures
-        said, self._num_failures = failures[self._num_failures :], len(failures)
+        said: list[str] = []
+        with suppress(ray.exceptions.RayError):  # a roster that died, too, knows nothing
+            health: Any = ray.get(self._roster.health.remote())
+            said, self._num_failures = health.failures[self._num_failures :], len(health.failures)
         if any(process.actor_id == actor_id for process in self._watchdog.killed):
             limit = f"{self._watchdog.step_timeout_s:g} s (workers.step_timeout_s)"
             message = f"twice, with this row alone in the worker, no step was finished within {limit}"
