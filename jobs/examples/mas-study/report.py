@@ -18,7 +18,7 @@ from jobs.statistics import Z_95, mcnemar, wilson_interval
 
 HERE = Path(__file__).parent
 BASE_ARM = "causal"
-ARMS = (BASE_ARM, "segment", "causal_twice")
+ARMS = (BASE_ARM, "segment", "segment_adapted", "causal_twice")
 COLUMNS = (
     *("task", "order", "test", "items", "arm", "seeds", "accuracy, 95%", "by seed"),
     *("minus causal, 95%", "McNemar p by seed", "tokens trained on"),
@@ -73,7 +73,7 @@ def draw_curves(results: Sequence[Result], path: Path) -> None:
 
     panels = sorted({(result["task"], result["order"]) for result in results})
     figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
-    colours = dict(zip(ARMS, ("tab:blue", "tab:orange", "tab:green"), strict=True))
+    colours = dict(zip(ARMS, ("tab:blue", "tab:orange", "tab:red", "tab:green"), strict=True))
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for result in results:
             if (result["task"], result["order"]) == panel:

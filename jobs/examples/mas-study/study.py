@@ -5,7 +5,7 @@
 
 Each combination of task, order, arm and seed is a `segue finetune`, a `segue run` that scores the choices of unseen
 items, for the paper's tasks another that generates, and an entry in `results.json`, which `report.py` reads. A
-training that was killed goes on. Knows folders and the command line of segue; nothing of models.
+training that was killed goes on. Knows folders and the command line of segue.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from ruamel.yaml import YAML
 
 from jobs.evaluate import evaluate
 from jobs.judge import judging_of
+from workers.model_source import locate, safetensors_directory
 
 HERE = Path(__file__).parent
 OUT = HERE / "out"
@@ -76,6 +77,8 @@ def _result(arm: Arm, part: dict[str, Any], model: str) -> dict[str, Any]:
     arm.folder.mkdir(parents=True, exist_ok=True)
     settings = part["arms"][arm.arm]
     shared = {"mask": settings["mask"], "prompt": part["prompt"] | settings.get("prompt", {})}
+    if "merged_adapter" in settings:
+        model = _merged(model, HERE / settings["merged_adapter"])
     finetune = {
         "name": "mas-study",
         "model": {"source": model},
@@ -102,6 +105,22 @@ def _result(arm: Arm, part: dict[str, Any], model: str) -> dict[str, Any]:
     lines = [json.loads(line) for line in (arm.folder / "trained" / "metrics.jsonl").read_bytes().splitlines()]
     curve = [(line["step"], round(line["eval_loss"], 4)) for line in lines if "eval_loss" in line]
     return asdict(arm) | {name: trained[name] for name in TOLD} | {"eval_losses": curve, "right": right}
+
+
+def _merged(model: str, adapter: Path) -> str:
+    """A folder with model and adapter in one, made once: for an arm that starts from a model that knows the mask."""
+    target = OUT / "merged"
+    if not target.is_dir():
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        directory = safetensors_directory(locate(model))
+        scratch = OUT / ".merged"
+        base = AutoModelForCausalLM.from_pretrained(directory, dtype="float32")
+        PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(scratch)
+        AutoTokenizer.from_pretrained(directory).save_pretrained(scratch)
+        scratch.rename(target)
+    return str(target)
 
 
 def _right(arm: Arm, name: str, job: dict[str, Any], part: dict[str, Any]) -> dict[str, str]:
