@@ -68,7 +68,7 @@ def test_rows_at_which_the_engine_raises_are_marked_with_what_it_raised(tmp_path
     assert messages == {"twice, with this row alone in it, the worker's process ended: RuntimeError"}
 
 
-@pytest.mark.chaos
+@pytest.mark.long
 def test_job_whose_every_row_crashes_ends_with_4_and_says_so(tmp_path):
     started = time.monotonic()
     code, _, err = run(write_rows(tmp_path, {}), "echo?crash=fine")
