@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from crash_points import BucketPlace, LocalPlace, Place, bucket, crash, pairs_of, steps_of
 
-pytestmark = [pytest.mark.chaos, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray[.]")]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray[.]")
 
 
 def die_everywhere(place: Place, wanted: Sequence[str]) -> None:
@@ -19,6 +19,7 @@ def die_everywhere(place: Place, wanted: Sequence[str]) -> None:
         assert crash(place, *pair)
 
 
+@pytest.mark.chaos
 def test_death_at_any_step_on_local_disk_ends_exact(tmp_path: Path) -> None:
     steps = [
         "half of a temporary file is written",
@@ -30,6 +31,7 @@ def test_death_at_any_step_on_local_disk_ends_exact(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.long
 def test_death_at_any_step_on_s3_ends_exact(tmp_path: Path) -> None:
     steps = [f"{when} pipe_file of {name}" for when in ("before", "after") for name in ("manifest.json", "_SUCCESS")]
     with bucket():
