@@ -124,7 +124,10 @@ class Passes:
             self._watched(units) as (roster, watchdog),
             closing(Quarantine(self._spec, roster, watchdog, self._may_convict)) as quarantine,
         ):
-            yield quarantine, roster
+            try:
+                yield quarantine, roster
+            except ray.exceptions.RayError as error:  # not a death, of which a quarantine knows what to make
+                self._failure = cluster.cause_of(error)
 
     @contextmanager
     def _watched(self, units: Sequence[UnitSpec]) -> Iterator[tuple[Any, Watchdog]]:

@@ -133,7 +133,7 @@ def worker_pids(session: int) -> list[int]:
     return found
 
 
-def outcome(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+def outcome(process: subprocess.Popen[str], patience: float = PATIENCE) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) once it ends by itself."""
-    out, err = process.communicate(timeout=PATIENCE)
+    out, err = process.communicate(timeout=patience)
     return process.returncode, out, err

@@ -32,7 +32,7 @@ def run(folder: Path, source: str, max_rows_per_file: int = 16, **workers: Any) 
     output = {"path": "out", "max_rows_per_file": max_rows_per_file}
     job = write_job(folder, model={"source": source}, workers=TWO_WORKERS | workers, output=output)
     with segue_process(folder, "run", str(job), "--json") as process:
-        code, out, err = outcome(process)
+        code, out, err = outcome(process, patience=500)  # every death is a process to be started
     assert "Traceback" not in err, err
     lines = out.splitlines()
     assert len(lines) == (code not in (2, 4, 5)), "stdout is for results"
@@ -60,10 +60,10 @@ def test_row_that_crashes_and_row_that_hangs_are_marked_and_all_others_are_answe
 
 @pytest.mark.long
 def test_rows_at_which_the_engine_raises_are_marked_with_what_it_raised(tmp_path):
-    folder = write_rows(tmp_path, {0: "POISON", 1: "POISON", 31: "POISON"}, num_rows=32)
-    code, _, err = run(folder, "echo?fail=POISON", max_rows_per_file=32, max_size=1, min_size=1)
+    folder = write_rows(tmp_path, {0: "POISON", 15: "POISON"}, num_rows=16)
+    code, _, err = run(folder, "echo?fail=POISON", max_rows_per_file=16, max_size=1, min_size=1)
     assert code == 0, err
-    check(folder, dict.fromkeys((0, 1, 31), "WORKER_CRASH"))
+    check(folder, dict.fromkeys((0, 15), "WORKER_CRASH"))
     messages = {row["message"] for row in pq.read_table(shards_in(folder / "out")[0])["error"].to_pylist() if row}
     assert messages == {"twice, with this row alone in it, the worker's process ended: RuntimeError"}
 
@@ -100,7 +100,7 @@ def test_worker_that_is_frozen_is_killed_and_costs_nothing(tmp_path):
         wait_for(lambda: shards_in(folder / "out"), process)
         for pid in worker_pids(process.pid):
             os.kill(pid, signal.SIGSTOP)
-        code, out, err = outcome(process)
+        code, out, err = outcome(process, patience=500)  # every death is a process to be started
     assert (code, json.loads(out)["num_errors"]) == (0, 0), err
     assert "lost with their workers" in err
     check(folder, {})
@@ -118,7 +118,7 @@ def test_too_many_crashing_rows_stop_the_job_at_the_error_limit(tmp_path):
         limits={"max_error_rate": 0.001},
     )
     with segue_process(folder, "run", str(job), "--json") as process:
-        code, out, err = outcome(process)
+        code, out, err = outcome(process, patience=500)  # every death is a process to be started
     assert (code, json.loads(out)["status"]) == (3, "incomplete"), err
 
 
@@ -133,6 +133,6 @@ def test_node_that_vanishes_costs_nothing(tmp_path, monkeypatch):
         with segue_process(folder, "run", str(job), "--json", "--quiet") as process:
             wait_for(lambda: shards_in(folder / "out"), process)
             kill()
-            code, out, err = outcome(process)
+            code, out, err = outcome(process, patience=500)  # every death is a process to be started
     assert (code, json.loads(out)["num_errors"]) == (0, 0), err
     check(folder, {})
