@@ -51,11 +51,11 @@ def check(folder: Path, errors: dict[int, str]) -> None:
 
 @pytest.mark.chaos
 def test_row_that_crashes_and_row_that_hangs_are_marked_and_all_others_are_answered(tmp_path):
-    folder = write_rows(tmp_path, {37: "POISON", 102: "STUCK"})
-    code, summary, _ = run(folder, "echo?crash=POISON&hang=STUCK", step_timeout_s=4)
+    folder = write_rows(tmp_path, {13: "POISON", 30: "STUCK"}, num_rows=48)
+    code, summary, _ = run(folder, "echo?crash=POISON&hang=STUCK", max_rows_per_file=4, step_timeout_s=4)
     wanted = {"ROW_TIMEOUT": 1, "WORKER_CRASH": 1}
     assert (code, summary["status"], summary["errors"]) == (0, "done", wanted)
-    check(folder, {37: "WORKER_CRASH", 102: "ROW_TIMEOUT"})
+    check(folder, {13: "WORKER_CRASH", 30: "ROW_TIMEOUT"})
 
 
 @pytest.mark.long
