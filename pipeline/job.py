@@ -162,7 +162,7 @@ def _look_at_model(config: JobConfig) -> tuple[ModelFacts | None, list[Problem]]
         wanted = "auto or 0: GPU workers are not available in this version"
         problems.append(Problem("workers.num_gpus", str(config.workers.num_gpus), wanted))
     try:
-        source, adapter = local_source(model.source), model.adapter and local_source(model.adapter)
+        source, adapter = local_source(model.source), model.adapter and local_source(model.adapter, "model.adapter")
         facts = inspect_model(source, dtype=model.dtype, adapter=adapter, revision=model.revision)
     except ModelRefused as refused:
         return None, [*problems, Problem("model", "", str(refused))]

@@ -21,9 +21,10 @@ from pipeline.pool import run_units, threads_of
 from pipeline.progress import ProgressDisplay, Totals
 from pipeline.quarantine import Quarantine
 from pipeline.roster import Roster
+from pipeline.store import OutputStorageError
 from pipeline.summary import is_over_limit
 from pipeline.unit_worker import DRAIN_SECONDS, Receipt
-from pipeline.units import UnitSpec
+from pipeline.units import UnitDamaged, UnitSpec
 from pipeline.watchdog import Watchdog
 
 Say = Callable[[str], None]
@@ -111,6 +112,8 @@ class Passes:
                 receipt = quarantine.settle(unit)
                 if receipt is not None:
                     self._take(receipt, roster)
+                else:
+                    self._say(f"{unit.unit_name} was given up: it still ends its worker, or too many of its rows do")
         return self._missing()
 
     def _check_that_any_survives(self, units: Sequence[UnitSpec], reason: str) -> None:
@@ -127,7 +130,7 @@ class Passes:
             try:
                 yield quarantine, roster
             except ray.exceptions.RayError as error:  # not a death, of which a quarantine knows what to make
-                self._failure = cluster.cause_of(error)
+                self._failure = cluster.cause_of(error, UnitDamaged, OutputStorageError)
 
     @contextmanager
     def _watched(self, units: Sequence[UnitSpec]) -> Iterator[tuple[Any, Watchdog]]:

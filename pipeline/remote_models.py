@@ -19,23 +19,26 @@ from workers.model_source import ModelRefused, cache_root
 SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".gguf")
 
 
-def local_source(source: str) -> str:
-    """A folder or GGUF file on this machine for one that is `s3://`; anything else as it is. Raises ModelRefused."""
+def local_source(source: str, key: str = "model.source") -> str:
+    """A folder or GGUF file on this machine for one that is `s3://`; anything else as it is.
+
+    Raises ModelRefused, which names the `key` of the job file.
+    """
     if not source.startswith("s3://"):
         return source
     try:
-        return str(_downloaded(source))
+        return str(_downloaded(source, key))
     except FileNotFoundError as error:
-        raise ModelRefused(f"model.source: there is nothing at {source!r}") from error
+        raise ModelRefused(f"{key}: there is nothing at {source!r}") from error
     except OSError as error:
-        raise ModelRefused(f"model.source: {source!r} cannot be read: {error}") from error
+        raise ModelRefused(f"{key}: {source!r} cannot be read: {error}") from error
 
 
-def _downloaded(source: str) -> Path:
+def _downloaded(source: str, key: str) -> Path:
     fs, name = open_remote(source)
     objects = _objects(fs, name)
     if not objects:
-        raise ModelRefused(f"model.source: {source!r} has no files of a model ({', '.join(SUFFIXES)})")
+        raise ModelRefused(f"{key}: {source!r} has no files of a model ({', '.join(SUFFIXES)})")
     stamp = "\n".join(f"{entry['name']} {entry['size']} {entry.get('ETag')}" for entry in objects)
     digest = hashlib.sha256(stamp.encode()).hexdigest()[:32]
     target = cache_root() / "downloads" / digest

@@ -4,19 +4,16 @@ Ray schedules, the store commits: a run can end anywhere and be run again.
 """
 
 import time
-from collections.abc import Callable
 
 from pipeline import cluster
 from pipeline.completeness import check_complete, check_unused, missing_units, write_success
 from pipeline.interrupt import Interrupt
 from pipeline.job import ReadyJob, existing_manifest, today
 from pipeline.manifest import SUCCESS, Manifest
-from pipeline.passes import Passes, Tally
+from pipeline.passes import Passes, Say, Tally
 from pipeline.plan import make_plan, sorted_rows
 from pipeline.presence import Presence
 from pipeline.summary import RunSummary, committed_footers, count_rows, summary_of
-
-Say = Callable[[str], None]
 
 
 def plan_job(job: ReadyJob, say: Say) -> Manifest:

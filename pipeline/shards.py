@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.store import OutputStorageError, Store
-from pipeline.units import UnitSpec
+from pipeline.units import MAX_READS, UnitSpec
 
 PROTOCOL = 1
 FOOTER_KEY = b"segue"
@@ -78,28 +78,31 @@ def read_shard(store: Store, unit: UnitSpec, fingerprint: str) -> tuple[ShardFoo
 
     Read again if it is not as it should be, since a byte may have flipped on the way.
     """
-    for is_last in (False, False, True):
+    path = store.path(unit.shard_name)
+    found: Exception = ShardDamaged(f"{path} was not read")
+    for _ in range(MAX_READS):
         content = store.read(unit.shard_name)
         try:
-            return _checked(content, unit, fingerprint, store.path(unit.shard_name)), content
-        except (ForeignShard, ShardDamaged):
-            if is_last:
-                raise
-    raise AssertionError("the last attempt returns or raises")
+            return check_shard(content, unit, fingerprint, path), content
+        except (ForeignShard, ShardDamaged) as error:
+            found = error
+    raise found
 
 
-def _checked(content: bytes, unit: UnitSpec, fingerprint: str, path: str) -> ShardFooter:
+def check_shard(content: bytes, unit: UnitSpec, fingerprint: str, path: str) -> ShardFooter:
+    """The footer of a shard whose pages are all as they were written; `path` is what it is called in errors.
+
+    Raises ForeignShard if it is a shard of another job or unit, ShardDamaged if it is no whole Parquet file.
+    """
     try:
         with pq.ParquetFile(io.BytesIO(content), page_checksum_verification=True) as file:
             footer = parse_footer(file.metadata, unit, fingerprint, path)
             for _ in file.iter_batches():
-                pass
+                pass  # what is read is checked; nothing else is wanted of it
     except ForeignShard:
         raise
-    except ValueError as error:
-        raise ForeignShard(f"{path} is not a shard of Segue: {error}") from error
-    except OSError as error:  # of Arrow: nothing is read from a disk here
-        raise ShardDamaged(f"{path} is damaged: {error}") from error
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise ShardDamaged(f"{path} is not a whole Parquet file any more: {error}") from error
     return footer
 
 

@@ -106,7 +106,8 @@ class UnitWorker:
         try:
             return await self.run_unit(unit, convicted)
         except _FAILURES as error:
-            return Receipt(unit.ordinal, "failed", failure=type(error).__name__, message=str(error))
+            kind = next(kind for kind in _FAILURES if isinstance(error, kind))
+            return Receipt(unit.ordinal, "failed", failure=kind.__name__, message=str(error))
         except Exception as error:  # a bug of ours
             message = one_line(f"{type(error).__name__}: {error}")
             return Receipt(unit.ordinal, "failed", failure=WorkersFailed.__name__, message=message)

@@ -4,20 +4,16 @@ Writes nothing, and reads one shard at a time. Knows Parquet and the store; no m
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from pipeline.manifest import SUCCESS, ForeignOutput, Manifest
 from pipeline.output import manifest_of
-from pipeline.shards import ForeignShard, parse_footer
+from pipeline.shards import ForeignShard, ShardDamaged, check_shard
 from pipeline.store import Store, open_store
-from pipeline.units import UnitDamaged, UnitSpec, load_unit
+from pipeline.units import MAX_READS, UnitDamaged, UnitSpec, load_unit
 
 Kind = Literal["missing", "truncated", "changed", "of another job", "foreign", "plan"]
 
@@ -70,10 +66,12 @@ def verify(output: str) -> Verification:
     ]
     for unit in manifest.units:
         if unit.shard_name in present:
-            damages = list(_damages(store, manifest, unit, (recorded or {}).get(unit.shard_name)))
-            found.damages += damages
-            found.rows += 0 if damages else unit.num_rows
-            found.shards += not damages
+            damage = _damage_of(store, manifest, unit, (recorded or {}).get(unit.shard_name))
+            if damage is None:
+                found.rows += unit.num_rows
+                found.shards += 1
+            else:
+                found.damages.append(damage)
         elif recorded is not None:
             detail = f"gone, although {SUCCESS} says that it was there"
             found.damages.append(Damage("missing", store.path(unit.shard_name), detail))
@@ -104,23 +102,28 @@ def _recorded(store: Store, manifest: Manifest, found: Verification) -> dict[str
     return records
 
 
-def _damages(store: Store, manifest: Manifest, unit: UnitSpec, record: _Record | None) -> Iterator[Damage]:
-    path, content = store.path(unit.shard_name), store.read(unit.shard_name)
+def _damage_of(store: Store, manifest: Manifest, unit: UnitSpec, record: _Record | None) -> Damage | None:
+    """Of a shard. What looks damaged is read again, since a byte may have flipped on the way."""
+    damage = None
+    for _ in range(MAX_READS):
+        damage = _damage_in(store.read(unit.shard_name), store.path(unit.shard_name), manifest, unit, record)
+        if damage is None:
+            break
+    return damage
+
+
+def _damage_in(content: bytes, path: str, manifest: Manifest, unit: UnitSpec, record: _Record | None) -> Damage | None:
     if record is not None and len(content) < record.num_bytes:
-        yield Damage("truncated", path, f"{len(content):,} bytes, wanted {record.num_bytes:,}")
-        return
+        return Damage("truncated", path, f"{len(content):,} bytes, wanted {record.num_bytes:,}")
     try:
-        with pq.ParquetFile(io.BytesIO(content), page_checksum_verification=True) as file:
-            parse_footer(file.metadata, unit, manifest.fingerprint, path)
-            file.read()
+        check_shard(content, unit, manifest.fingerprint, path)
     except ForeignShard as error:
-        yield Damage("of another job", path, str(error))
-        return
-    except (OSError, ValueError, pa.ArrowException) as error:
-        yield Damage("changed", path, f"not a Parquet file any more: {error}")
-        return
+        return Damage("of another job", path, str(error))
+    except ShardDamaged as error:
+        return Damage("changed", path, str(error))
     if record is not None and hashlib.sha256(content).hexdigest() != record.sha256:
-        yield Damage("changed", path, f"its sha256 is not the one in {SUCCESS}")
+        return Damage("changed", path, f"its sha256 is not the one in {SUCCESS}")
+    return None
 
 
 def _plan_damages(store: Store, unit: UnitSpec) -> Iterator[Damage]:

@@ -28,7 +28,7 @@ class Mutation:
     tests: str
 
 
-MUTATIONS = (
+MUTATIONS = (  # a table: its rows look alike because they are one kind of thing
     Mutation(
         "rename for link", "pipeline/local_store.py", "os.link(temporary, target)", "os.replace(temporary, target)",
         "tests/test_store.py tests/test_crash_points.py",
