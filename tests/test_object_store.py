@@ -64,8 +64,9 @@ def test_missing_object_is_told_apart_from_a_missing_bucket(store):
         Fault("status", status=409, code="ConditionalRequestConflict"),
         Fault("reset"),
         Fault("lost_reply"),
+        Fault("status", status=400, code="BadDigest"),
     ],
-    ids=["slow-down", "server-error", "conflict", "reset", "lost-reply"],
+    ids=["slow-down", "server-error", "conflict", "reset", "lost-reply", "damaged"],
 )
 def test_put_survives(store, proxy, fault):
     proxy.faults.append(fault)
@@ -91,6 +92,7 @@ def test_get_survives(store, proxy, kind):
 @pytest.mark.parametrize("method", ["PUT", "GET"])
 def test_server_that_never_answers_is_asked_again(store, proxy, monkeypatch, method):
     monkeypatch.setattr(remote, "READ_TIMEOUT_SECONDS", 1.5)
+    assert store.create("first", b"content"), "a connection that was used before is another matter than a new one"
     proxy.faults.append(Fault("hang", method, "/a", times=2, seconds=60))
     started = time.monotonic()
     assert store.create("a", b"content")

@@ -21,7 +21,7 @@ class Simulated(Quarantine):
         super().__init__(nothing, nothing, nothing, lambda unit, count: True)
         self.poison, self.together, self.accidents = poison, together, accidents
         self.deaths_alone: dict[int, int] = {}
-        self.num_calls = 0
+        self.num_calls = self.num_deaths = 0
 
     def convicted(self, num_rows: int) -> set[int]:
         found: dict[int, RowError] = {}
@@ -31,6 +31,7 @@ class Simulated(Quarantine):
     def _try(self, unit: UnitSpec, places: Sequence[int]) -> Outcome:
         self.num_calls += 1
         dies = self.poison & set(places) or len(self.together & set(places)) > 1 or self.num_calls in self.accidents
+        self.num_deaths += bool(dies)
         if dies and len(places) == 1:
             self.deaths_alone[places[0]] = self.deaths_alone.get(places[0], 0) + 1
         return CRASH if dies else "survived"
@@ -59,3 +60,9 @@ def test_one_culprit_among_many_rows_is_found_in_few_processes():
     quarantine = Simulated({5000}, set(), set())
     assert quarantine.convicted(8192) == {5000}
     assert quarantine.num_calls < 30
+
+
+def test_half_that_is_to_blame_since_the_other_survived_is_not_run_to_see_it_die():
+    quarantine = Simulated({8191}, set(), set())
+    assert quarantine.convicted(8192) == {8191}
+    assert quarantine.num_deaths == 2, "only of the row that had to die alone"

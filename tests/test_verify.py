@@ -89,6 +89,22 @@ def test_flipped_byte_that_reads_as_another_answer_is_found_before_the_job_is_fi
     assert (damage.kind, damage.path) == ("changed", str(shard))
 
 
+@pytest.mark.parametrize(("times", "status"), [(2, "sound"), (3, "damaged")])
+def test_byte_that_flips_on_the_way_is_no_damage_of_the_file(finished, monkeypatch, times, status):
+    folder, shard = finished
+    read, left = LocalStore.read, [times]
+
+    def flipping(store: LocalStore, name: str) -> bytes:
+        content = read(store, name)
+        if name != shard.name or not left[0]:
+            return content
+        left[0] -= 1
+        return content[:40] + bytes([content[40] ^ 1]) + content[41:]
+
+    monkeypatch.setattr(LocalStore, "read", flipping)
+    assert verify(str(folder)).status == status
+
+
 def test_shard_that_was_cut_is_found(finished):
     folder, shard = finished
     shard.write_bytes(shard.read_bytes()[:-100])
