@@ -9,8 +9,8 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
-import numpy as np
 from fsspec.utils import glob_translate
 
 from pipeline.config import InputConfig, JobConfig, scheme_of, scoring_over, template_over
@@ -20,7 +20,7 @@ from pipeline.manifest import ForeignOutput
 from pipeline.problems import JobRefused, Problem, nearest, shown
 from pipeline.retries import FailedRows, failed_rows
 from pipeline.schemas import JobColumns, check_columns, columns_read
-from pipeline.sources import InputFile, discover, limit_rows
+from pipeline.sources import InputFile, RowNumbers, cut_rows, discover, rows_between
 from pipeline.store import OutputStorageError, open_store
 from workers.prompts import PromptTemplate
 from workers.scoring import ScoringTemplate
@@ -36,14 +36,19 @@ class CheckedJob:
     columns: JobColumns
     failed: FailedRows | None = None  # the only rows to be read, if input.retry_of names an output
 
+    @cached_property
+    def rows(self) -> tuple[RowNumbers, ...]:
+        """Of each input the numbers of the rows that are read."""
+        rows = cut_rows([range(file.num_rows) for file in self.inputs], 0, self.config.input.limit)
+        if self.failed is None:
+            return rows
+        failed = [self.failed.rows.get(file.src_path, range(0)) for file in self.inputs]
+        return tuple(rows_between(some, 0, len(limited)) for some, limited in zip(failed, rows, strict=True))
+
     @property
     def num_rows(self) -> int:
         """Of all that is read."""
-        limited = zip(self.inputs, limit_rows(self.inputs, self.config.input.limit), strict=True)
-        if self.failed is None:
-            return sum(num_rows for _, num_rows in limited)
-        rows = self.failed.rows
-        return sum(int(np.searchsorted(rows[file.src_path], n)) for file, n in limited if file.src_path in rows)
+        return sum(map(len, self.rows))
 
 
 def check_job(config: JobConfig, *, has_gpu: bool = False, others: Sequence[Problem] = ()) -> CheckedJob:

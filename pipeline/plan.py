@@ -68,7 +68,7 @@ def make_plan(
 
 def sorted_rows(job: CheckedJob, spec: RenderSpec) -> Iterator[pa.Table]:
     """The input read, rendered and sorted by Ray Data. Raises InputChanged, InputUnreadable, WorkersFailed."""
-    source = ParquetRowsSource(job.inputs, job.columns.schema, job.config.input.limit, job.failed and job.failed.rows)
+    source = ParquetRowsSource(job.inputs, job.columns.schema, job.rows)
     rows = ray.data.read_datasource(source)
     rows = rows.map_batches(partial(render_block, spec=spec), batch_format="pyarrow", batch_size=None)
     try:

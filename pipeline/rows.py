@@ -5,7 +5,7 @@ struct of the input columns with their types unchanged. `ray.data.read_parquet` 
 tasks here are (file, consecutive row groups), planned from footers alone. Knows nothing of prompts.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from ray.data.datasource import ReadTask
 
 from pipeline.listing import is_local, stamp
 from pipeline.remote import open_remote
-from pipeline.sources import InputFile, limit_rows
+from pipeline.sources import InputFile, RowNumbers, rows_between
 
 TASK_BYTES = 64 * 2**20
 BLOCK_ROWS = 50_000
@@ -36,7 +36,7 @@ class InputUnreadable(OSError):
 
 @dataclass(frozen=True, slots=True)
 class RowRange:
-    """Consecutive rows of a file, [start, stop), that begin where a row group does."""
+    """Consecutive rows of a file, [start, stop), that begin where a row group does, or the job's rows."""
 
     start: int
     stop: int
@@ -44,7 +44,7 @@ class RowRange:
 
 
 class ParquetRowsSource(Datasource):
-    """The first `limit` rows of `files`, in (src_path, src_row) order, each once; of these the `selected`, if given.
+    """Rows of `files`, each once, in (src_path, src_row) order.
 
     The rows and their provenance depend on the files alone, not on row groups, parallelism or blocks. Ray keeps
     no order of blocks unless told to.
@@ -54,43 +54,36 @@ class ParquetRowsSource(Datasource):
         self,
         files: Sequence[InputFile],
         schema: pa.Schema,
-        limit: int | None = None,
-        selected: Mapping[str, np.ndarray] | None = None,
+        rows: Sequence[RowNumbers] | None = None,
     ) -> None:
         """`schema`: the columns to read, with the type that each has in all files (`pipeline.schemas`).
 
-        `selected`: by src_path, the numbers of the rows to read, int64, ascending; none of files that are not named.
+        `rows`: of each file the numbers of those to read; all of them if it is left out.
         """
         super().__init__()
         self._schema = schema
-        self._selected = selected
-        self._ranges = [
-            (file, rows)
-            for file, num_rows in zip(files, limit_rows(files, limit), strict=True)
-            for rows in row_ranges(file, num_rows)
-            if selected is None or len(_between(selected.get(file.src_path), rows.start, rows.stop))
+        self._pieces = [
+            (file, piece, rows_between(wanted, piece.start, piece.stop))
+            for file, wanted in zip(files, rows or [range(file.num_rows) for file in files], strict=True)
+            for piece in _pieces(file, wanted)
         ]
 
     def estimate_inmemory_data_size(self) -> int:
-        return sum(rows.num_bytes for _, rows in self._ranges)
+        return sum(piece.num_bytes for _, piece, _ in self._pieces)
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
     ) -> list[ReadTask]:
         """One task a range, whatever parallelism is asked for; for no rows, one that gives an empty block."""
-        if not self._ranges:
+        if not self._pieces:
             empty = block_of(self._schema.empty_table(), "", 0)
             return [ReadTask(lambda: [empty], _metadata(0, 0, ()), empty.schema)]
-        return [self._task(file, rows, per_task_row_limit) for file, rows in self._ranges]
+        return [self._task(*piece, per_task_row_limit) for piece in self._pieces]
 
-    def _task(self, file: InputFile, rows: RowRange, row_limit: int | None) -> ReadTask:
-        chosen = None
-        if self._selected is not None:
-            chosen = _between(self._selected[file.src_path], rows.start, rows.stop)
-        num_rows = rows.stop - rows.start if chosen is None else len(chosen)
-        metadata = _metadata(num_rows, rows.num_bytes, (file.path,))
+    def _task(self, file: InputFile, piece: RowRange, wanted: RowNumbers, row_limit: int | None) -> ReadTask:
+        metadata = _metadata(len(wanted), piece.num_bytes, (file.path,))
         schema = block_of(self._schema.empty_table(), "", 0).schema
-        read = partial(_read_blocks, file, rows.start, rows.stop, self._schema, chosen)
+        read = partial(_read_blocks, file, piece.start, piece.stop, self._schema, wanted)
         return ReadTask(read, metadata, schema, row_limit)
 
 
@@ -100,19 +93,31 @@ def _metadata(num_rows: int, num_bytes: int, files: tuple[str, ...]) -> BlockMet
     )
 
 
-def row_ranges(file: InputFile, num_rows: int, task_bytes: int = TASK_BYTES) -> list[RowRange]:
-    """The first `num_rows` rows of a file, cut at row groups into pieces of about `task_bytes` decompressed."""
+def _pieces(file: InputFile, wanted: RowNumbers) -> list[RowRange]:
+    """The stretches of a file that hold rows which are wanted."""
+    if not len(wanted):
+        return []
+    pieces = row_ranges(file, int(wanted[0]), int(wanted[-1]) + 1)
+    return [piece for piece in pieces if len(rows_between(wanted, piece.start, piece.stop))]
+
+
+def row_ranges(file: InputFile, first: int, end: int, task_bytes: int = TASK_BYTES) -> list[RowRange]:
+    """Rows [first, end) of a file, cut at row groups into pieces of about `task_bytes` decompressed."""
     ranges: list[RowRange] = []
-    start = stop = size = 0
+    start, stop, size = first, first, 0
+    group_stop = 0
     for group_rows, group_bytes in zip(file.row_groups, file.row_group_bytes, strict=True):
-        if stop >= num_rows:
+        group_stop += group_rows
+        if stop >= end:
             break
+        if group_stop <= start:
+            continue
         if stop > start and size + group_bytes > task_bytes:
             ranges.append(RowRange(start, stop, size))
             start, size = stop, 0
-        stop, size = stop + group_rows, size + group_bytes
-    if start < min(stop, num_rows):
-        ranges.append(RowRange(start, min(stop, num_rows), size))
+        stop, size = min(group_stop, end), size + group_bytes
+    if start < stop:
+        ranges.append(RowRange(start, stop, size))
     return ranges
 
 
@@ -132,22 +137,13 @@ def block_of(table: pa.Table, src_path: str, first_row: int) -> pa.Table:
     return pa.table({"src_path": paths, "src_row": rows, "input": structs})
 
 
-def _read_blocks(
-    file: InputFile, start: int, stop: int, columns: pa.Schema, chosen: np.ndarray | None = None
-) -> Iterator[pa.Table]:
+def _read_blocks(file: InputFile, start: int, stop: int, columns: pa.Schema, wanted: RowNumbers) -> Iterator[pa.Table]:
     for batch in _batches(file, start, stop, columns):
         block = block_of(pa.Table.from_batches([batch]), file.src_path, start)
-        if chosen is not None:
-            block = block.take(_between(chosen, start, start + batch.num_rows) - start)
+        if not isinstance(wanted, range):
+            block = block.take(np.asarray(rows_between(wanted, start, start + batch.num_rows)) - start)
         yield block
         start += batch.num_rows
-
-
-def _between(numbers: np.ndarray | None, start: int, stop: int) -> np.ndarray:
-    """Of ascending numbers those in [start, stop)."""
-    if numbers is None:
-        return np.empty(0, np.int64)
-    return numbers[np.searchsorted(numbers, start) : np.searchsorted(numbers, stop)]
 
 
 def _batches(file: InputFile, start: int, stop: int, columns: pa.Schema) -> Iterator[pa.RecordBatch]:

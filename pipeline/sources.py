@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -19,6 +20,7 @@ from pipeline.remote import open_remote
 MAX_FOOTER_BYTES = 64 * 2**20
 _TAIL_BYTES = 64 * 2**10  # most footers fit: one read a file
 _FOOTER_THREADS = 8  # footers of remote files are latency, not work
+RowNumbers = range | np.ndarray  # of rows of one file, ascending: an array, int64, where they are not consecutive
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +65,22 @@ def discover(paths: Sequence[str]) -> tuple[InputFile, ...]:
     return _open_all(sorted(named, key=lambda pair: pair[0]))
 
 
-def limit_rows(files: Sequence[InputFile], limit: int | None) -> tuple[int, ...]:
-    """How many rows of each file a job reads: the first `limit` in (src_path, src_row) order, all for None."""
-    left = sum(file.num_rows for file in files) if limit is None else limit
-    taken: list[int] = []
-    for file in files:
-        taken.append(min(file.num_rows, left))
-        left -= taken[-1]
-    return tuple(taken)
+def rows_between(numbers: RowNumbers, start: int, stop: int) -> RowNumbers:
+    """Of ascending numbers those in [start, stop)."""
+    if isinstance(numbers, range):
+        return range(max(numbers.start, start), min(numbers.stop, stop))
+    return numbers[np.searchsorted(numbers, start) : np.searchsorted(numbers, stop)]
+
+
+def cut_rows(rows: Sequence[RowNumbers], start: int, stop: int | None) -> tuple[RowNumbers, ...]:
+    """Of rows of several files those that come as number `start` up to, but without, `stop`, in the files' order."""
+    cut: list[RowNumbers] = []
+    first = 0
+    for numbers in rows:
+        end = None if stop is None else max(0, stop - first)
+        cut.append(numbers[max(0, start - first) : end])
+        first += len(numbers)
+    return tuple(cut)
 
 
 def _list_all(paths: Sequence[str]) -> tuple[list[Listing], list[Problem]]:

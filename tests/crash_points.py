@@ -226,7 +226,7 @@ class _Passes:
 
 
 def _sorted_rows(job: CheckedJob, spec: RenderSpec) -> Iterator[pa.Table]:
-    tasks = ParquetRowsSource(job.inputs, job.columns.schema, job.config.input.limit).get_read_tasks(1)
+    tasks = ParquetRowsSource(job.inputs, job.columns.schema, job.rows).get_read_tasks(1)
     blocks = [render_block(block, spec) for task in tasks for block in task()]
     yield pa.concat_tables(blocks).sort_by([(name, "ascending") for name in ORDER])
 

@@ -8,6 +8,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from pipeline.problems import JobRefused
 from pipeline.rows import InputChanged, ParquetRowsSource, block_of, read_rows, row_ranges
-from pipeline.sources import InputFile, discover, limit_rows
+from pipeline.sources import InputFile, cut_rows, discover
 
 COLUMNS = pa.schema({"body": pa.string()})
 
@@ -341,27 +342,32 @@ def parquet_file(row_groups: tuple[int, ...], num_bytes: int = 1) -> InputFile:
 
 @given(
     groups=st.lists(st.integers(0, 20), max_size=12).map(tuple),
-    num_rows=st.integers(0, 250),
+    bounds=st.tuples(st.integers(0, 250), st.integers(0, 250)),
     task_bytes=st.integers(1, 40),
 )
 @settings(max_examples=200, deadline=None)
-def test_row_ranges_cover_each_row_once_and_stay_small(groups, num_rows, task_bytes):
+def test_row_ranges_cover_each_row_once_and_stay_small(groups, bounds, task_bytes):
     file = parquet_file(groups, num_bytes=7)
-    num_rows = min(num_rows, file.num_rows)
-    ranges = row_ranges(file, num_rows, task_bytes)
-    assert [row for rows in ranges for row in range(rows.start, rows.stop)] == list(range(num_rows))
+    first, end = sorted(min(bound, file.num_rows) for bound in bounds)
+    ranges = row_ranges(file, first, end, task_bytes)
+    assert [row for rows in ranges for row in range(rows.start, rows.stop)] == list(range(first, end))
     assert all(rows.start < rows.stop for rows in ranges)
-    edges = {sum(groups[:i]) for i in range(len(groups) + 1)}
+    edges = {sum(groups[:i]) for i in range(len(groups) + 1)} | {first}
     assert all(rows.start in edges for rows in ranges)
     assert all(rows.num_bytes <= max(task_bytes, 7) or 0 in groups for rows in ranges)
 
 
-def test_limit_rows_takes_the_first_rows_in_order():
-    files = [parquet_file((3, 2)), parquet_file(()), parquet_file((4,))]
-    assert limit_rows(files, None) == (5, 0, 4)
-    assert limit_rows(files, 6) == (5, 0, 1)
-    assert limit_rows(files, 0) == (0, 0, 0)
-    assert limit_rows(files, 100) == (5, 0, 4)
+@given(
+    st.lists(st.lists(st.integers(0, 9), unique=True).map(sorted), max_size=5),
+    st.integers(0, 30),
+    st.none() | st.integers(0, 30),
+)
+def test_cut_rows_counts_over_all_files(numbers, start, stop):
+    cut = cut_rows([np.array(own, np.int64) for own in numbers], start, stop)
+    counted = [(file, row) for file, own in enumerate(numbers) for row in own]
+    assert [(file, row) for file, own in enumerate(cut) for row in own] == counted[start:stop]
+    ranges = cut_rows([range(len(own)) for own in numbers], start, stop)
+    assert list(map(len, ranges)) == list(map(len, cut))
 
 
 def rows_of(source: ParquetRowsSource) -> list[tuple[str, int, str]]:
@@ -372,14 +378,20 @@ def rows_of(source: ParquetRowsSource) -> list[tuple[str, int, str]]:
     return list(zip(table.column("src_path").to_pylist(), table.column("src_row").to_pylist(), bodies, strict=True))
 
 
-@pytest.mark.parametrize("limit", [None, 0, 1, 7, 12, 13, 1000])
-def test_source_rows_and_provenance_do_not_depend_on_row_groups(tmp_path, limit):
-    expected = [(f"{stem}.parquet", i, f"{stem}-{i}") for stem in ("a", "b") for i in range(12)][:limit]
+@pytest.mark.parametrize("bounds", [(0, None), (0, 0), (0, 1), (0, 7), (3, 12), (12, 13), (5, 19), (23, 1000)])
+def test_source_rows_and_provenance_do_not_depend_on_row_groups(tmp_path, bounds):
+    expected = [(f"{stem}.parquet", i, f"{stem}-{i}") for stem in ("a", "b") for i in range(12)][slice(*bounds)]
     for row_group_size in (1, 2, 5, 12, 100):
         folder = tmp_path / str(row_group_size)
         for stem in ("a", "b"):
             write(folder / f"{stem}.parquet", 12, row_group_size=row_group_size)
-        assert rows_of(ParquetRowsSource(discover([str(folder)]), COLUMNS, limit)) == expected
+        files = discover([str(folder)])
+        rows = cut_rows([range(file.num_rows) for file in files], *bounds)
+        assert rows_of(ParquetRowsSource(files, COLUMNS, rows)) == expected
+        if expected:
+            scattered = [np.array(numbers[::2], np.int64) for numbers in rows]
+            wanted = [row for row in expected if row[1] in scattered["ab".index(row[0][0])]]
+            assert rows_of(ParquetRowsSource(files, COLUMNS, scattered)) == wanted
 
 
 def test_source_large_row_group_comes_in_several_blocks(tmp_path):
@@ -416,7 +428,7 @@ def test_source_under_ray_gives_every_row_once_with_its_types(tmp_path, ray_data
         (tmp_path / stem).parent.mkdir(exist_ok=True)
         pq.write_table(table, tmp_path / f"{stem}.parquet", row_group_size=size)
     files = discover([str(tmp_path)])
-    dataset = ray_data.read_datasource(ParquetRowsSource(files, files[0].schema, limit=14))
+    dataset = ray_data.read_datasource(ParquetRowsSource(files, files[0].schema, cut_rows([range(5)] * 3, 0, 14)))
     # A batch over blocks of several files: dictionaries and nulls must survive being put together.
     dataset = dataset.map_batches(lambda batch: batch, batch_size=None, batch_format="pyarrow").repartition(2)
     batches = list(dataset.iter_batches(batch_size=14, batch_format="pyarrow"))
