@@ -49,10 +49,11 @@ class Residency:
         if self.cache.has_room(num_tokens):
             return True
         for is_expendable in (_is_unwanted, _is_any):
-            for node in [node for node in self._idle if is_expendable(node)]:
-                self._free(node)
-                if self.cache.has_room(num_tokens):
-                    return True
+            for node in list(self._idle):
+                if is_expendable(node):
+                    self._free(node)
+                    if self.cache.has_room(num_tokens):
+                        return True
         return False
 
     def discard(self, end: Node) -> None:

@@ -142,7 +142,7 @@ def validate(job: JobFile, overrides: Overrides = None, limit: Limit = None, out
                 "rows": rows,
                 "mask": ready.mask,
                 "dtype": ready.facts.dtype,
-                "planned": manifest is not None,
+                "planned": manifest is not None and manifest.is_complete,
             }
         )
 

@@ -50,6 +50,16 @@ class CheckedJob:
         """Of all that is read."""
         return sum(map(len, self.rows))
 
+    @property
+    def num_windows(self) -> int:
+        """How many parts the rows are planned in, one after the other; one if there are no rows."""
+        return max(1, -(-self.num_rows // self.config.plan.window_rows))
+
+    def window(self, number: int) -> tuple[RowNumbers, ...]:
+        """`rows`, of the window with this number."""
+        size = self.config.plan.window_rows
+        return cut_rows(self.rows, number * size, (number + 1) * size)
+
 
 def check_job(config: JobConfig, *, has_gpu: bool = False, others: Sequence[Problem] = ()) -> CheckedJob:
     """The job with its inputs and columns. `has_gpu`: whether a worker with `num_gpus: auto` will get a GPU.

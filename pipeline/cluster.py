@@ -48,7 +48,7 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
             return
         try:
             _start(num_cpus)
-            _quieten()
+            quieten()
             yield
         finally:
             ray.shutdown()
@@ -101,8 +101,8 @@ def _private_token(folder: str) -> str:
     return path
 
 
-def _quieten() -> None:
-    """Our progress is in tokens; Ray's bars and plans would drown it.
+def quieten() -> None:
+    """For this process: our progress is in tokens; Ray's bars and plans would drown it.
 
     Its errors reach us as exceptions; its log files stay as they are.
     """

@@ -7,7 +7,7 @@ import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 
-from pipeline.manifest import SUCCESS, ForeignOutput, Manifest
+from pipeline.manifest import SUCCESS, ForeignOutput, Manifest, load_windows, window_name
 from pipeline.problems import JobRefused, Problem, shown
 from pipeline.shards import read_shard
 from pipeline.store import OutputStorageError, Store
@@ -33,7 +33,12 @@ def check_unused(store: Store) -> None:
 
 
 def check_complete(store: Store, manifest: Manifest) -> None:
-    """Raises OutputStorageError if shards are gone that `_SUCCESS` says were there."""
+    """Raises OutputStorageError if shards, or parts of the plan, are gone that `_SUCCESS` says were there."""
+    if not manifest.is_complete:
+        raise OutputStorageError(
+            f"{store.path(window_name(manifest.num_planned))} is gone although {store.path(SUCCESS)} says that the "
+            "job was done; put it back"
+        )
     gone = missing_units(store, manifest)
     if gone:
         raise OutputStorageError(
@@ -45,10 +50,16 @@ def check_complete(store: Store, manifest: Manifest) -> None:
 def missing_units(store: Store, manifest: Manifest) -> list[UnitSpec]:
     """Plan minus listing. Raises ForeignOutput for a file that looks like data and is not in the plan."""
     present = set(store.data_names())
-    strangers = sorted(present - {unit.shard_name for unit in manifest.units})
+    strangers = present - _shard_names(manifest)
+    if strangers and not manifest.is_complete:
+        strangers -= _shard_names(load_windows(store, manifest))  # another run may be at a later window
     if strangers:
-        raise ForeignOutput(f"output.path: {store.path(strangers[0])} is not a shard of this job; move it away")
+        raise ForeignOutput(f"output.path: {store.path(min(strangers))} is not a shard of this job; move it away")
     return [unit for unit in manifest.units if unit.shard_name not in present]
+
+
+def _shard_names(manifest: Manifest) -> set[str]:
+    return {unit.shard_name for unit in manifest.units}
 
 
 def write_success(store: Store, manifest: Manifest) -> None:

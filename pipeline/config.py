@@ -139,6 +139,12 @@ class InputConfig(Section):
     retry_of: DataLocation | None = None  # a finished output: only the rows that have an error in it
 
 
+class PlanConfig(Section):
+    """How rows are ordered."""
+
+    window_rows: PositiveInt = 1_000_000  # rows ordered at once; only they share what they have in common
+
+
 class OutputConfig(Section):
     """Where results go, and in what pieces."""
 
@@ -157,7 +163,7 @@ class WorkersConfig(Section):
     units_in_flight: PositiveInt = 4  # units a worker holds at once
     max_num_seqs: PositiveInt | None = None  # rows a step
     max_num_batched_tokens: PositiveInt | None = None  # tokens a step
-    kv_cache_memory_bytes: PositiveInt | None = None
+    kv_cache_memory_bytes: PositiveInt | None = None  # a worker; null: its share of half of what its node has free
     enable_prefix_caching: bool = True
     threads: PositiveInt | None = None  # CPU threads a worker
     step_timeout_s: Annotated[float, Field(gt=0)] = 600.0  # a worker whose step takes longer is killed
@@ -195,6 +201,7 @@ class JobConfig(Section):
         ScoringTemplate()
     )  # what follows the prompt
     sampling_params: SamplingParams = SamplingParams()
+    plan: PlanConfig = PlanConfig()
     output: OutputConfig
     workers: WorkersConfig = WorkersConfig()
     limits: LimitsConfig = LimitsConfig()

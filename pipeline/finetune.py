@@ -25,8 +25,9 @@ from pipeline.listing import is_local
 from pipeline.manifest import SUCCESS, ForeignOutput, check_same_fields
 from pipeline.pool import threads_of
 from pipeline.problems import JobRefused, Problem, shown
+from pipeline.progress import Say
 from pipeline.remote_models import local_source
-from pipeline.run import Say, plan_job
+from pipeline.run import plan_job
 from pipeline.sources import discover
 from pipeline.store import OutputStorageError
 from pipeline.training_data import FINISH_REASON, Holdout

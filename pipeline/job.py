@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.checks import CheckedJob, check_draft, input_identity
 from pipeline.config import JobConfig
 from pipeline.config_file import JobDraft, read_job
-from pipeline.manifest import Manifest, check_same_job, code_version, load_manifest
+from pipeline.manifest import Manifest, check_same_job, code_version, fingerprint, load_manifest
 from pipeline.problems import JobRefused, Problem
 from pipeline.remote_models import local_source
 from pipeline.render import RenderSpec, encoder_of
@@ -26,6 +26,7 @@ from workers.model_source import ModelRefused
 from workers.pairs import PairEncoder
 from workers.prompt_encoder import PromptEncoder
 
+KV_MEMORY_SHARE = 0.5  # of what is free on a node, for all its workers; the rest is for what a step computes
 IDENTITY_DIGITS = 16  # of a model, in an adapter's record
 
 
@@ -77,7 +78,7 @@ class ReadyJob:
             scoring=self.config.scoring_template(),
         )
 
-    def worker_spec(self, manifest: Manifest, threads: int) -> WorkerSpec:
+    def worker_spec(self, threads: int, workers_a_node: int = 1) -> WorkerSpec:
         """For the pool's actors."""
         workers = self.config.workers
         given = workers.model_dump(
@@ -86,7 +87,7 @@ class ReadyJob:
         )
         return WorkerSpec(
             output=self.config.output.path,
-            fingerprint=manifest.fingerprint,
+            fingerprint=fingerprint(self.fields),
             source=self.config.model.source,
             revision=self.facts.commit or self.config.model.revision,
             adapter=self.config.model.adapter,
@@ -96,7 +97,7 @@ class ReadyJob:
             params=self.config.sampling_params,
             has_row_params=self.has_row_params,
             max_model_len=self.max_model_len,
-            engine={**given, "seed": self.config.seed},
+            engine={**given, "seed": self.config.seed, "kv_memory_share": KV_MEMORY_SHARE / workers_a_node},
             threads=threads,
         )
 
@@ -192,6 +193,7 @@ def fingerprint_fields(checked: CheckedJob, facts: ModelFacts, mask: str) -> dic
         "input.limit": config.input.limit,
         "input.files": input_identity(checked.inputs),
         **_what_is_tried_again(checked),
+        "plan.window_rows": config.plan.window_rows,
         "output.columns": list(checked.columns.passed),
         "output.max_rows_per_file": config.output.max_rows_per_file,
         "output.max_bytes_per_file": config.output.max_bytes_per_file,

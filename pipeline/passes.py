@@ -1,11 +1,11 @@
-"""What is missing, computed: passes over it, until nothing is, or nothing more can be had.
+"""What is missing of a plan, computed: passes over it, until nothing is, or nothing more can be had.
 
 A worker that dies takes every unit in flight with it. What is lost so goes through a pass in which each unit is alone
 in its worker; what dies there, too, is searched row by row. Knows the plan, the store and Ray.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +17,8 @@ from pipeline.completeness import missing_units
 from pipeline.interrupt import Interrupt
 from pipeline.job import ReadyJob
 from pipeline.manifest import Manifest
-from pipeline.pool import run_units, threads_of
-from pipeline.progress import ProgressDisplay, Totals
+from pipeline.pool import reserved_cpus, run_units, threads_of, workers_a_node
+from pipeline.progress import ProgressDisplay, Say, Totals
 from pipeline.quarantine import Quarantine
 from pipeline.roster import Roster
 from pipeline.store import OutputStorageError
@@ -26,8 +26,6 @@ from pipeline.summary import is_over_limit
 from pipeline.unit_worker import DRAIN_SECONDS, Receipt
 from pipeline.units import UnitDamaged, UnitSpec
 from pipeline.watchdog import Watchdog
-
-Say = Callable[[str], None]
 
 
 @dataclass(slots=True)
@@ -49,39 +47,48 @@ class Tally:
 
 
 class Passes:
-    """Of one run. `tally` counts along; the first `interrupt` drains the workers."""
+    """Of one run, over a plan that may grow from call to call. `tally` counts along; the first `interrupt` drains the
+    workers."""
 
-    def __init__(
-        self, job: ReadyJob, manifest: Manifest, tally: Tally, interrupt: Interrupt, say: Say, *, quiet: bool
-    ) -> None:
+    def __init__(self, job: ReadyJob, tally: Tally, interrupt: Interrupt, say: Say, *, quiet: bool) -> None:
         self._job = job
         self._workers = job.config.workers
-        self._manifest = manifest
-        self._spec = job.worker_spec(manifest, threads_of(self._workers))
+        self._threads = threads_of(self._workers)
+        self._spec = job.worker_spec(self._threads, workers_a_node(self._workers, self._threads))
         self._tally = tally
         self._interrupt = interrupt
         self._say = say
         self._quiet = quiet
         self._failure: Exception | None = None  # what no other attempt would make good
+        self._given_up: set[UnitSpec] = set()
 
-    def run(self) -> None:
-        """Raises what a unit failed for, and WorkersFailed if workers die of every unit."""
+    def run(self, manifest: Manifest) -> None:
+        """Compute what is missing of what is planned. Raises what a unit failed for, and WorkersFailed if workers die
+        of every unit."""
+        self._manifest = manifest
+        self._num_cpus = reserved_cpus(self._threads, is_planning=not manifest.is_complete)
         missing = self._missing()
-        while missing and self._may_go_on():
+        while missing and self.may_go_on:
             left = self._round(missing)
             if self._failure is not None:
                 raise self._failure
             if len(left) == len(missing):
+                self._given_up |= set(left)
                 return
             missing = left
+
+    @property
+    def may_go_on(self) -> bool:
+        """Whether nothing has happened that ends the run."""
+        return not (self._interrupt.is_set or self._failure is not None or self._is_over_limit())
 
     def _round(self, units: Sequence[UnitSpec]) -> list[UnitSpec]:
         """What is missing afterwards."""
         left = self._pass(units, self._workers.units_in_flight)
-        if left and self._may_go_on() and (self._workers.units_in_flight > 1 or len(left) < len(units)):
+        if left and self.may_go_on and (self._workers.units_in_flight > 1 or len(left) < len(units)):
             self._say(f"{len(left)} units were lost with their workers; trying each alone in a worker")
             left = self._pass(left, 1)
-        if left and self._may_go_on():
+        if left and self.may_go_on:
             self._say(f"{len(left)} units end their worker; looking for the rows that do it")
             left = self._quarantine(left)
         return left
@@ -90,7 +97,8 @@ class Passes:
         lost: Exception | None = None
         with self._watched(units) as (roster, watchdog):
             try:
-                for receipt in run_units(units, self._workers, self._spec, roster, units_in_flight=units_in_flight):
+                pool = self._workers, self._spec, roster, self._num_cpus
+                for receipt in run_units(units, *pool, units_in_flight=units_in_flight):
                     self._take(receipt, roster)
             except ray.exceptions.RayError as error:  # no pool could be made
                 lost = cluster.cause_of(error)
@@ -106,7 +114,7 @@ class Passes:
 
     def _quarantine(self, units: Sequence[UnitSpec]) -> list[UnitSpec]:
         for unit in units:
-            if not self._may_go_on():
+            if not self.may_go_on:
                 break
             with self._quarantined([unit]) as (quarantine, roster):
                 receipt = quarantine.settle(unit)
@@ -125,7 +133,7 @@ class Passes:
     def _quarantined(self, units: Sequence[UnitSpec]) -> Iterator[tuple[Quarantine, Any]]:
         with (
             self._watched(units) as (roster, watchdog),
-            closing(Quarantine(self._spec, roster, watchdog, self._may_convict)) as quarantine,
+            closing(Quarantine(self._spec, roster, watchdog, self._num_cpus, self._may_convict)) as quarantine,
         ):
             try:
                 yield quarantine, roster
@@ -161,10 +169,8 @@ class Passes:
         self._say(f"interrupted: units in flight have {DRAIN_SECONDS:.0f} s to finish; interrupt again to stop at once")
 
     def _missing(self) -> list[UnitSpec]:
-        return missing_units(self._job.store, self._manifest)
-
-    def _may_go_on(self) -> bool:
-        return not (self._interrupt.is_set or self._failure is not None or self._is_over_limit())
+        missing = missing_units(self._job.store, self._manifest)
+        return [unit for unit in missing if unit not in self._given_up]
 
     def _may_convict(self, unit: UnitSpec, num_convicted: int) -> bool:
         return not (self._interrupt.is_set or self._is_over_limit(unit.num_rows, num_convicted))

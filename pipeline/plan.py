@@ -1,7 +1,7 @@
-"""A dataset to a persisted plan: rows rendered and tokenised, ordered depth-first, cut into units.
+"""A dataset, or a window of it, to a persisted plan: rows rendered and tokenised, ordered depth-first, cut into units.
 
-Ray Data reads, renders and sorts; the sorted rows stream through the driver once, which counts the tree and cuts units.
-The plan is content-addressed, and complete only when its manifest is there.
+Ray Data reads, renders and sorts; the sorted rows stream through one process, which counts the tree and cuts units.
+The plan is content-addressed; a window of it is there when its manifest, or its own file, is.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,7 +18,17 @@ from attention.segments import num_tokens
 from pipeline.chains import decode_chain, num_chain_tokens
 from pipeline.checks import CheckedJob
 from pipeline.cluster import cause_of
-from pipeline.manifest import MANIFEST, ForeignOutput, Manifest, check_same_job, load_manifest, versions
+from pipeline.manifest import (
+    MANIFEST,
+    ForeignOutput,
+    Manifest,
+    check_same_job,
+    load_manifest,
+    load_windows,
+    versions,
+    window_name,
+    window_to_bytes,
+)
 from pipeline.render import RenderSpec, render_block
 from pipeline.request_counter import RequestCounter
 from pipeline.rows import InputChanged, InputUnreadable, ParquetRowsSource
@@ -32,43 +42,74 @@ ORDER = ["chain", "src_path", "src_row"]  # a total order: equal prompts stay in
 STREAM_ROWS = 4096
 
 
-def make_plan(
-    job: CheckedJob, fields: dict[str, Any], spec: RenderSpec, store: Store, rows: Iterable[pa.Table]
+def plan_window(
+    job: CheckedJob,
+    fields: dict[str, Any],
+    spec: RenderSpec,
+    store: Store,
+    rows: Iterable[pa.Table],
+    before: Manifest | None,
 ) -> Manifest:
-    """Write units and manifest of `rows`, which come in the plan's order. Two planners at once end with one plan.
+    """Write the units of `rows`, which come in the plan's order, and then the file that makes them part of the plan.
 
-    Raises OutputStorageError, and what `rows` raises.
+    `before` is the plan that they are the next window of, None if they are the first. Two planners at once end with one
+    plan, which may have more windows than this one. Raises ForeignOutput, OutputStorageError, and what `rows` raises.
     """
-    cutter = _UnitCutter(job, spec, store)
+    cutter = _UnitCutter(job, spec, store, len(before.units) if before else 0)
     for batch in rows:
         cutter.add(batch)
-    units = cutter.finish()
+    units, stats = tuple(cutter.finish()), asdict(cutter.counter.finish())
+    try:
+        if before is None:
+            found = _publish_first(job, fields, spec, store, units, stats)
+        else:
+            store.create(window_name(before.num_planned), window_to_bytes(before, units, stats))
+            found = load_windows(store, before)
+    except ForeignOutput:
+        _discard(store, units)
+        raise
+    _discard(store, set(units) - set(found.units))
+    return found
+
+
+def _publish_first(
+    job: CheckedJob,
+    fields: dict[str, Any],
+    spec: RenderSpec,
+    store: Store,
+    units: tuple[UnitSpec, ...],
+    stats: dict[str, Any],
+) -> Manifest:
+    """What is there then, by whomever. Raises ForeignOutput if another job was first."""
     manifest = Manifest(
         protocol=PROTOCOL,
         name=job.config.name,
         date=spec.date,
         fields=fields,
-        stats=asdict(cutter.counter.finish()),
-        units=tuple(units),
+        stats=stats,
+        units=units,
         versions=versions(),
         job=job.config.model_dump(mode="json", exclude_unset=True),
+        num_windows=job.num_windows,
     )
     store.create(MANIFEST, manifest.to_bytes())
     found = load_manifest(store)
     if found is None:
         raise FileNotFoundError(f"{store.path(MANIFEST)} was written and is not there")
-    try:
-        check_same_job(found, fields, store.path(""))
-    except ForeignOutput:
-        for unit in set(units) - set(found.units):  # another job was planned into the folder at the same time
-            store.discard(unit.unit_name)
-        raise
+    check_same_job(found, fields, store.path(""))
     return found
 
 
-def sorted_rows(job: CheckedJob, spec: RenderSpec) -> Iterator[pa.Table]:
-    """The input read, rendered and sorted by Ray Data. Raises InputChanged, InputUnreadable, WorkersFailed."""
-    source = ParquetRowsSource(job.inputs, job.columns.schema, job.rows)
+def _discard(store: Store, units: Iterable[UnitSpec]) -> None:
+    """Another planner was first, with other units."""
+    for unit in units:
+        store.discard(unit.unit_name)
+
+
+def sorted_rows(job: CheckedJob, spec: RenderSpec, window: int) -> Iterator[pa.Table]:
+    """A window of the input read, rendered and sorted by Ray Data. Raises InputChanged, InputUnreadable,
+    WorkersFailed."""
+    source = ParquetRowsSource(job.inputs, job.columns.schema, job.window(window))
     rows = ray.data.read_datasource(source)
     rows = rows.map_batches(partial(render_block, spec=spec), batch_format="pyarrow", batch_size=None)
     try:
@@ -82,13 +123,14 @@ def sorted_rows(job: CheckedJob, spec: RenderSpec) -> Iterator[pa.Table]:
 class _UnitCutter:
     """Collects sorted rows into units and publishes each as soon as it is full."""
 
-    def __init__(self, job: CheckedJob, spec: RenderSpec, store: Store) -> None:
+    def __init__(self, job: CheckedJob, spec: RenderSpec, store: Store, first_ordinal: int) -> None:
         self.counter = RequestCounter(TreeCounter(job.config.workers.max_size))
         self._task = spec.task
         self._max_model_len = spec.max_model_len
         self._max_rows = job.config.output.max_rows_per_file
         self._max_bytes = job.config.output.max_bytes_per_file
         self._store = store
+        self._first_ordinal = first_ordinal
         self._units: list[UnitSpec] = []
         self._pieces: list[pa.Table] = []
         self._num_rows = self._num_bytes = self._num_requests = self._num_tokens = 0
@@ -134,7 +176,9 @@ class _UnitCutter:
             return
         table = pa.concat_tables(self._pieces).combine_chunks()
         unit_id, content = serialize_unit(table)
-        unit = UnitSpec(len(self._units), unit_id, self._num_rows, self._num_requests, self._num_tokens)
+        unit = UnitSpec(
+            self._first_ordinal + len(self._units), unit_id, self._num_rows, self._num_requests, self._num_tokens
+        )
         self._store.create(unit.unit_name, content)
         self._units.append(unit)
         self._pieces, self._num_rows, self._num_bytes, self._num_requests, self._num_tokens = [], 0, 0, 0, 0

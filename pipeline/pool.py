@@ -25,8 +25,29 @@ def threads_of(workers: WorkersConfig) -> int:
     return min(workers.threads or max(1, share), cluster.max_node_cpus())
 
 
+def workers_a_node(workers: WorkersConfig, threads: int) -> int:
+    """How many workers may share the memory of a machine, at most."""
+    return max(1, min(workers.max_size, cluster.max_node_cpus() // threads))
+
+
+def reserved_cpus(threads: int, *, is_planning: bool) -> float:
+    """What a worker takes of its node's CPUs in Ray's books: its threads, or less while the next window is planned.
+
+    Planning then always finds a CPU, however many workers there are. Ray knows no other fractions than those below 1.
+    """
+    if not is_planning:
+        return threads
+    return threads - 1 if threads > 1 else 0.5
+
+
 def run_units(
-    units: Sequence[UnitSpec], workers: WorkersConfig, spec: WorkerSpec, roster: Any, *, units_in_flight: int
+    units: Sequence[UnitSpec],
+    workers: WorkersConfig,
+    spec: WorkerSpec,
+    roster: Any,
+    num_cpus: float,
+    *,
+    units_in_flight: int,
 ) -> Iterator[Receipt]:
     """Receipts as units finish, in plan order as far as Ray keeps it. A unit whose worker died has none.
 
@@ -34,20 +55,22 @@ def run_units(
     """
     rows = ray.data.from_items([{"unit": unit.to_json()} for unit in units], override_num_blocks=len(units))
     rows.context.max_errored_blocks = -1  # of this dataset: what is missing is plan minus listing, whatever Ray drops
-    receipts = _through_pool(rows, len(units), workers, spec, roster, units_in_flight)
+    pool = _pool(workers, len(units), units_in_flight)
+    receipts = _through_pool(rows, pool, spec, roster, num_cpus)
     for batch in receipts.iter_batches(batch_size=1, prefetch_batches=0):
         yield Receipt(**json.loads(str(batch["receipt"][0])))
 
 
-def _through_pool(
-    rows: Dataset, num_units: int, workers: WorkersConfig, spec: WorkerSpec, roster: Any, units_in_flight: int
-) -> Dataset:
-    pool = ActorPoolStrategy(
+def _pool(workers: WorkersConfig, num_units: int, units_in_flight: int) -> ActorPoolStrategy:
+    return ActorPoolStrategy(
         min_size=min(workers.min_size, num_units),
         max_size=min(workers.max_size, num_units),
         max_tasks_in_flight_per_actor=units_in_flight,
         max_concurrent_calls_per_actor=units_in_flight,
     )
+
+
+def _through_pool(rows: Dataset, pool: ActorPoolStrategy, spec: WorkerSpec, roster: Any, num_cpus: float) -> Dataset:
     with warnings.catch_warnings():
         # Ray 2.60 has no other way to bound retries; the arguments go in 2.64.
         warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", RayDeprecationWarning)
@@ -56,7 +79,7 @@ def _through_pool(
             batch_size=1,
             compute=pool,
             fn_constructor_args=(spec, roster),
-            num_cpus=spec.threads,
+            num_cpus=num_cpus,
             max_restarts=-1,  # the watchdog bounds them
             max_task_retries=0,
         )

@@ -9,12 +9,13 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 
 import psutil
 
+from pipeline.progress import Say
 from pipeline.store import OutputStorageError, Store
 
 FOLDER = "_job/runs"
@@ -47,7 +48,7 @@ def runs_at_work(store: Store) -> dict[str, RunNote]:
 class Presence:
     """Says for the time of the block that this run is at work, and tells `say` once of every other that is."""
 
-    def __init__(self, store: Store, say: Callable[[str], None]) -> None:
+    def __init__(self, store: Store, say: Say) -> None:
         self._store = store
         self._say = say
         self._name = f"{uuid.uuid4().hex}.json"

@@ -2,6 +2,7 @@
 
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import ray
 import ray.exceptions
 
 PLAIN_LINE_SECONDS = 10.0
+Say = Callable[[str], None]  # is told what happens, a line at a time
 
 
 @dataclass(frozen=True, slots=True)

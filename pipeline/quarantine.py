@@ -29,11 +29,17 @@ class Quarantine:
     """
 
     def __init__(
-        self, spec: WorkerSpec, roster: Any, watchdog: Watchdog, may_go_on: Callable[[UnitSpec, int], bool]
+        self,
+        spec: WorkerSpec,
+        roster: Any,
+        watchdog: Watchdog,
+        num_cpus: float,
+        may_go_on: Callable[[UnitSpec, int], bool],
     ) -> None:
         self._spec = spec
         self._roster = roster
         self._watchdog = watchdog
+        self._num_cpus = num_cpus
         self._may_go_on = may_go_on
         self._worker: Any = None
         self._num_failures = 0  # said by processes before their end, and seen here
@@ -91,7 +97,7 @@ class Quarantine:
     def _there(self) -> Any:
         """The worker, a new one if the last has died."""
         if self._worker is None:
-            options = {"num_cpus": self._spec.threads, "max_restarts": 0, "max_task_retries": 0}
+            options = {"num_cpus": self._num_cpus, "max_restarts": 0, "max_task_retries": 0}
             self._worker = ray.remote(UnitWorker).options(**options).remote(self._spec, self._roster)
         return self._worker
 

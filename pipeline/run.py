@@ -4,27 +4,30 @@ Ray schedules, the store commits: a run can end anywhere and be run again.
 """
 
 import time
+from contextlib import closing
 
 from pipeline import cluster
 from pipeline.completeness import check_complete, check_unused, missing_units, write_success
 from pipeline.interrupt import Interrupt
-from pipeline.job import ReadyJob, existing_manifest, today
+from pipeline.job import ReadyJob, existing_manifest
 from pipeline.manifest import SUCCESS, Manifest
-from pipeline.passes import Passes, Say, Tally
-from pipeline.plan import make_plan, sorted_rows
+from pipeline.passes import Passes, Tally
+from pipeline.planning import growing_plans, plan_all, plan_first
 from pipeline.presence import Presence
+from pipeline.progress import Say
 from pipeline.summary import RunSummary, committed_footers, count_rows, summary_of
 
 
 def plan_job(job: ReadyJob, say: Say) -> Manifest:
-    """The job's plan: the one in its folder, or a new one. Needs Ray only if there is none."""
+    """The job's whole plan: what is in its folder, and what that lacks. Needs Ray only if it lacks something."""
     manifest = existing_manifest(job)
-    if manifest is not None:
+    if manifest is None:
+        check_unused(job.store)
+    elif manifest.is_complete:
         return manifest
-    check_unused(job.store)
     with Interrupt() as interrupt, cluster.ray_session():
         interrupt.install()
-        return _plan(job, say)
+        return plan_all(job, manifest, say)
 
 
 def run_job(job: ReadyJob, say: Say, *, quiet: bool = False) -> RunSummary:
@@ -42,35 +45,28 @@ def run_job(job: ReadyJob, say: Say, *, quiet: bool = False) -> RunSummary:
         return summary_of(job, manifest, "already_complete")
     with Interrupt() as interrupt, Presence(job.store, say), cluster.ray_session():
         interrupt.install()  # Ray takes SIGTERM for itself
-        manifest = manifest or _plan(job, say)
+        manifest = manifest or plan_first(job, say)
         started = time.monotonic()
         tally = Tally(*count_rows(committed_footers(job.store, manifest)))
         missing = missing_units(job.store, manifest)
         if len(missing) < len(manifest.units):
             say(f"resuming: {len(manifest.units) - len(missing)} of {len(manifest.units)} shards are there")
-        Passes(job, manifest, tally, interrupt, say, quiet=quiet).run()
+        passes = Passes(job, tally, interrupt, say, quiet=quiet)
+        with closing(growing_plans(job, manifest, interrupt, say)) as plans:
+            for manifest in plans:
+                passes.run(manifest)
+                if not passes.may_go_on:
+                    break
         seconds = time.monotonic() - started
     return _finish(job, manifest, tally, interrupt, seconds)
 
 
-def _plan(job: ReadyJob, say: Say) -> Manifest:
-    say(f"planning {job.checked.num_rows:,} rows of {len(job.checked.inputs)} files")
-    spec = job.render_spec(today())
-    manifest = make_plan(job.checked, job.fields, spec, job.store, sorted_rows(job.checked, spec))
-    stats = manifest.stats
-    say(
-        f"planned {manifest.num_rows:,} rows as {len(manifest.units)} units: "
-        f"{stats['tokens_requested']:,} prompt tokens requested, {stats['tokens_distinct']:,} distinct"
-    )
-    return manifest
-
-
 def _finish(job: ReadyJob, manifest: Manifest, tally: Tally, interrupt: Interrupt, seconds: float) -> RunSummary:
-    missing = missing_units(job.store, manifest)
-    if not missing:
+    is_done = manifest.is_complete and not missing_units(job.store, manifest)
+    if is_done:
         write_success(job.store, manifest)
     status, exit_code = "done", 0
-    if missing:
+    if not is_done:
         status, exit_code = ("interrupted", interrupt.exit_code) if interrupt.is_set else ("incomplete", 3)
     summary = summary_of(job, manifest, status)
     summary.exit_code = summary.exit_code or exit_code

@@ -5,8 +5,9 @@ Holds one path of the tree at a time, so memory does not grow with the rows. Kno
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from attention.segments import Segment, num_tokens
 from pipeline.undeclared import UndeclaredPrefix, UndeclaredPrefixes, common_prefix
@@ -126,6 +127,19 @@ class TreeCounter:
             if part.start < common:
                 self._open.append(_Open(part.start, common, part.bidirectional, part.num_rows, part.first_row))
                 return
+
+
+def merge_stats(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Totals of two plans that share nothing, as JSON has them."""
+    kept = {
+        "top_shared": (TOP_NODES, lambda node: node["tokens_saved"]),
+        "undeclared": (TOP_NODES, lambda prefix: prefix["tokens_lost"]),
+        "longest": (LONGEST_ROWS, lambda pair: pair[0]),
+    }
+    merged: dict[str, Any] = {name: value + other[name] for name, value in one.items() if name not in kept}
+    for name, (size, key) in kept.items():
+        merged[name] = sorted([*one[name], *other[name]], key=key, reverse=True)[:size]
+    return merged
 
 
 def common_tokens(one: Sequence[Segment], other: Sequence[Segment]) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pipeline.manifest import SUCCESS, ForeignOutput, Manifest
+from pipeline.manifest import SUCCESS, ForeignOutput, Manifest, window_name
 from pipeline.output import manifest_of
 from pipeline.shards import ForeignShard, ShardDamaged, check_shard
 from pipeline.store import Store, open_store
@@ -54,16 +54,19 @@ class _Record:
 def verify(output: str) -> Verification:
     """Raises ForeignOutput for what is no output of `segue run`, OutputStorageError for what cannot be read."""
     store = open_store(output)
+    present = set(store.data_names())  # before the plan is read, which grows while a job runs
     manifest = manifest_of(output)
     if manifest.fields.get("task") == "finetune":
         raise ForeignOutput(f"{output} is a training's folder; wanted an output of segue run")
     found = Verification(output)
     recorded = _recorded(store, manifest, found)
-    present = set(store.data_names())
     planned = {unit.shard_name for unit in manifest.units}
     found.damages += [
         Damage("foreign", store.path(name), "a file that is not in the plan") for name in sorted(present - planned)
     ]
+    if recorded is not None and not manifest.is_complete:
+        path = store.path(window_name(manifest.num_planned))
+        found.damages.append(Damage("plan", path, f"gone, although {SUCCESS} says that the job was done"))
     for unit in manifest.units:
         if unit.shard_name in present:
             damage = _damage_of(store, manifest, unit, (recorded or {}).get(unit.shard_name))

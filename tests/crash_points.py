@@ -27,7 +27,7 @@ from echo_jobs import write_input, write_job
 from fsspec.implementations.local import LocalFileSystem
 from oracle import check_exact, check_visible_are_whole, echo_answer
 
-from pipeline import local_store, object_store, run
+from pipeline import local_store, object_store, planning, run
 from pipeline.checks import CheckedJob
 from pipeline.completeness import missing_units
 from pipeline.job import ReadyJob, prepare
@@ -39,6 +39,7 @@ from pipeline.rows import ParquetRowsSource
 from pipeline.unit_worker import UnitWorker
 
 NUM_ROWS, ROWS_PER_FILE, MAX_TOKENS = 24, 10, 6
+PLAN = {"window_rows": 20}  # two windows
 
 
 class Crash(BaseException):
@@ -82,7 +83,7 @@ class LocalPlace:
         write_input(folder, NUM_ROWS)
         self.fs = LocalFileSystem()
         self.inputs, self.output = str(folder / "in"), str(folder / "out")
-        self.job = prepare(write_job(folder, output={"path": "out", "max_rows_per_file": ROWS_PER_FILE}))
+        self.job = prepare(write_job(folder, plan=PLAN, output={"path": "out", "max_rows_per_file": ROWS_PER_FILE}))
 
     def clear(self) -> None:
         shutil.rmtree(self.output, ignore_errors=True)
@@ -176,7 +177,7 @@ class BucketPlace:
         self.inputs, self.output = "data/in", "data/out"
         self.fs.put(str(write_input(folder, NUM_ROWS) / "in"), self.inputs, recursive=True)
         output = {"path": "s3://data/out", "max_rows_per_file": ROWS_PER_FILE}
-        self.job = prepare(write_job(folder, input={"path": "s3://data/in"}, output=output))
+        self.job = prepare(write_job(folder, input={"path": "s3://data/in"}, plan=PLAN, output=output))
 
     def clear(self) -> None:
         if self.fs.exists(self.output):
@@ -212,21 +213,42 @@ class _CrashingS3:
 class _Passes:
     """In place of `pipeline.passes.Passes`."""
 
-    def __init__(self, job: ReadyJob, manifest: Manifest, tally: Tally, *_: object, quiet: bool) -> None:
-        self._job, self._manifest, self._tally = job, manifest, tally
+    may_go_on = True
 
-    def run(self) -> None:
-        worker = UnitWorker(self._job.worker_spec(self._manifest, threads=1))
+    def __init__(self, job: ReadyJob, tally: Tally, *_: object, quiet: bool) -> None:
+        self._job, self._tally = job, tally
+
+    def run(self, manifest: Manifest) -> None:
+        worker = UnitWorker(self._job.worker_spec(threads=1))
         try:
-            for unit in missing_units(self._job.store, self._manifest):
+            for unit in missing_units(self._job.store, manifest):
                 self._tally.add(asyncio.run(worker.run_unit(unit)))
         finally:
             assert worker._loop is not None
             worker._loop.stop()
 
 
-def _sorted_rows(job: CheckedJob, spec: RenderSpec) -> Iterator[pa.Table]:
-    tasks = ParquetRowsSource(job.inputs, job.columns.schema, job.rows).get_read_tasks(1)
+class _PlannerAhead:
+    """In place of `pipeline.planning.PlannerAhead`."""
+
+    def __init__(self, job: ReadyJob) -> None:
+        self._job = job
+
+    def start(self, before: Manifest) -> None:
+        """Later."""
+
+    def wait(self, _: object) -> bool:
+        return True
+
+    def result(self, before: Manifest) -> Manifest:
+        return planning.plan_next(self._job, before)
+
+    def close(self) -> None:
+        """Nothing goes on."""
+
+
+def _sorted_rows(job: CheckedJob, spec: RenderSpec, window: int) -> Iterator[pa.Table]:
+    tasks = ParquetRowsSource(job.inputs, job.columns.schema, job.window(window)).get_read_tasks(1)
     blocks = [render_block(block, spec) for task in tasks for block in task()]
     yield pa.concat_tables(blocks).sort_by([(name, "ascending") for name in ORDER])
 
@@ -235,7 +257,8 @@ def run_job(place: Place) -> str:
     """The job's status. Raises Crash inside `place.crashing`."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(run.cluster, "ray_session", nullcontext))
-        stack.enter_context(patch.object(run, "sorted_rows", _sorted_rows))
+        stack.enter_context(patch.object(planning, "sorted_rows", _sorted_rows))
+        stack.enter_context(patch.object(planning, "PlannerAhead", _PlannerAhead))
         stack.enter_context(patch.object(run, "Passes", _Passes))
         return run.run_job(place.job, lambda line: None, quiet=True).status
 

@@ -160,9 +160,7 @@ def test_adapter_refuses_another_mask_or_template_by_name_unless_told(trained, m
     with pytest.raises(JobRefused, match=r"model.adapter: got mask causal \(trained with segment\)"):
         prepare(path)
     told = prepare(path, ["model.check_adapter=false"])
-    manifest = load_manifest(LocalStore(folder / "ft"))
-    assert manifest is not None
-    engine = make_engine(told.worker_spec(manifest, 1))  # what a worker does
+    engine = make_engine(told.worker_spec(1))  # what a worker does
     assert isinstance(engine, Engine)
     assert engine.config.mask == "causal"
     parts = write_run(folder, model_directory, prompt={"prompt_column": "ask", "segment_by": "part"})

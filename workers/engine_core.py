@@ -20,6 +20,7 @@ from attention.step import Backend, TreeStep, tail_batches
 from attention.tree import SegmentTree
 from workers.coalescing import RequestCoalescer
 from workers.generate import Finisher
+from workers.memory import free_memory_bytes
 from workers.model import TreeModel
 from workers.request import GenerationRequest, Request, RequestOutput, Sample, Score, ScoringRequest
 from workers.row_errors import RowError, RowErrorCode
@@ -42,7 +43,8 @@ class EngineConfig:
     max_model_len: int | None = None  # tokens a row, prompt and answer; at most the model's own
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
-    kv_cache_memory_bytes: int = 2 << 30
+    kv_cache_memory_bytes: int | None = None  # None: a share of what is free once the model is loaded
+    kv_memory_share: float = 0.5  # that share
     enable_prefix_caching: bool = True
     backend: Literal["cpu", "reference"] = "cpu"
 
@@ -55,7 +57,8 @@ class EngineCore:
         self.config = config or EngineConfig()
         self.max_model_len = min(self.config.max_model_len or model.max_model_len, model.max_model_len)
         self.tree = SegmentTree()
-        self.cache = KVCache(model.kv_shape, self.config.kv_cache_memory_bytes)
+        kv_bytes = self.config.kv_cache_memory_bytes or int(self.config.kv_memory_share * free_memory_bytes())
+        self.cache = KVCache(model.kv_shape, kv_bytes)
         self.backend = BACKENDS[self.config.backend]()
         self.scheduler = Scheduler(
             self.tree,
