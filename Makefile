@@ -11,6 +11,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install -qq --constraint constraints.txt
+# A file's tests stay in one process. Most wait for processes of their own, so there may be more of these than cores.
+PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 # Named, so that pip takes the build that is offered for CPUs; its newest build would bring CUDA along.
 TORCH := $(shell grep '^torch==' constraints.txt)
 
@@ -44,23 +46,23 @@ check: $(READY)
 	$(BIN)/lint-imports
 
 test: check
-	$(BIN)/python -m pytest -m "not commands and not chaos and not long"
+	$(PYTEST) -m "not commands and not chaos and not long"
 
 test-chaos: $(READY)
-	$(BIN)/python -m pytest -m chaos
+	$(PYTEST) -m chaos
 
 chaos: $(READY)
 	@$(PIP) --no-build-isolation --editable '.[dev,stores]'
 	$(BIN)/python tests/crash_points.py
-	$(BIN)/python -m pytest -m "chaos or long"
+	$(PYTEST) -m "chaos or long"
 	$(BIN)/python tests/mutations.py
 	$(BIN)/python tests/chaos.py
 
 test-commands: $(READY)
-	$(BIN)/python -m pytest -m commands
+	$(PYTEST) -m commands
 
 test-fast: check
-	$(BIN)/python -m pytest -m "not slow and not chaos and not long"
+	$(PYTEST) -m "not slow and not chaos and not long"
 
 format: $(READY)
 	$(BIN)/ruff format

@@ -4,7 +4,7 @@
     python tests/chaos.py --runs 8 --seed 7  some of them
 
 A run is disturbed at a moment drawn at random, and run again until it is done; every third is planned in two windows.
-What is there is then compared with the input, and its answers with those of the echo engine, or of an undisturbed run of
+What is there is then compared with the input, its answers with those of the echo engine, or of an undisturbed run of
 the model in fp32: they may differ only from a token on at which the two best are closer than 1e-3.
 Prints a table, and exits with 1 if anything is wrong.
 """
