@@ -97,6 +97,11 @@ class KVCache:
         self.allocated_bytes = 0
         self.arenas: dict[int, TailArena] = {}
 
+    @property
+    def budget_tokens(self) -> int:
+        """How many tokens the budget holds."""
+        return self.budget_bytes // self.shape.bytes_per_token
+
     def bytes_for(self, num_tokens: int) -> int:
         return num_tokens * self.shape.bytes_per_token
 

@@ -45,15 +45,20 @@ class Residency:
                 self._set_idle(node, keep_idle=keep_idle and self.keep_idle)
 
     def make_room(self, num_tokens: int) -> bool:
-        """Evict idle nodes until `num_tokens` fit: first those no waiting row wants, then the rest, oldest first."""
+        """Evict idle nodes until `num_tokens` fit: first those no waiting row wants, then the rest, oldest first.
+
+        Of the first some more than needed, since looking through all idle nodes takes time.
+        """
         if self.cache.has_room(num_tokens):
             return True
-        for is_expendable in (_is_unwanted, _is_any):
+        for is_expendable, margin in ((_is_unwanted, self.cache.budget_tokens // 64), (_is_any, 0)):
             for node in list(self._idle):
                 if is_expendable(node):
                     self._free(node)
-                    if self.cache.has_room(num_tokens):
+                    if self.cache.has_room(num_tokens + margin):
                         return True
+            if self.cache.has_room(num_tokens):
+                return True
         return False
 
     def discard(self, end: Node) -> None:

@@ -37,6 +37,8 @@ def show_plan(manifest: Manifest, job: ReadyJob) -> None:
     if num_workers > 1:
         bound = distinct + stats["extra_tokens_bound"]
         out.print(f"with {num_workers} workers at most {bound:,}: each may compute a shared root once")
+    if manifest.num_windows > 1:
+        out.print(f"planned in {manifest.num_windows} windows, of which each counts for itself")
     _print_shared(out, stats["top_shared"], "rows" if job.config.task == "generate" else "requests")
     _print_undeclared(out, stats["undeclared"])
     longest = ", ".join(f"{tokens:,} ({row})" for tokens, row in stats["longest"][:3])

@@ -18,7 +18,7 @@ from contextlib import contextmanager, redirect_stdout, suppress
 
 import ray
 import ray.exceptions
-from ray.data import DataContext
+from ray.data import DataContext, Dataset
 
 QUIET_LOGGERS = ("ray", "ray.data", "ray.serve")
 
@@ -115,6 +115,12 @@ def quieten() -> None:
         for handler in logger.handlers:
             if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
                 handler.setLevel(logging.CRITICAL)
+
+
+def wait_for_ever(dataset: Dataset) -> None:
+    """Ray (2.60) ends an execution in which no block moves for half an hour. A unit may take longer, and so may a plan
+    to get its CPUs; who stands still is for the watchdog to tell."""
+    dataset.context.execution_no_progress_timeout_s = -1
 
 
 def num_cluster_cpus() -> int:

@@ -26,7 +26,7 @@ from workers.model_source import ModelRefused
 from workers.pairs import PairEncoder
 from workers.prompt_encoder import PromptEncoder
 
-KV_MEMORY_SHARE = 0.5  # of what is free on a node, for all its workers; the rest is for what a step computes
+KV_MEMORY_SHARE = 0.4  # of what is free on a node, for all its workers; the rest is for what a step computes, and Ray
 IDENTITY_DIGITS = 16  # of a model, in an adapter's record
 
 
@@ -212,4 +212,4 @@ def _what_is_asked(config: JobConfig) -> dict[str, Any]:
 def _what_is_tried_again(checked: CheckedJob) -> dict[str, Any]:
     if checked.failed is None:
         return {}
-    return {"input.retry_of": f"{checked.failed.num_rows} rows of job {checked.failed.fingerprint}"}
+    return {"input.retry_of": f"rows {checked.failed.identity} of job {checked.failed.fingerprint}"}

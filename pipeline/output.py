@@ -43,8 +43,10 @@ def manifest_of(output: str) -> Manifest:
 def finished_manifest(output: str) -> Manifest:
     """What a complete output folder belongs to. Raises ForeignOutput if it is not complete, or none of Segue's."""
     manifest = manifest_of(output)
-    if not open_store(output).exists(SUCCESS):
-        raise ForeignOutput(f"{output} is not complete: it has no {SUCCESS}; run its job again to finish it")
+    if not (manifest.is_complete and open_store(output).exists(SUCCESS)):
+        raise ForeignOutput(
+            f"{output} is not complete: it lacks {SUCCESS} or a part of its plan; run its job again to finish it"
+        )
     return manifest
 
 

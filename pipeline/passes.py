@@ -54,7 +54,8 @@ class Passes:
         self._job = job
         self._workers = job.config.workers
         self._threads = threads_of(self._workers)
-        self._spec = job.worker_spec(self._threads, workers_a_node(self._workers, self._threads))
+        smallest = reserved_cpus(self._threads, is_planning=job.checked.num_windows > 1)
+        self._spec = job.worker_spec(self._threads, workers_a_node(self._workers, smallest))
         self._tally = tally
         self._interrupt = interrupt
         self._say = say
@@ -145,6 +146,8 @@ class Passes:
         """A roster for workers that work on these units, shown, watched, and told to drain by a signal."""
         roster: Any = Roster.remote()
         self._interrupt.on_set = threading.Thread(target=self._drain, args=(roster,), daemon=True).start
+        if self._interrupt.is_set:  # by a signal that came between two rosters
+            roster.drain.remote()
         num_rows, num_tokens = sum(unit.num_rows for unit in units), sum(unit.num_tokens for unit in units)
         num_requests = None if self._job.config.task == "generate" else sum(unit.num_requests for unit in units)
         watchdog = Watchdog(

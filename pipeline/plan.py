@@ -15,14 +15,15 @@ import ray.data
 import ray.exceptions
 
 from attention.segments import num_tokens
+from pipeline import cluster
 from pipeline.chains import decode_chain, num_chain_tokens
 from pipeline.checks import CheckedJob
-from pipeline.cluster import cause_of
 from pipeline.manifest import (
     MANIFEST,
     ForeignOutput,
     Manifest,
     check_same_job,
+    fingerprint,
     load_manifest,
     load_windows,
     versions,
@@ -55,20 +56,17 @@ def plan_window(
     `before` is the plan that they are the next window of, None if they are the first. Two planners at once end with one
     plan, which may have more windows than this one. Raises ForeignOutput, OutputStorageError, and what `rows` raises.
     """
-    cutter = _UnitCutter(job, spec, store, len(before.units) if before else 0)
+    cutter = _UnitCutter(job, spec, store, fingerprint(fields), len(before.units) if before else 0)
     for batch in rows:
         cutter.add(batch)
     units, stats = tuple(cutter.finish()), asdict(cutter.counter.finish())
-    try:
-        if before is None:
-            found = _publish_first(job, fields, spec, store, units, stats)
-        else:
-            store.create(window_name(before.num_planned), window_to_bytes(before, units, stats))
-            found = load_windows(store, before)
-    except ForeignOutput:
-        _discard(store, units)
-        raise
-    _discard(store, set(units) - set(found.units))
+    if before is None:
+        return _publish_first(job, fields, spec, store, units, stats)
+    name = window_name(before.num_planned)
+    store.create(name, window_to_bytes(before, units, stats))
+    found = load_windows(store, before)
+    if found.num_planned == before.num_planned:
+        raise FileNotFoundError(f"{store.path(name)} was written and is not there")
     return found
 
 
@@ -96,14 +94,13 @@ def _publish_first(
     found = load_manifest(store)
     if found is None:
         raise FileNotFoundError(f"{store.path(MANIFEST)} was written and is not there")
-    check_same_job(found, fields, store.path(""))
+    try:
+        check_same_job(found, fields, store.path(""))
+    except ForeignOutput:
+        for unit in units:  # another job was planned into the folder at the same time; it shares no file with this one
+            store.discard(unit.unit_name)
+        raise
     return found
-
-
-def _discard(store: Store, units: Iterable[UnitSpec]) -> None:
-    """Another planner was first, with other units."""
-    for unit in units:
-        store.discard(unit.unit_name)
 
 
 def sorted_rows(job: CheckedJob, spec: RenderSpec, window: int) -> Iterator[pa.Table]:
@@ -111,25 +108,27 @@ def sorted_rows(job: CheckedJob, spec: RenderSpec, window: int) -> Iterator[pa.T
     WorkersFailed."""
     source = ParquetRowsSource(job.inputs, job.columns.schema, job.window(window))
     rows = ray.data.read_datasource(source)
+    cluster.wait_for_ever(rows)
     rows = rows.map_batches(partial(render_block, spec=spec), batch_format="pyarrow", batch_size=None)
     try:
         yield from rows.sort(ORDER).iter_batches(batch_size=STREAM_ROWS, batch_format="pyarrow", prefetch_batches=1)
         return
     except ray.exceptions.RayError as error:
-        failure = cause_of(error, InputChanged, InputUnreadable)
+        failure = cluster.cause_of(error, InputChanged, InputUnreadable)
     raise failure  # without Ray's traceback, which would hold its executor and workers
 
 
 class _UnitCutter:
     """Collects sorted rows into units and publishes each as soon as it is full."""
 
-    def __init__(self, job: CheckedJob, spec: RenderSpec, store: Store, first_ordinal: int) -> None:
+    def __init__(self, job: CheckedJob, spec: RenderSpec, store: Store, fingerprint: str, first_ordinal: int) -> None:
         self.counter = RequestCounter(TreeCounter(job.config.workers.max_size))
         self._task = spec.task
         self._max_model_len = spec.max_model_len
         self._max_rows = job.config.output.max_rows_per_file
         self._max_bytes = job.config.output.max_bytes_per_file
         self._store = store
+        self._fingerprint = fingerprint
         self._first_ordinal = first_ordinal
         self._units: list[UnitSpec] = []
         self._pieces: list[pa.Table] = []
@@ -175,7 +174,7 @@ class _UnitCutter:
         if not self._num_rows:
             return
         table = pa.concat_tables(self._pieces).combine_chunks()
-        unit_id, content = serialize_unit(table)
+        unit_id, content = serialize_unit(table, self._fingerprint)
         unit = UnitSpec(
             self._first_ordinal + len(self._units), unit_id, self._num_rows, self._num_requests, self._num_tokens
         )

@@ -60,35 +60,27 @@ def growing_plans(job: ReadyJob, manifest: Manifest, interrupt: Interrupt, say: 
 
     While the caller works on one, the next window is planned. Close it to stop that. Raises what `plan_next` does.
     """
-    if manifest.is_complete:
-        yield manifest
-        return
-    with closing(PlannerAhead(job)) as planner:
-        while not manifest.is_complete:
-            planner.start(manifest)
+    while not manifest.is_complete:
+        with closing(PlannerAhead(job, manifest)) as planner:
             yield manifest
             if not planner.wait(interrupt):
                 return
-            manifest = planner.result(manifest)
-            _say_planned(manifest, say)
-        planner.close()
-        yield manifest
+            manifest = planner.result()
+        _say_planned(manifest, say)
+    yield manifest
 
 
 class PlannerAhead:
-    """`plan_next` in an actor of Ray's, a window at a time. To be closed.
+    """`plan_next` in an actor of Ray's. To be closed.
 
     An actor, not a task: Ray (2.60) ends the driver if a task that is done is cancelled.
     """
 
-    def __init__(self, job: ReadyJob) -> None:
+    def __init__(self, job: ReadyJob, before: Manifest) -> None:
         self._job = job
+        self._before = before
         self._actor: Any = _Planner.remote(job)
-        self._ref: Any = None
-
-    def start(self, before: Manifest) -> None:
-        """Plan the next window after these."""
-        self._ref = self._actor.plan_next.remote(before)
+        self._ref: Any = self._actor.plan_next.remote(before)
 
     def wait(self, interrupt: Interrupt) -> bool:
         """Whether it is done; False if a signal came first."""
@@ -98,14 +90,14 @@ class PlannerAhead:
                 return True
         return False
 
-    def result(self, before: Manifest) -> Manifest:
+    def result(self) -> Manifest:
         """The plan as it is then."""
         try:
             ray.get(self._ref)
         except ray.exceptions.RayError as error:
             failure = cluster.cause_of(error, ForeignOutput, InputChanged, InputUnreadable, OutputStorageError)
         else:
-            return load_windows(self._job.store, before)
+            return load_windows(self._job.store, self._before)
         raise failure  # without Ray's traceback
 
     def close(self) -> None:
@@ -120,7 +112,9 @@ class _Planner:
         cluster.quieten()
 
     def plan_next(self, before: Manifest) -> None:
-        plan_next(self._job, before)
+        """Unless the window is there already, by another run or by this process before it died."""
+        if load_windows(self._job.store, before) == before:
+            plan_next(self._job, before)
 
 
 def _say_planned(manifest: Manifest, say: Say) -> None:

@@ -25,15 +25,15 @@ def threads_of(workers: WorkersConfig) -> int:
     return min(workers.threads or max(1, share), cluster.max_node_cpus())
 
 
-def workers_a_node(workers: WorkersConfig, threads: int) -> int:
-    """How many workers may share the memory of a machine, at most."""
-    return max(1, min(workers.max_size, cluster.max_node_cpus() // threads))
+def workers_a_node(workers: WorkersConfig, num_cpus: float) -> int:
+    """How many workers may share the memory of a machine, at most, if Ray gives each so many CPUs."""
+    return max(1, min(workers.max_size, int(cluster.max_node_cpus() / num_cpus)))
 
 
 def reserved_cpus(threads: int, *, is_planning: bool) -> float:
     """What a worker takes of its node's CPUs in Ray's books: its threads, or less while the next window is planned.
 
-    Planning then always finds a CPU, however many workers there are. Ray knows no other fractions than those below 1.
+    Planning then finds a CPU beside a pool that has the cluster to itself. Ray knows no fractions above 1.
     """
     if not is_planning:
         return threads
@@ -55,6 +55,7 @@ def run_units(
     """
     rows = ray.data.from_items([{"unit": unit.to_json()} for unit in units], override_num_blocks=len(units))
     rows.context.max_errored_blocks = -1  # of this dataset: what is missing is plan minus listing, whatever Ray drops
+    cluster.wait_for_ever(rows)
     pool = _pool(workers, len(units), units_in_flight)
     receipts = _through_pool(rows, pool, spec, roster, num_cpus)
     for batch in receipts.iter_batches(batch_size=1, prefetch_batches=0):

@@ -3,6 +3,7 @@
 Knows outputs and their manifests; nothing of models or Ray.
 """
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,8 +25,12 @@ class FailedRows:
     rows: Mapping[str, np.ndarray]  # by src_path: src_row, int64, ascending
 
     @cached_property
-    def num_rows(self) -> int:
-        return sum(len(rows) for rows in self.rows.values())
+    def identity(self) -> str:
+        """sha256 over which rows they are, 16 hex digits."""
+        digest = hashlib.sha256()
+        for path, rows in sorted(self.rows.items()):
+            digest.update(repr((path, len(rows))).encode() + rows.astype("<i8").tobytes())
+        return digest.hexdigest()[:16]
 
 
 def failed_rows(output: str) -> FailedRows:

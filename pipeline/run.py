@@ -36,10 +36,11 @@ def run_job(job: ReadyJob, say: Say, *, quiet: bool = False) -> RunSummary:
     `say(line)` is told what happens. Raises ForeignOutput, ForeignShard, InputChanged, InputUnreadable, WorkersFailed,
     ClusterUnavailable, OutputStorageError; a signal before the first unit raises SystemExit.
     """
+    was_done = job.store.exists(SUCCESS)  # looked for before the plan, which another run may complete meanwhile
     manifest = existing_manifest(job)
     if manifest is None:
         check_unused(job.store)
-    elif job.store.exists(SUCCESS):
+    elif was_done:
         check_complete(job.store, manifest)
         job.store.remove_leftovers()  # of a run that died right after its last write
         return summary_of(job, manifest, "already_complete")

@@ -24,6 +24,7 @@ from workers.score_rows import ScoreRow
 
 MAX_READS = 3  # of a unit whose checksum is wrong: a byte may have flipped on the way
 _WAY_OUT = "restore the file, or plan again into another output.path"
+FINGERPRINT = "segue.fingerprint"  # key in a unit's metadata
 PASSED = "in:"  # prefix of passed-through columns inside the plan, so that none can collide
 PLANNED_FIELDS = [
     pa.field("chain", pa.large_binary()),  # pipeline.chains; empty for a row with an error
@@ -93,10 +94,15 @@ class PlannedRow:
         return f"{self.src_path}:{self.src_row}".encode()
 
 
-def serialize_unit(table: pa.Table) -> tuple[str, bytes]:
-    """(unit id, file content) of a table with PLANNED_FIELDS and passed-through columns."""
+def serialize_unit(table: pa.Table, fingerprint: str) -> tuple[str, bytes]:
+    """(unit id, file content) of a table with PLANNED_FIELDS and passed-through columns.
+
+    With the job's fingerprint, so that two jobs never have a file in common, whatever their rows are.
+    """
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    pq.write_table(
+        table.replace_schema_metadata({FINGERPRINT: fingerprint}), sink, compression="zstd", write_page_checksum=True
+    )
     content = sink.getvalue()
     return hashlib.sha256(content).hexdigest()[:16], content
 
@@ -110,7 +116,8 @@ def load_unit(store: Store, unit: UnitSpec) -> pa.Table:
         except FileNotFoundError:
             raise UnitDamaged(f"{path} is gone, wanted the unit that was planned; {_WAY_OUT}") from None
         if hashlib.sha256(content).hexdigest()[:16] == unit.unit_id:
-            return pq.read_table(io.BytesIO(content), page_checksum_verification=True)
+            table = pq.read_table(io.BytesIO(content), page_checksum_verification=True)
+            return table.replace_schema_metadata(None)
     raise UnitDamaged(f"{path} was changed after it was planned: its sha256 is another one; {_WAY_OUT}")
 
 

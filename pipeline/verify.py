@@ -54,12 +54,13 @@ class _Record:
 def verify(output: str) -> Verification:
     """Raises ForeignOutput for what is no output of `segue run`, OutputStorageError for what cannot be read."""
     store = open_store(output)
-    present = set(store.data_names())  # before the plan is read, which grows while a job runs
+    # In the reverse of the order in which a run that is at work writes them.
+    was_done, present = store.exists(SUCCESS), set(store.data_names())
     manifest = manifest_of(output)
     if manifest.fields.get("task") == "finetune":
         raise ForeignOutput(f"{output} is a training's folder; wanted an output of segue run")
     found = Verification(output)
-    recorded = _recorded(store, manifest, found)
+    recorded = _recorded(store, manifest, found) if was_done else None
     planned = {unit.shard_name for unit in manifest.units}
     found.damages += [
         Damage("foreign", store.path(name), "a file that is not in the plan") for name in sorted(present - planned)
@@ -86,9 +87,7 @@ def verify(output: str) -> Verification:
 
 
 def _recorded(store: Store, manifest: Manifest, found: Verification) -> dict[str, _Record] | None:
-    """What `_SUCCESS` says of each shard; None without one, or if it cannot be read."""
-    if not store.exists(SUCCESS):
-        return None
+    """What `_SUCCESS` says of each shard; None if it cannot be read."""
     path = store.path(SUCCESS)
     try:
         success = json.loads(store.read(SUCCESS))

@@ -231,23 +231,21 @@ class _Passes:
 class _PlannerAhead:
     """In place of `pipeline.planning.PlannerAhead`."""
 
-    def __init__(self, job: ReadyJob) -> None:
-        self._job = job
-
-    def start(self, before: Manifest) -> None:
-        """Later."""
+    def __init__(self, job: ReadyJob, before: Manifest) -> None:
+        self._job, self._before = job, before
 
     def wait(self, _: object) -> bool:
         return True
 
-    def result(self, before: Manifest) -> Manifest:
-        return planning.plan_next(self._job, before)
+    def result(self) -> Manifest:
+        return planning.plan_next(self._job, self._before)
 
     def close(self) -> None:
         """Nothing goes on."""
 
 
-def _sorted_rows(job: CheckedJob, spec: RenderSpec, window: int) -> Iterator[pa.Table]:
+def sorted_without_ray(job: CheckedJob, spec: RenderSpec, window: int) -> Iterator[pa.Table]:
+    """In place of `pipeline.plan.sorted_rows`."""
     tasks = ParquetRowsSource(job.inputs, job.columns.schema, job.window(window)).get_read_tasks(1)
     blocks = [render_block(block, spec) for task in tasks for block in task()]
     yield pa.concat_tables(blocks).sort_by([(name, "ascending") for name in ORDER])
@@ -257,7 +255,7 @@ def run_job(place: Place) -> str:
     """The job's status. Raises Crash inside `place.crashing`."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(run.cluster, "ray_session", nullcontext))
-        stack.enter_context(patch.object(planning, "sorted_rows", _sorted_rows))
+        stack.enter_context(patch.object(planning, "sorted_rows", sorted_without_ray))
         stack.enter_context(patch.object(planning, "PlannerAhead", _PlannerAhead))
         stack.enter_context(patch.object(run, "Passes", _Passes))
         return run.run_job(place.job, lambda line: None, quiet=True).status

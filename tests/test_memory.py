@@ -55,11 +55,11 @@ def test_a_group_over_its_limit_leaves_nothing(tmp_path: Path, monkeypatch):
 def test_engine_takes_its_share_of_what_is_free_and_refuses_a_row_that_needs_more(monkeypatch):
     model = tiny_tree_model()
     monkeypatch.setattr(engine_core, "free_memory_bytes", lambda: 200 * model.kv_shape.bytes_per_token)
+    monkeypatch.setattr(engine_core, "ENOUGH_KV_BYTES", 50 * model.kv_shape.bytes_per_token)
     engine = Engine(model, EngineConfig(mask="causal", kv_memory_share=0.25))
-    assert engine.cache.budget_bytes == 50 * model.kv_shape.bytes_per_token
-    outputs = engine.generate(
-        [[Segment(tuple(range(3, 3 + n)), bidirectional=False)] for n in (60, 20)], SamplingParams(max_tokens=4)
-    )
+    assert engine.cache.budget_tokens == 50
+    prompts = [[Segment(tuple(range(3, 3 + length)), bidirectional=False)] for length in (60, 20)]
+    outputs = engine.generate(prompts, SamplingParams(max_tokens=4))
     error = outputs[0].error
     assert error is not None
     assert error.code == RowErrorCode.ROW_OOM
@@ -69,10 +69,17 @@ def test_engine_takes_its_share_of_what_is_free_and_refuses_a_row_that_needs_mor
     assert told.cache.budget_bytes == 12345
 
 
+def test_engine_does_not_start_where_ordinary_rows_would_find_no_memory(monkeypatch):
+    model = tiny_tree_model()
+    row = model.max_model_len * model.kv_shape.bytes_per_token
+    monkeypatch.setattr(engine_core, "free_memory_bytes", lambda: 4 * row)
+    assert Engine(model, EngineConfig(kv_memory_share=0.25)).cache.budget_bytes == row
+    monkeypatch.setattr(engine_core, "free_memory_bytes", lambda: 4 * row - 4)
+    with pytest.raises(MemoryError, match=rf"{row - 1:,} bytes .* wanted {row:,}; .* workers.kv_cache_memory_bytes"):
+        Engine(model, EngineConfig(kv_memory_share=0.25))
+
+
 def test_workers_of_a_node_share_its_memory(monkeypatch):
     monkeypatch.setattr("pipeline.cluster.max_node_cpus", lambda: 16)
-    sizes = {
-        (threads, size): workers_a_node(WorkersConfig(max_size=size), threads)
-        for threads, size in [(4, 8), (4, 2), (32, 3)]
-    }
-    assert sizes == {(4, 8): 4, (4, 2): 2, (32, 3): 1}
+    cases: dict[tuple[float, int], int] = {(4, 8): 4, (4, 2): 2, (32, 3): 1, (0.5, 40): 32}  # CPUs of a worker, workers
+    assert {(cpus, size): workers_a_node(WorkersConfig(max_size=size), cpus) for cpus, size in cases} == cases

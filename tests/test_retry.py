@@ -102,7 +102,7 @@ def test_the_job_in_a_manifest_is_the_job_file_as_it_was_understood(folder, tmp_
     path = tmp_path / "again.yaml"
     path.write_text(json.dumps(retry_job(str(tmp_path / "out"), str(tmp_path / "again"))))
     again = prepare(path)
-    assert failed_rows(str(tmp_path / "out")).num_rows == again.checked.num_rows == 0
+    assert (dict(failed_rows(str(tmp_path / "out")).rows), again.checked.num_rows) == ({}, 0)
     assert {name for name in again.fields if again.fields[name] != ready.fields.get(name)} == {"input.retry_of"}
 
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+import ray.data
 from echo_jobs import (
     NUM_ROWS,
     ROWS_PER_FILE,
@@ -199,6 +200,14 @@ def test_run_without_rows_is_complete_without_a_shard(local_ray, tmp_path):
 
 def test_run_more_workers_than_fit_still_ends(local_ray, tmp_path):
     job = write_job(write_input(tmp_path), workers={"min_size": 3, "max_size": 3, "threads": 64})
+    assert run(job).status == "done"
+
+
+def test_run_unit_may_take_longer_than_ray_waits_for_progress(local_ray, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        ray.data.DataContext.get_current(), "execution_no_progress_timeout_s", 1
+    )  # half an hour by default
+    job = write_job(write_input(tmp_path), model={"source": "echo:4"}, input={"path": "in", "limit": 5})
     assert run(job).status == "done"
 
 

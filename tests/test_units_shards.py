@@ -73,7 +73,7 @@ def unit_table(errors: Sequence[RowError | None] = (None, ERROR, None)) -> pa.Ta
 
 def planned(store: LocalStore) -> UnitSpec:
     """A unit that is in the store."""
-    unit_id, content = serialize_unit(unit_table())
+    unit_id, content = serialize_unit(unit_table(), "f")
     unit = UnitSpec(7, unit_id, 3, 3, 6)
     store.create(unit.unit_name, content)
     return unit
@@ -111,9 +111,10 @@ def test_unit_rows_have_segments_parameters_and_errors(tmp_path):
     assert len({row.random_key for row in (first, second, third)}) == 3
 
 
-def test_unit_id_depends_on_the_content_alone():
-    assert serialize_unit(unit_table()) == serialize_unit(unit_table())
-    assert serialize_unit(unit_table())[0] != serialize_unit(unit_table((None, None, ERROR)))[0]
+def test_unit_id_depends_on_job_and_content_alone():
+    assert serialize_unit(unit_table(), "f") == serialize_unit(unit_table(), "f")
+    assert serialize_unit(unit_table(), "f")[0] != serialize_unit(unit_table((None, None, ERROR)), "f")[0]
+    assert serialize_unit(unit_table(), "f")[0] != serialize_unit(unit_table(), "g")[0]
 
 
 def test_unit_spec_round_trip_through_json():

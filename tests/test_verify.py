@@ -26,7 +26,7 @@ def output_of(folder: Path, *, name: str = "job", shards: int = NUM_SHARDS) -> M
     store = LocalStore(folder)
     units = []
     for ordinal in range(NUM_SHARDS):
-        unit_id, content = serialize_unit(pa.table({"n": list(range(ordinal, ordinal + ROWS))}))
+        unit_id, content = serialize_unit(pa.table({"n": list(range(ordinal, ordinal + ROWS))}), name)
         units.append(UnitSpec(ordinal, unit_id, ROWS, ROWS, ROWS))
         store.create(units[-1].unit_name, content)
     manifest = Manifest(PROTOCOL, name, "2026-01-02", {"task": "generate", "name": name}, {}, tuple(units), {})

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from crash_points import sorted_without_ray
 from echo_jobs import origins, rows_of, wait_for, write_input, write_job
 from fsspec.implementations.local import LocalFileSystem
 from oracle import check_exact, echo_answer
@@ -23,6 +24,7 @@ from pipeline.interrupt import Interrupt
 from pipeline.job import ReadyJob, prepare
 from pipeline.local_store import LocalStore
 from pipeline.manifest import ForeignOutput, Manifest, load_manifest
+from pipeline.output import finished_manifest
 from pipeline.pool import reserved_cpus
 from pipeline.retries import FailedRows
 from pipeline.rows import InputChanged
@@ -30,6 +32,7 @@ from pipeline.run import plan_job, run_job
 from pipeline.store import OutputStorageError
 from pipeline.summary import RunSummary
 from pipeline.tree_stats import LONGEST_ROWS
+from pipeline.units import load_unit
 from pipeline.verify import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray[.]")
@@ -202,3 +205,41 @@ def test_window_size_belongs_to_the_job(finished):
 def test_workers_leave_a_cpu_to_the_planner_while_there_is_more_to_plan():
     assert [reserved_cpus(threads, is_planning=False) for threads in (1, 2, 8)] == [1, 2, 8]
     assert [reserved_cpus(threads, is_planning=True) for threads in (1, 2, 8)] == [0.5, 1, 7]
+
+
+def test_of_two_jobs_planned_at_once_the_later_takes_nothing_away_from_the_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "sorted_rows", sorted_without_ray)
+    jobs = [window_job(write_input(tmp_path)), window_job(tmp_path, seed=1)]  # the same rows in the same units
+    planned = planning.plan_next(jobs[0], None)
+    with pytest.raises(ForeignOutput, match="seed: there 0, here 1"):
+        planning.plan_next(jobs[1], None)
+    store = LocalStore(tmp_path / "out")
+    assert [load_unit(store, unit).num_rows for unit in planned.units] == [16, 9]
+    assert len(store.names("_job/units")) == 2
+
+
+def test_planners_of_one_job_end_with_one_plan_whoever_is_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "sorted_rows", sorted_without_ray)
+    job = window_job(write_input(tmp_path))
+    first = planning.plan_next(job, None)
+    assert planning.plan_next(job, None) == first
+    second = planning.plan_next(job, first)
+    third = planning.plan_next(job, second)
+    assert planning.plan_next(job, first) == third  # another was further already
+    assert all(load_unit(job.store, unit).num_rows for unit in third.units)
+    (tmp_path / "out" / "part-000009-x.parquet").write_bytes(b"")
+    with pytest.raises(ForeignOutput, match="is not a shard"):
+        missing_units(job.store, replace(third, num_windows=4))
+
+
+def test_output_that_lost_a_window_is_not_complete_for_those_who_read_it(finished):
+    folder, _ = finished
+    window = folder / "out/_job/windows/window-000001.json"
+    content = window.read_bytes()
+    window.unlink()
+    try:
+        with pytest.raises(ForeignOutput, match="not complete"):
+            finished_manifest(str(folder / "out"))
+    finally:
+        window.write_bytes(content)
+    assert finished_manifest(str(folder / "out")).is_complete

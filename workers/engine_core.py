@@ -30,6 +30,7 @@ from workers.scheduler import Prefill, Scheduler, StepPlan
 from workers.score import TokenScore, collect, score_step
 from workers.stats import EngineStats
 
+ENOUGH_KV_BYTES = 1 << 30  # however long the model's context is
 SCORING = SamplingParams(max_tokens=1)  # of rows that draw nothing
 BACKENDS: dict[str, type[Backend]] = {"cpu": CpuBackend, "reference": ReferenceBackend}
 
@@ -44,7 +45,7 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     kv_cache_memory_bytes: int | None = None  # None: a share of what is free once the model is loaded
-    kv_memory_share: float = 0.5  # that share
+    kv_memory_share: float = 0.4  # that share
     enable_prefix_caching: bool = True
     backend: Literal["cpu", "reference"] = "cpu"
 
@@ -57,7 +58,7 @@ class EngineCore:
         self.config = config or EngineConfig()
         self.max_model_len = min(self.config.max_model_len or model.max_model_len, model.max_model_len)
         self.tree = SegmentTree()
-        kv_bytes = self.config.kv_cache_memory_bytes or int(self.config.kv_memory_share * free_memory_bytes())
+        kv_bytes = self.config.kv_cache_memory_bytes or self._measured_kv_bytes()
         self.cache = KVCache(model.kv_shape, kv_bytes)
         self.backend = BACKENDS[self.config.backend]()
         self.scheduler = Scheduler(
@@ -72,6 +73,17 @@ class EngineCore:
         self._coalescer = RequestCoalescer()
         self._num_added = 0
         self._refused: list[RequestOutput] = []
+
+    def _measured_kv_bytes(self) -> int:
+        """A share of what is free now. Raises MemoryError if rows would fail for it that are nothing special."""
+        share = int(self.config.kv_memory_share * free_memory_bytes())
+        wanted = min(self.max_model_len * self.model.kv_shape.bytes_per_token, ENOUGH_KV_BYTES)
+        if share < wanted:
+            raise MemoryError(
+                f"{share:,} bytes of memory are there for keys and values ({self.config.kv_memory_share:.0%} of what "
+                f"is free), wanted {wanted:,}; free some, or say workers.kv_cache_memory_bytes"
+            )
+        return share
 
     @property
     def has_work(self) -> bool:

@@ -191,10 +191,10 @@ class Scheduler:
     def _fail(self, prefill: Prefill) -> None:
         """Alone, with everything else evicted, the row does not fit."""
         wanted = prefill.end.stop + prefill.num_tail_tokens
-        room = self.cache.budget_bytes // self.cache.shape.bytes_per_token
         self._drop(prefill, held=False)
         message = (
-            f"the row needs {wanted} tokens of KV memory, the limit is {room} tokens (workers.kv_cache_memory_bytes)"
+            f"the row needs {wanted} tokens of KV memory, the limit is "
+            f"{self.cache.budget_tokens} tokens (workers.kv_cache_memory_bytes)"
         )
         self.failed.append((prefill.request, RowError(RowErrorCode.ROW_OOM, message)))
 
