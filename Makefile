@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install -qq --constraint constraints.txt
-# A file's tests stay in one process. Most wait for processes of their own, so there may be more of these than cores.
+# Two files at a time: many tests wait for processes of their own.
 PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 # Named, so that pip takes the build that is offered for CPUs; its newest build would bring CUDA along.
 TORCH := $(shell grep '^torch==' constraints.txt)
@@ -49,17 +49,17 @@ test: check
 	$(PYTEST) -m "not commands and not chaos and not long"
 
 test-chaos: $(READY)
-	$(PYTEST) -m chaos
+	$(BIN)/python -m pytest -m chaos
 
 chaos: $(READY)
 	@$(PIP) --no-build-isolation --editable '.[dev,stores]'
 	$(BIN)/python tests/crash_points.py
-	$(PYTEST) -m "chaos or long"
+	$(BIN)/python -m pytest -m "chaos or long"
 	$(BIN)/python tests/mutations.py
 	$(BIN)/python tests/chaos.py
 
 test-commands: $(READY)
-	$(PYTEST) -m commands
+	$(BIN)/python -m pytest -m commands
 
 test-fast: check
 	$(PYTEST) -m "not slow and not chaos and not long"

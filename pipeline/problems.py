@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 MAX_SHOWN_CHARS = 80
+SHOWN_FIRST_CHARS = 27  # of a longer one
 _USER_INFO = re.compile(r"(?<=//)[^/@\s]*@")
 _SECRET_FIELD = re.compile(r"(?i)([?&][\w-]*(?:signature|token|secret|password|credential)[\w-]*=)[^&\s]*")
 
@@ -52,7 +53,9 @@ def shown(value: object) -> str:
     if isinstance(value, int) and value.bit_length() > 256:
         return "a huge number"  # Python refuses to print more than 4,300 digits
     text = repr(value) if isinstance(value, str | int | float) else f"the {type(value).__name__} {value}"
-    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[: MAX_SHOWN_CHARS - 3]}..."
+    if len(text) <= MAX_SHOWN_CHARS:
+        return text
+    return f"{text[:SHOWN_FIRST_CHARS]}...{text[SHOWN_FIRST_CHARS + 3 - MAX_SHOWN_CHARS :]}"  # a path's end is its name
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray.data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -410,25 +411,14 @@ def test_source_of_no_rows_gives_an_empty_block_with_the_schema(tmp_path):
     assert block.schema.names == ["src_path", "src_row", "input"]
 
 
-@pytest.fixture(scope="module")
-def ray_data() -> Iterator[object]:
-    import ray
-    import ray.data
-
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    yield ray.data
-    ray.shutdown()
-
-
 @pytest.mark.filterwarnings("ignore")  # Ray's own
-def test_source_under_ray_gives_every_row_once_with_its_types(tmp_path, ray_data):
+def test_source_under_ray_gives_every_row_once_with_its_types(tmp_path, local_ray):
     tables = [typed_table("pq"), typed_table("qs"), typed_table("tp")]
     for table, stem, size in zip(tables, ("a", "b", "sub/c"), (1, 2, 5), strict=True):
         (tmp_path / stem).parent.mkdir(exist_ok=True)
         pq.write_table(table, tmp_path / f"{stem}.parquet", row_group_size=size)
     files = discover([str(tmp_path)])
-    dataset = ray_data.read_datasource(ParquetRowsSource(files, files[0].schema, cut_rows([range(5)] * 3, 0, 14)))
+    dataset = ray.data.read_datasource(ParquetRowsSource(files, files[0].schema, cut_rows([range(5)] * 3, 0, 14)))
     # A batch over blocks of several files: dictionaries and nulls must survive being put together.
     dataset = dataset.map_batches(lambda batch: batch, batch_size=None, batch_format="pyarrow").repartition(2)
     batches = list(dataset.iter_batches(batch_size=14, batch_format="pyarrow"))
