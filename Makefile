@@ -11,8 +11,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install -qq --constraint constraints.txt
-# Two files at a time: many tests wait for processes of their own.
-PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 # Named, so that pip takes the build that is offered for CPUs; its newest build would bring CUDA along.
 TORCH := $(shell grep '^torch==' constraints.txt)
 
@@ -46,7 +44,7 @@ check: $(READY)
 	$(BIN)/lint-imports
 
 test: check
-	$(PYTEST) -m "not commands and not chaos and not long"
+	$(BIN)/python -m pytest -m "not commands and not chaos and not long"
 
 test-chaos: $(READY)
 	$(BIN)/python -m pytest -m chaos
@@ -62,7 +60,7 @@ test-commands: $(READY)
 	$(BIN)/python -m pytest -m commands
 
 test-fast: check
-	$(PYTEST) -m "not slow and not chaos and not long"
+	$(BIN)/python -m pytest -m "not slow and not chaos and not long"
 
 format: $(READY)
 	$(BIN)/ruff format

@@ -73,7 +73,7 @@ def _start(num_cpus: int | None) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # Ray has bare ones, too: a node that starts too slowly
         raise ClusterUnavailable(f"Ray at {address or 'a local address'} cannot be used: {error}") from error
     except SystemExit:
         # Ray's own handler, in place while it starts, exits with the bare number of the signal.
