@@ -21,12 +21,12 @@ from pipeline.shards import PROTOCOL
 from pipeline.store import Store, open_store
 from pipeline.unit_worker import WorkerSpec
 from workers.echo import is_echo
+from workers.memory import KV_SHARE
 from workers.model_facts import ModelFacts, inspect_model
 from workers.model_source import ModelRefused
 from workers.pairs import PairEncoder
 from workers.prompt_encoder import PromptEncoder
 
-KV_MEMORY_SHARE = 0.4  # of what is free on a node, for all its workers; the rest is for what a step computes, and Ray
 IDENTITY_DIGITS = 16  # of a model, in an adapter's record
 
 
@@ -97,7 +97,7 @@ class ReadyJob:
             params=self.config.sampling_params,
             has_row_params=self.has_row_params,
             max_model_len=self.max_model_len,
-            engine={**given, "seed": self.config.seed, "kv_memory_share": KV_MEMORY_SHARE / workers_a_node},
+            engine={**given, "seed": self.config.seed, "kv_memory_share": KV_SHARE / workers_a_node},
             threads=threads,
         )
 

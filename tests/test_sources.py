@@ -174,6 +174,10 @@ def test_discover_broken_link_is_refused(tmp_path):
     assert "a.parquet" in refusal(tmp_path)
 
 
+def test_discover_names_a_file_however_long_its_path_is(tmp_path):
+    assert "tickets.parquet" in refusal(tmp_path / ("long" * 30) / "tickets.parquet")
+
+
 def test_discover_reads_footers_larger_than_one_tail(tmp_path):
     table = pa.table({f"column_{i:04}_{'x' * 40}": [1] for i in range(1500)})
     pq.write_table(table, tmp_path / "wide.parquet")

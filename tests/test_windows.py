@@ -2,7 +2,8 @@
 damage."""
 
 import json
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 from oracle import check_exact, echo_answer
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from pipeline import planning
+from pipeline import passes, planning
 from pipeline.checks import CheckedJob
 from pipeline.cluster import num_cluster_cpus
 from pipeline.completeness import missing_units
@@ -32,7 +33,7 @@ from pipeline.run import plan_job, run_job
 from pipeline.store import OutputStorageError
 from pipeline.summary import RunSummary
 from pipeline.tree_stats import LONGEST_ROWS
-from pipeline.units import load_unit
+from pipeline.units import UnitSpec, load_unit
 from pipeline.verify import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray[.]")
@@ -54,6 +55,17 @@ def check(folder: Path) -> None:
     check_exact(LocalFileSystem(), str(folder / "in"), str(folder / "out"), answer=answer)
 
 
+@contextmanager
+def without(path: Path) -> Iterator[None]:
+    """For the time of the block the file is gone."""
+    content = path.read_bytes()
+    path.unlink()
+    try:
+        yield
+    finally:
+        path.write_bytes(content)
+
+
 def places(checked: CheckedJob, number: int) -> list[int]:
     """The rows of a window, counted over both files."""
     first, second = checked.window(number)
@@ -68,6 +80,8 @@ def test_windows_are_consecutive_rows_of_what_is_read(tmp_path):
     failed = FailedRows("out", "f", "i", {"a.parquet": np.arange(0, 30, 2), "b.parquet": np.arange(1, 30, 2)})
     again = replace(checked, failed=failed)
     assert (again.num_rows, again.num_windows) == (30, 2)
+    others = replace(failed, rows={**failed.rows, "a.parquet": np.arange(1, 30, 2)})
+    assert (others.identity == failed.identity, replace(failed).identity == failed.identity) == (False, True)
     assert [places(again, 0), places(again, 1)] == [[*range(0, 30, 2), *range(31, 50, 2)], [*range(51, 60, 2)]]
     assert prepare(write_job(tmp_path, input={"path": "in", "limit": 0})).checked.num_windows == 1
 
@@ -178,15 +192,10 @@ def test_window_that_is_none_of_this_plan_is_refused_by_name(finished, tmp_path,
 
 def test_window_that_is_gone_after_the_job_was_done_is_said(finished):
     folder, _ = finished
-    window = folder / "out/_job/windows/window-000002.json"
-    content = window.read_bytes()
-    window.unlink()
-    try:
+    with without(folder / "out/_job/windows/window-000002.json"):
         with pytest.raises(OutputStorageError, match=r"window-000002\.json is gone although .*_SUCCESS"):
             run(window_job(folder))
         found = verify(str(folder / "out"))
-    finally:
-        window.write_bytes(content)
     kinds = {(damage.kind, damage.path.rpartition("/")[2]) for damage in found.damages}
     assert ("plan", "window-000002.json") in kinds
     assert found.status == "damaged"
@@ -234,12 +243,25 @@ def test_planners_of_one_job_end_with_one_plan_whoever_is_first(tmp_path, monkey
 
 def test_output_that_lost_a_window_is_not_complete_for_those_who_read_it(finished):
     folder, _ = finished
-    window = folder / "out/_job/windows/window-000001.json"
-    content = window.read_bytes()
-    window.unlink()
-    try:
-        with pytest.raises(ForeignOutput, match="not complete"):
-            finished_manifest(str(folder / "out"))
-    finally:
-        window.write_bytes(content)
+    with without(folder / "out/_job/windows/window-000001.json"), pytest.raises(ForeignOutput, match="not complete"):
+        finished_manifest(str(folder / "out"))
     assert finished_manifest(str(folder / "out")).is_complete
+
+
+def test_units_that_were_given_up_are_left_alone_when_more_is_planned(tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "sorted_rows", sorted_without_ray)
+    monkeypatch.setattr(passes, "threads_of", lambda workers: 1)
+    monkeypatch.setattr(passes, "workers_a_node", lambda workers, num_cpus: 1)
+    job = window_job(write_input(tmp_path))
+    tried: list[list[int]] = []
+
+    class NothingWorks(passes.Passes):
+        def _round(self, units: Sequence[UnitSpec]) -> list[UnitSpec]:
+            tried.append([unit.ordinal for unit in units])
+            return list(units)
+
+    nobody = NothingWorks(job, passes.Tally(0, 0), Interrupt(), lambda line: None, quiet=True)
+    manifest = planning.plan_next(job, None)
+    nobody.run(manifest)
+    nobody.run(planning.plan_next(job, manifest))
+    assert tried == [[0, 1], [2, 3]]

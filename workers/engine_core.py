@@ -20,7 +20,7 @@ from attention.step import Backend, TreeStep, tail_batches
 from attention.tree import SegmentTree
 from workers.coalescing import RequestCoalescer
 from workers.generate import Finisher
-from workers.memory import free_memory_bytes
+from workers.memory import KV_SHARE, free_memory_bytes
 from workers.model import TreeModel
 from workers.request import GenerationRequest, Request, RequestOutput, Sample, Score, ScoringRequest
 from workers.row_errors import RowError, RowErrorCode
@@ -45,7 +45,7 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     kv_cache_memory_bytes: int | None = None  # None: a share of what is free once the model is loaded
-    kv_memory_share: float = 0.4  # that share
+    kv_memory_share: float = KV_SHARE
     enable_prefix_caching: bool = True
     backend: Literal["cpu", "reference"] = "cpu"
 
