@@ -235,6 +235,7 @@ def test_planners_of_one_job_end_with_one_plan_whoever_is_first(tmp_path, monkey
     second = planning.plan_next(job, first)
     third = planning.plan_next(job, second)
     assert planning.plan_next(job, first) == third  # another was further already
+    assert [unit.ordinal for unit in third.units] == [0, 1, 2, 3, 4]
     assert all(load_unit(job.store, unit).num_rows for unit in third.units)
     (tmp_path / "out" / "part-000009-x.parquet").write_bytes(b"")
     with pytest.raises(ForeignOutput, match="is not a shard"):
