@@ -4,14 +4,16 @@ Everything that can be refused before work is refused here, all problems at once
 """
 
 import datetime
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.checks import CheckedJob, check_draft, input_identity
 from pipeline.config import JobConfig
 from pipeline.config_file import JobDraft, read_job
+from pipeline.limited import ChildDied, LimitedProcess
 from pipeline.manifest import Manifest, check_same_job, code_version, fingerprint, load_manifest
 from pipeline.problems import JobRefused, Problem
 from pipeline.remote_models import local_source
@@ -20,6 +22,7 @@ from pipeline.schemas import ROW_PARAMS_COLUMN
 from pipeline.shards import PROTOCOL
 from pipeline.store import Store, open_store
 from pipeline.unit_worker import WorkerSpec
+from workers.adapter_record import AdapterRecord
 from workers.echo import is_echo
 from workers.memory import KV_SHARE
 from workers.model_facts import ModelFacts, inspect_model
@@ -28,6 +31,7 @@ from workers.pairs import PairEncoder
 from workers.prompt_encoder import PromptEncoder
 
 IDENTITY_DIGITS = 16  # of a model, in an adapter's record
+CHECK_SECONDS = 120.0  # for loading a tokenizer and rendering a message with it
 
 
 @dataclass(frozen=True)
@@ -116,11 +120,7 @@ def prepared(draft: JobDraft, others: Sequence[Problem] = ()) -> ReadyJob:
         raise JobRefused(problems)
     mask = facts.adapter_mask or "causal" if checked.config.mask == "auto" else checked.config.mask
     ready = ReadyJob(checked, facts, mask, fingerprint_fields(checked, facts, mask))
-    try:
-        encoder = checked_encoder(ready.render_spec(today()))
-    except (ValueError, OSError) as error:
-        raise JobRefused([Problem("prompt", "", str(error))]) from error
-    _check_adapter(ready, encoder)
+    _check_adapter(ready, _checked_record(ready))
     return ready
 
 
@@ -132,10 +132,41 @@ def checked_encoder(spec: RenderSpec) -> PromptEncoder:
     return encoder
 
 
-def _check_adapter(job: ReadyJob, encoder: PromptEncoder) -> None:
+def _checked_record(job: ReadyJob) -> AdapterRecord:
+    """What an adapter trained with the job's prompts would say of them. Raises JobRefused if they cannot be rendered.
+
+    A chat template is a program, and a model's is a stranger's: it is first run where it can be ended.
+    """
+    memory = job.config.limits.row_memory_bytes
+    spec = job.render_spec(today())
+    try:
+        (record,) = _checking_process(memory).stream(_record, spec, job.facts.identity[:IDENTITY_DIGITS])
+    except (ValueError, OSError) as error:
+        raise JobRefused([Problem("prompt", "", str(error))]) from error
+    except ChildDied as died:
+        got = {
+            "time": f"a template that takes longer than {CHECK_SECONDS:g} s for one message",
+            "memory": f"a template that takes more than limits.row_memory_bytes, {memory:,}, for one message",
+            "crash": "a tokenizer or template that ends its process",
+        }[died.death]
+        raise JobRefused([Problem("prompt", got, "one that renders")]) from None
+    return record
+
+
+@functools.lru_cache(maxsize=1)
+def _checking_process(memory_bytes: int) -> LimitedProcess:
+    """Kept for who checks several jobs: starting one takes longer than a check."""
+    return LimitedProcess(CHECK_SECONDS, memory_bytes)
+
+
+def _record(spec: RenderSpec, base_identity: str) -> Iterator[AdapterRecord]:
+    """In the child."""
+    yield checked_encoder(spec).record(spec.mask, base_identity=base_identity)
+
+
+def _check_adapter(job: ReadyJob, own: AdapterRecord) -> None:
     """Raises JobRefused if the adapter says that it was trained with another mask or other prompts."""
     record = job.facts.adapter_record
-    own = encoder.record(job.mask, base_identity=job.facts.identity[:IDENTITY_DIGITS])
     differing = record.differences(own) if record and job.config.model.check_adapter else []
     if differing:
         wanted = "what the adapter was trained with (its segue.json)"

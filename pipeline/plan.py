@@ -6,7 +6,6 @@ The plan is content-addressed; a window of it is there when its manifest, or its
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from functools import partial
 from itertools import repeat
 from typing import Any
 
@@ -30,9 +29,11 @@ from pipeline.manifest import (
     window_name,
     window_to_bytes,
 )
-from pipeline.render import RenderSpec, render_block
+from pipeline.planned_rows import PlannedRowReader, RowLimits
+from pipeline.render import RenderSpec
 from pipeline.request_counter import RequestCounter
-from pipeline.rows import InputChanged, InputUnreadable, ParquetRowsSource
+from pipeline.row_source import RowSource
+from pipeline.rows import InputChanged, InputUnreadable
 from pipeline.shards import PROTOCOL
 from pipeline.store import Store
 from pipeline.tree_stats import TreeCounter
@@ -106,10 +107,10 @@ def _publish_first(
 def sorted_rows(job: CheckedJob, spec: RenderSpec, window: int) -> Iterator[pa.Table]:
     """A window of the input read, rendered and sorted by Ray Data. Raises InputChanged, InputUnreadable,
     WorkersFailed."""
-    source = ParquetRowsSource(job.inputs, job.columns.schema, job.window(window))
-    rows = ray.data.read_datasource(source)
+    limits = job.config.limits
+    reader = PlannedRowReader(job.columns.schema, spec, RowLimits(limits.row_timeout_s, limits.row_memory_bytes))
+    rows = ray.data.read_datasource(RowSource(job.inputs, reader, job.window(window)))
     cluster.wait_for_ever(rows)
-    rows = rows.map_batches(partial(render_block, spec=spec), batch_format="pyarrow", batch_size=None)
     try:
         yield from rows.sort(ORDER).iter_batches(batch_size=STREAM_ROWS, batch_format="pyarrow", prefetch_batches=1)
         return

@@ -7,19 +7,24 @@ Arrow tables and the prompt encoder only.
 import datetime
 import functools
 import json
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from attention.segments import canonical_segments, num_tokens
 from pipeline.chains import encode_chain, shared_chains
+from pipeline.limited import clock_paused, tick
 from pipeline.remote_models import local_source
 from pipeline.results import error_value
 from pipeline.schemas import ROW_PARAMS_COLUMN
+from pipeline.sources import RowNumbers
 from pipeline.units import PASSED, PLANNED_FIELDS, SCORE_FIELD, score_value
+from workers.conversation import too_large
 from workers.echo import echo_tokenizer, is_echo
 from workers.model_source import locate, safetensors_directory
 from workers.pairs import PairEncoder
@@ -56,17 +61,46 @@ class RenderSpec:
 
 
 def render_block(block: pa.Table, spec: RenderSpec) -> pa.Table:
-    """A block of `pipeline.rows` -> the same rows with PLANNED_FIELDS and passed-through columns."""
+    """A block of `pipeline.rows` -> the same rows as `planned_schema` has them."""
     encoder = encoder_of(spec)
     plan = _planned if spec.task == "generate" else partial(_scored, scorer=scorer_of(spec, encoder))
     inputs = _fields(block["input"])
-    planned = [plan(row, encoder=encoder, spec=spec) for row in _rows(inputs, block.num_rows, spec)]
-    fields = planned_fields(spec.task)
-    columns: dict[str, Any] = {"src_path": block["src_path"], "src_row": block["src_row"]}
-    columns |= {each.name: [row.get(each.name) for row in planned] for each in fields if each.name not in columns}
-    arrays = [_as_array(columns[each.name], each.type) for each in fields]
+    planned = []
+    for row in _rows(inputs, block.num_rows, spec):
+        planned.append(plan(row, encoder=encoder, spec=spec))
+        tick()
     passed = {PASSED + name: inputs[name] for name in spec.passed_columns}
-    return pa.table([*arrays, *passed.values()], names=[*(each.name for each in fields), *passed])
+    return _table(block["src_path"], block["src_row"], planned, passed, spec)
+
+
+def unplanned(src_path: str, numbers: RowNumbers, error: RowError, columns: pa.Schema, spec: RenderSpec) -> pa.Table:
+    """Rows of one file that could not be read or rendered, as `planned_schema` has them: nothing is passed through."""
+    rows = pa.array(numbers, pa.int64())
+    paths = pa.repeat(pa.scalar(src_path, pa.string()), len(rows))
+    passed = {PASSED + name: pa.nulls(len(rows), columns.field(name).type) for name in spec.passed_columns}
+    return _table(paths, rows, [_failed(error)] * len(rows), passed, spec)
+
+
+def planned_schema(columns: pa.Schema, spec: RenderSpec) -> pa.Schema:
+    """The plan's own columns, then those passed through; `columns` is what is read, with the types in all files."""
+    passed = [pa.field(PASSED + name, columns.field(name).type) for name in spec.passed_columns]
+    return pa.schema([*planned_fields(spec.task), *passed])
+
+
+def _table(
+    src_path: pa.Array | pa.ChunkedArray,
+    src_row: pa.Array | pa.ChunkedArray,
+    planned: Sequence[Mapping[str, Any]],
+    passed: Mapping[str, pa.Array | pa.ChunkedArray],
+    spec: RenderSpec,
+) -> pa.Table:
+    origin = {"src_path": src_path, "src_row": src_row}
+    fields = planned_fields(spec.task)
+    own = [
+        origin[field.name] if field.name in origin else pa.array([row.get(field.name) for row in planned], field.type)
+        for field in fields
+    ]
+    return pa.table([*own, *passed.values()], names=[*(each.name for each in fields), *passed])
 
 
 def planned_fields(task: Task) -> list[pa.Field]:
@@ -76,24 +110,24 @@ def planned_fields(task: Task) -> list[pa.Field]:
 
 def _planned(row: Mapping[str, object] | RowError, *, encoder: PromptEncoder, spec: RenderSpec) -> dict[str, Any]:
     """chain, and the row's parameters as JSON; or error"""
+    if isinstance(row, RowError):
+        return _failed(row)
     try:
-        if isinstance(row, RowError):
-            raise row
         params = _row_params(row.get(ROW_PARAMS_COLUMN), spec.params)
         segments = canonical_segments(encoder.encode(row), mask=spec.mask)
         _check_length(num_tokens(segments), spec)
         return {"chain": encode_chain(segments), "sampling_params": params}
     except RowError as error:
-        return {"chain": b"", "error": error_value(error)}
+        return _failed(error)
 
 
 def _scored(
     row: Mapping[str, object] | RowError, *, encoder: PromptEncoder, spec: RenderSpec, scorer: RowScorer
 ) -> dict[str, Any]:
     """chain, and what is scored; or error"""
+    if isinstance(row, RowError):
+        return _failed(row)
     try:
-        if isinstance(row, RowError):
-            raise row
         found = scorer.read(row, spec.mask)
         requests = requests_of(found, spec.task, spec.max_model_len)
         # What is learned ends with a token more than the answer, which is not fed either.
@@ -102,7 +136,11 @@ def _scored(
             check_fits(request, limit, spec.limit_name)
         return {"chain": min(shared_chains(requests)), "score": score_value(found)}
     except RowError as error:
-        return {"chain": b"", "error": error_value(error)}
+        return _failed(error)
+
+
+def _failed(error: RowError) -> dict[str, Any]:
+    return {"chain": b"", "error": error_value(error)}
 
 
 def _check_length(length: int, spec: RenderSpec) -> None:
@@ -133,29 +171,54 @@ def _rows(
     inputs: Mapping[str, pa.ChunkedArray], num_rows: int, spec: RenderSpec
 ) -> Iterator[Mapping[str, object] | RowError]:
     """What the prompt reads of each row, or why it cannot be read."""
-    names = [*spec.prompt_columns]
-    if spec.task == "generate" and ROW_PARAMS_COLUMN in inputs:
-        names.append(ROW_PARAMS_COLUMN)
-    columns = {name: _values(inputs[name]) for name in dict.fromkeys(names)}
+    own = {ROW_PARAMS_COLUMN} if spec.task == "generate" and ROW_PARAMS_COLUMN in inputs else set()
+    names = {*spec.prompt_columns, *own}
+    limits = dict.fromkeys(names, spec.max_prompt_bytes) | {ROW_PARAMS_COLUMN: sys.maxsize}
+    columns = {name: _values(inputs[name], limits[name]) for name in names}
     for index in range(num_rows):
         row = {name: values[index] for name, values in columns.items()}
         broken = next((value for value in row.values() if isinstance(value, RowError)), None)
         yield broken or row
 
 
-def _values(column: pa.ChunkedArray) -> list[object]:
-    """Python values; text that is not UTF-8 costs its own row, not the block."""
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        return [_value(scalar) for scalar in column]
+def _values(column: pa.ChunkedArray, max_bytes: int) -> list[object]:
+    """Python values; text that is not UTF-8, or larger than a prompt may be, costs its own row, not the block."""
+    if _max_bytes(column) <= max_bytes:
+        try:
+            return column.to_pylist()
+        except UnicodeDecodeError:
+            pass
+    return [_value(scalar, max_bytes) for scalar in column]
 
 
-def _value(scalar: pa.Scalar) -> object:
+def _value(scalar: pa.Scalar, max_bytes: int) -> object:
+    """A text that is too large never becomes one of Python's, which may be four times its size."""
+    if isinstance(scalar, pa.DictionaryScalar):
+        scalar = scalar.value
+    if _is_text(scalar.type) and scalar.is_valid:
+        num_bytes = scalar.as_buffer().size
+        if num_bytes > max_bytes:
+            return RowError(RowErrorCode.PROMPT_TOO_LARGE, too_large(num_bytes, max_bytes))
     try:
         return scalar.as_py()
     except UnicodeDecodeError:
         return RowError(RowErrorCode.BAD_UTF8, "a text column holds bytes that are not UTF-8")
+
+
+def _max_bytes(column: pa.ChunkedArray) -> int:
+    """Of a column of texts the largest; 0 for others."""
+    kind = column.type
+    texts = [chunk.dictionary for chunk in column.chunks] if pa.types.is_dictionary(kind) else column.chunks
+    if not texts or not _is_text(texts[0].type):
+        return 0
+    # Views have no function for their lengths.
+    plain = (each.cast(pa.large_string()) if each.type == pa.string_view() else each for each in texts)
+    lengths = (pc.call_function("binary_length", [each]) for each in plain)
+    return max(pc.call_function("max", [each]).as_py() or 0 for each in lengths)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind == pa.string_view()
 
 
 def _fields(structs: pa.ChunkedArray) -> dict[str, pa.ChunkedArray]:
@@ -166,10 +229,6 @@ def _fields(structs: pa.ChunkedArray) -> dict[str, pa.ChunkedArray]:
         kind.field(i).name: pa.chunked_array([chunk[i] for chunk in chunks], kind.field(i).type)
         for i in range(kind.num_fields)
     }
-
-
-def _as_array(values: Any, kind: pa.DataType) -> pa.Array | pa.ChunkedArray:
-    return values if isinstance(values, pa.ChunkedArray) else pa.array(values, kind)
 
 
 def encoder_of(spec: RenderSpec) -> PromptEncoder:
@@ -200,5 +259,6 @@ def _encoder(source: str, revision: str | None, template: str, date: str, max_pr
     parsed, when = PromptTemplate.model_validate_json(template), datetime.date.fromisoformat(date)
     if is_echo(source):
         return PromptEncoder(echo_tokenizer(), parsed, date=when, max_prompt_bytes=max_prompt_bytes)
-    directory = safetensors_directory(locate(local_source(source), revision))
+    with clock_paused():  # it may have to be downloaded
+        directory = safetensors_directory(locate(local_source(source), revision))
     return PromptEncoder.from_directory(directory, parsed, date=when, max_prompt_bytes=max_prompt_bytes)

@@ -1,29 +1,31 @@
-"""Rows of Parquet files as Ray Data blocks in which every row knows where it comes from.
+"""Rows of Parquet files as blocks in which every row knows where it comes from.
 
 A block has the columns `src_path` (string), `src_row` (int64, the row's number in its file, from 0) and `input`, a
-struct of the input columns with their types unchanged. `ray.data.read_parquet` has no row numbers, so read
-tasks here are (file, consecutive row groups), planned from footers alone. Knows nothing of prompts.
+struct of the input columns with their types unchanged. Knows nothing of prompts, nor of Ray.
+
+A page that cannot be decoded is the file's fault, a read that fails is the store's: who raised tells the two apart.
 """
 
-from collections.abc import Iterator, Sequence
+import io
+import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from ray.data import Datasource
-from ray.data.block import BlockMetadata
-from ray.data.context import DataContext
-from ray.data.datasource import ReadTask
 
+from pipeline.limited import clock_paused, tick
 from pipeline.listing import is_local, stamp
 from pipeline.remote import open_remote
 from pipeline.sources import InputFile, RowNumbers, rows_between
 
 TASK_BYTES = 64 * 2**20
 BLOCK_ROWS = 50_000
+# What is read at once of a column: a whole chunk of one may be larger than memory. Each is a request to a store.
+LOCAL_READ_BYTES, REMOTE_READ_BYTES = 2**20, 2**24
 
 
 class InputChanged(ValueError):
@@ -34,6 +36,10 @@ class InputUnreadable(OSError):
     """A file, or a page of it, cannot be read or decoded."""
 
 
+class PageCorrupt(InputUnreadable):
+    """A page was read and cannot be decoded, or is not what its checksum says."""
+
+
 @dataclass(frozen=True, slots=True)
 class RowRange:
     """Consecutive rows of a file, [start, stop), that begin where a row group does, or the job's rows."""
@@ -41,64 +47,6 @@ class RowRange:
     start: int
     stop: int
     num_bytes: int  # decompressed, all columns
-
-
-class ParquetRowsSource(Datasource):
-    """Rows of `files`, each once, in (src_path, src_row) order.
-
-    The rows and their provenance depend on the files alone, not on row groups, parallelism or blocks. Ray keeps
-    no order of blocks unless told to.
-    """
-
-    def __init__(
-        self,
-        files: Sequence[InputFile],
-        schema: pa.Schema,
-        rows: Sequence[RowNumbers] | None = None,
-    ) -> None:
-        """`schema`: the columns to read, with the type that each has in all files (`pipeline.schemas`).
-
-        `rows`: of each file the numbers of those to read; all of them if it is left out.
-        """
-        super().__init__()
-        self._schema = schema
-        self._pieces = [
-            (file, piece, rows_between(wanted, piece.start, piece.stop))
-            for file, wanted in zip(files, rows or [range(file.num_rows) for file in files], strict=True)
-            for piece in _pieces(file, wanted)
-        ]
-
-    def estimate_inmemory_data_size(self) -> int:
-        return sum(piece.num_bytes for _, piece, _ in self._pieces)
-
-    def get_read_tasks(
-        self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
-    ) -> list[ReadTask]:
-        """One task a range, whatever parallelism is asked for; for no rows, one that gives an empty block."""
-        if not self._pieces:
-            empty = block_of(self._schema.empty_table(), "", 0)
-            return [ReadTask(lambda: [empty], _metadata(0, 0, ()), empty.schema)]
-        return [self._task(*piece, per_task_row_limit) for piece in self._pieces]
-
-    def _task(self, file: InputFile, piece: RowRange, wanted: RowNumbers, row_limit: int | None) -> ReadTask:
-        metadata = _metadata(len(wanted), piece.num_bytes, (file.path,))
-        schema = block_of(self._schema.empty_table(), "", 0).schema
-        read = partial(_read_blocks, file, piece.start, piece.stop, self._schema, wanted)
-        return ReadTask(read, metadata, schema, row_limit)
-
-
-def _metadata(num_rows: int, num_bytes: int, files: tuple[str, ...]) -> BlockMetadata:
-    return BlockMetadata(
-        num_rows=num_rows, size_bytes=num_bytes, exec_stats=None, task_exec_stats=None, input_files=files
-    )
-
-
-def _pieces(file: InputFile, wanted: RowNumbers) -> list[RowRange]:
-    """The stretches of a file that hold rows which are wanted."""
-    if not len(wanted):
-        return []
-    pieces = row_ranges(file, int(wanted[0]), int(wanted[-1]) + 1)
-    return [piece for piece in pieces if len(rows_between(wanted, piece.start, piece.stop))]
 
 
 def row_ranges(file: InputFile, first: int, end: int, task_bytes: int = TASK_BYTES) -> list[RowRange]:
@@ -137,17 +85,31 @@ def block_of(table: pa.Table, src_path: str, first_row: int) -> pa.Table:
     return pa.table({"src_path": paths, "src_row": rows, "input": structs})
 
 
-def _read_blocks(file: InputFile, start: int, stop: int, columns: pa.Schema, wanted: RowNumbers) -> Iterator[pa.Table]:
-    for batch in _batches(file, start, stop, columns):
+def read_blocks(
+    file: InputFile, start: int, stop: int, columns: pa.Schema, wanted: RowNumbers, batch_rows: int = BLOCK_ROWS
+) -> Iterator[tuple[int, pa.Table]]:
+    """(number of the row after it, block of those that are wanted) for rows [start, stop), in order.
+
+    Blocks are of `batch_rows` rows at most, and empty where none of them is wanted. Raises what `read_rows` does.
+    """
+    for batch in _batches(file, start, stop, columns, batch_rows):
         block = block_of(pa.Table.from_batches([batch]), file.src_path, start)
         if not isinstance(wanted, range):
             block = block.take(np.asarray(rows_between(wanted, start, start + batch.num_rows)) - start)
-        yield block
         start += batch.num_rows
+        yield start, block
 
 
-def _batches(file: InputFile, start: int, stop: int, columns: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """Rows [start, stop) in batches of at most BLOCK_ROWS, decoding only the row groups that hold them."""
+def group_stop(file: InputFile, row: int) -> int:
+    """The number of the first row behind the row group that has this one."""
+    group, first = next(_groups_from(file, row))
+    return first + file.row_groups[group]
+
+
+def _batches(
+    file: InputFile, start: int, stop: int, columns: pa.Schema, batch_rows: int = BLOCK_ROWS
+) -> Iterator[pa.RecordBatch]:
+    """Rows [start, stop) in batches of at most `batch_rows`, decoding only the row groups that hold them."""
     if not 0 <= start <= stop <= file.num_rows:
         raise ValueError(f"rows must lie within 0 to {file.num_rows} of {file.path}, got {start} to {stop}")
     left = stop - start
@@ -157,7 +119,8 @@ def _batches(file: InputFile, start: int, stop: int, columns: pa.Schema) -> Iter
     with _opened(file.path) as parquet:
         for group, first in _groups_from(file, start):
             # One group a call: over several, Arrow cannot read dictionaries nested in structs.
-            for batch in parquet.iter_batches(BLOCK_ROWS, row_groups=[group], columns=columns.names):
+            for batch in parquet.iter_batches(batch_rows, row_groups=[group], columns=columns.names, use_threads=False):
+                tick()
                 rows = batch.slice(max(0, start - first), left)
                 first += batch.num_rows
                 left -= rows.num_rows
@@ -170,22 +133,67 @@ def _batches(file: InputFile, start: int, stop: int, columns: pa.Schema) -> Iter
 
 @contextmanager
 def _opened(path: str) -> Iterator[pq.ParquetFile]:
+    """Raises InputUnreadable, and PageCorrupt if no read failed; both also while the file is in use."""
     try:
-        with _parquet_file(path) as parquet:
-            yield parquet
-    except (OSError, pa.ArrowException) as error:
+        stream = _Stream(*_open(path))
+    except OSError as error:
         raise InputUnreadable(f"input.path: {path} cannot be read: {error}") from error
+    size = LOCAL_READ_BYTES if is_local(path) else REMOTE_READ_BYTES
+    with stream:
+        try:
+            with pq.ParquetFile(stream, page_checksum_verification=True, buffer_size=size) as parquet:
+                yield parquet
+        except MemoryError:  # Arrow's own is an ArrowException, too
+            raise
+        except (OSError, pa.ArrowException) as error:
+            kind = PageCorrupt if stream.failure is None else InputUnreadable
+            raise kind(f"input.path: {path} cannot be read: {stream.failure or error}") from error
 
 
-@contextmanager
-def _parquet_file(path: str) -> Iterator[pq.ParquetFile]:
+def _open(path: str) -> tuple[Any, int]:
+    """The file, unbuffered, and its size."""
     if is_local(path):
-        with pq.ParquetFile(path, page_checksum_verification=True) as parquet:
-            yield parquet
-        return
+        file = io.FileIO(path)
+        return file, os.fstat(file.fileno()).st_size
     fs, name = open_remote(path)
-    with fs.open(name, "rb") as stream, pq.ParquetFile(stream, page_checksum_verification=True) as parquet:
-        yield parquet
+    file = fs.open(name, "rb", cache_type="none")
+    return file, file.size
+
+
+class _Stream(io.RawIOBase):
+    """A file as Arrow reads it. Remembers the first read that failed; reads have time limits of their own."""
+
+    def __init__(self, file: Any, size: int) -> None:
+        self.failure: Exception | None = None
+        self._file = file
+        self._size = size
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def size(self) -> int:
+        return self._size
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            with clock_paused():
+                return self._file.read(size)
+        except Exception as error:
+            self.failure = self.failure or error
+            raise
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _check_unchanged(file: InputFile) -> None:

@@ -1,11 +1,18 @@
 """What several test files share: a local Ray, and a tiny model on disk."""
 
+import os
+
 import pytest
 from hypothesis import settings
 
 # Tests run beside others: how long an example takes says nothing.
 settings.register_profile("segue", deadline=None)
 settings.load_profile("segue")
+
+
+# Ray ends workers that idle for a second, and starting the next ones takes longer than most tests.
+os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
+os.environ.setdefault("RAY_num_workers_soft_limit", "6")
 
 
 @pytest.fixture(scope="module")

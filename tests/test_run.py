@@ -33,7 +33,7 @@ from pipeline.cluster import WorkersFailed
 from pipeline.job import prepare
 from pipeline.manifest import SUCCESS, ForeignOutput
 from pipeline.results import RESULT_COLUMNS
-from pipeline.rows import InputChanged, InputUnreadable
+from pipeline.rows import InputChanged
 from pipeline.run import plan_job, run_job
 from pipeline.store import OutputStorageError
 from pipeline.summary import RunSummary
@@ -234,16 +234,18 @@ def test_run_input_that_changes_after_the_check_is_one_clear_error(local_ray, tm
     assert len(str(failed.value).splitlines()) == 1
 
 
-def test_run_corrupt_input_page_is_one_clear_error_that_names_the_file(local_ray, tmp_path):
+def test_run_corrupt_input_page_costs_its_rows(local_ray, tmp_path):
     folder = write_input(tmp_path)
     path = folder / "in" / "b.parquet"
     pq.write_table(awkward_table(30, 60), path, write_page_checksum=True, compression="none", use_dictionary=False)
     content = path.read_bytes()
     place = content.index(b"number 45")
     path.write_bytes(content[:place] + b"N" + content[place + 1 :])
-    with pytest.raises(InputUnreadable, match=r"b\.parquet") as failed:
-        run(write_job(folder))
-    assert len(str(failed.value).splitlines()) == 1
+    summary = run(write_job(folder), "limits.max_error_rate=1")
+    assert (summary.status, summary.errors) == ("done", {"INPUT_CORRUPT": 30})
+    rows = rows_of(folder / "out")
+    assert set(rows) == origins()
+    assert {key[0] for key, row in rows.items() if row["error"]} == {"b.parquet"}
 
 
 def test_run_over_the_error_limit_stops_with_3_until_the_limit_is_raised(local_ray, tmp_path):

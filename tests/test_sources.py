@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.problems import JobRefused
-from pipeline.rows import InputChanged, ParquetRowsSource, block_of, read_rows, row_ranges
+from pipeline.row_source import RowReader, RowSource
+from pipeline.rows import InputChanged, block_of, read_rows, row_ranges
 from pipeline.sources import InputFile, cut_rows, discover
 
 COLUMNS = pa.schema({"body": pa.string()})
@@ -375,7 +376,7 @@ def test_cut_rows_counts_over_all_files(numbers, start, stop):
     assert list(map(len, ranges)) == list(map(len, cut))
 
 
-def rows_of(source: ParquetRowsSource) -> list[tuple[str, int, str]]:
+def rows_of(source: RowSource) -> list[tuple[str, int, str]]:
     """What the read tasks give when they are called one after the other, without Ray."""
     blocks = [block for task in source.get_read_tasks(200) for block in task()]
     table = pa.concat_tables(blocks)  # fails if blocks differ in schema
@@ -392,16 +393,16 @@ def test_source_rows_and_provenance_do_not_depend_on_row_groups(tmp_path, bounds
             write(folder / f"{stem}.parquet", 12, row_group_size=row_group_size)
         files = discover([str(folder)])
         rows = cut_rows([range(file.num_rows) for file in files], *bounds)
-        assert rows_of(ParquetRowsSource(files, COLUMNS, rows)) == expected
+        assert rows_of(RowSource(files, RowReader(COLUMNS), rows)) == expected
         if expected:
             scattered = [np.array(numbers[::2], np.int64) for numbers in rows]
             wanted = [row for row in expected if row[1] in scattered["ab".index(row[0][0])]]
-            assert rows_of(ParquetRowsSource(files, COLUMNS, scattered)) == wanted
+            assert rows_of(RowSource(files, RowReader(COLUMNS), scattered)) == wanted
 
 
 def test_source_large_row_group_comes_in_several_blocks(tmp_path):
     write(tmp_path / "a.parquet", 120_000)
-    (task,) = ParquetRowsSource(discover([str(tmp_path)]), COLUMNS).get_read_tasks(1)
+    (task,) = RowSource(discover([str(tmp_path)]), RowReader(COLUMNS)).get_read_tasks(1)
     blocks = list(task())
     assert [block.num_rows for block in blocks] == [50_000, 50_000, 20_000]
     assert [block.column("src_row")[0].as_py() for block in blocks] == [0, 50_000, 100_000]
@@ -409,7 +410,7 @@ def test_source_large_row_group_comes_in_several_blocks(tmp_path):
 
 def test_source_of_no_rows_gives_an_empty_block_with_the_schema(tmp_path):
     write(tmp_path / "a.parquet", 0)
-    (task,) = ParquetRowsSource(discover([str(tmp_path)]), COLUMNS).get_read_tasks(1)
+    (task,) = RowSource(discover([str(tmp_path)]), RowReader(COLUMNS)).get_read_tasks(1)
     (block,) = task()
     assert block.num_rows == 0
     assert block.schema.names == ["src_path", "src_row", "input"]
@@ -422,7 +423,7 @@ def test_source_under_ray_gives_every_row_once_with_its_types(tmp_path, local_ra
         (tmp_path / stem).parent.mkdir(exist_ok=True)
         pq.write_table(table, tmp_path / f"{stem}.parquet", row_group_size=size)
     files = discover([str(tmp_path)])
-    dataset = ray.data.read_datasource(ParquetRowsSource(files, files[0].schema, cut_rows([range(5)] * 3, 0, 14)))
+    dataset = ray.data.read_datasource(RowSource(files, RowReader(files[0].schema), cut_rows([range(5)] * 3, 0, 14)))
     # A batch over blocks of several files: dictionaries and nulls must survive being put together.
     dataset = dataset.map_batches(lambda batch: batch, batch_size=None, batch_format="pyarrow").repartition(2)
     batches = list(dataset.iter_batches(batch_size=14, batch_format="pyarrow"))

@@ -69,12 +69,14 @@ def check_texts(texts: Sequence[str], *, from_row: Sequence[str], max_bytes: int
     num_chars = sum(map(len, texts))
     num_bytes = num_chars if num_chars > max_bytes else sum(map(_num_bytes, texts))
     if num_bytes > max_bytes:
-        raise RowError(
-            RowErrorCode.PROMPT_TOO_LARGE,
-            f"the prompt has {num_bytes:,} bytes or more, limits.max_prompt_bytes is {max_bytes:,}",
-        )
+        raise RowError(RowErrorCode.PROMPT_TOO_LARGE, too_large(num_bytes, max_bytes))
     if from_row and all(not text.strip() for text in from_row):
         raise RowError(RowErrorCode.EMPTY_PROMPT, "all text that the row supplies is empty or white space")
+
+
+def too_large(num_bytes: int, max_bytes: int) -> str:
+    """The message of PROMPT_TOO_LARGE."""
+    return f"the prompt has {num_bytes:,} bytes or more, limits.max_prompt_bytes is {max_bytes:,}"
 
 
 def _parse_message(number: int, message: object) -> Message:

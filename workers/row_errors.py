@@ -23,10 +23,11 @@ class RowErrorCode(StrEnum):
     BAD_PARAMS = "BAD_PARAMS"  # the row's own sampling parameters are out of range
     PROMPT_TOO_LONG = "PROMPT_TOO_LONG"  # as many tokens as the model's context, or more
     PROMPT_TOO_LARGE = "PROMPT_TOO_LARGE"  # more bytes than limits.max_prompt_bytes
-    ROW_OOM = "ROW_OOM"  # the row alone does not fit into the KV memory
+    INPUT_CORRUPT = "INPUT_CORRUPT"  # a page of the row's row group cannot be decoded
+    ROW_OOM = "ROW_OOM"  # the row alone does not fit into the KV memory, or takes too much to read and tokenise
     NUMERIC_ERROR = "NUMERIC_ERROR"  # the model gave NaN or infinite logits
-    WORKER_CRASH = "WORKER_CRASH"  # twice, the row alone ended the process that computed it
-    ROW_TIMEOUT = "ROW_TIMEOUT"  # twice, with the row alone, no step was finished within workers.step_timeout_s
+    WORKER_CRASH = "WORKER_CRASH"  # the row alone ended the process that tokenised it or, twice, that computed it
+    ROW_TIMEOUT = "ROW_TIMEOUT"  # alone, no step within workers.step_timeout_s, or not planned in limits.row_timeout_s
 
 
 class RowError(Exception):

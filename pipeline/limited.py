@@ -1,0 +1,245 @@
+"""Work on strangers' data in a child process with limits of time and memory; when it dies, its parent goes on.
+
+A page may decode to gigabytes, a template loop for ever, a text end the tokenizer: none of that can be stopped from
+within a process. Knows processes; nothing of rows. A child ends with its parent, or when it has been idle for a minute;
+it writes no core file, and what it prints is lost, since rows are private.
+"""
+
+import os
+import pickle
+import resource
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+from typing import Any, Literal
+
+TICK_SECONDS = 0.5
+START_SECONDS = 300.0  # imports on a busy machine
+PREPARE_BYTES = 2**30  # what a child may take for them, and for what else it loads
+ORPHAN_SECONDS = 1.0
+IDLE_SECONDS = 60.0  # a child without work ends
+_SERVE = "from pipeline.limited import serve; serve({descriptor})"
+
+Death = Literal["crash", "time", "memory"]
+_to_parent: "_ToParent | None" = None  # in a child only
+
+
+class ChildDied(Exception):
+    """The child ended before its work: it crashed, or passed a limit."""
+
+    def __init__(self, death: Death) -> None:
+        super().__init__(death)
+        self.death: Death = death
+
+
+class LimitedProcess:
+    """A child that runs one generator function at a time. To be closed.
+
+    `seconds`: how long it may take from one `tick` or value to the next. `memory_bytes`: what it may take beyond what
+    it holds when it starts to work. After a ChildDied the next call starts another child.
+    """
+
+    def __init__(self, seconds: float, memory_bytes: int, prepare: Callable[[], object] | None = None) -> None:
+        """`prepare` is called first in every child, for what all calls need, within START_SECONDS and PREPARE_BYTES."""
+        self._seconds = seconds
+        self._memory_bytes = memory_bytes
+        self._prepare = prepare
+        self._child: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+        self._end: Callable[[], object] = lambda: None
+
+    def stream(self, function: Callable[..., Iterator[Any]], *arguments: Any) -> Iterator[Any]:
+        """What the generator `function(*arguments)` yields, in the child. Function, arguments and values are pickled.
+
+        Raises ChildDied, and what `function` raises. A caller that stops in the middle ends the child.
+        """
+        connection = self._connected()
+        return self._values(connection, (function, arguments), self._seconds)
+
+    def close(self) -> None:
+        """End the child, whatever it is at."""
+        self._end()
+        self._child = self._connection = None
+
+    def __enter__(self) -> "LimitedProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _values(self, connection: Connection, request: object, seconds: float) -> Iterator[Any]:
+        is_idle = False
+        try:
+            connection.send(request)
+            while True:
+                kind, value = _next_message(connection, seconds)
+                if kind != "value":
+                    break
+                yield value
+            is_idle = kind != "memory"
+        except (EOFError, OSError):
+            raise ChildDied("crash") from None
+        finally:
+            if not is_idle:
+                self.close()
+        if kind == "memory":
+            raise ChildDied("memory")
+        if kind == "error":
+            raise value
+
+    def _connected(self) -> Connection:
+        """To a child that is ready. Raises what `prepare` raises."""
+        if self._connection is not None and self._child is not None and self._child.poll() is None:
+            return self._connection
+        self.close()
+        ours, theirs = socket.socketpair()
+        with theirs:
+            child = self._child = _start(theirs.fileno())
+        connection = self._connection = Connection(ours.detach())
+        self._end = weakref.finalize(self, _end, child, connection)
+        try:
+            list(self._values(connection, (os.getpid(), self._memory_bytes, self._prepare), START_SECONDS))
+        except Exception:
+            self.close()
+            raise
+        return connection
+
+
+def _next_message(connection: Connection, seconds: float) -> tuple[str, Any]:
+    """The next one that is no sign of life. Raises ChildDied if none comes in time."""
+    waits: float | None = seconds
+    while connection.poll(waits):
+        kind, value = connection.recv()
+        if kind not in ("tick", "pause"):
+            return kind, value
+        waits = seconds if kind == "tick" else None
+    raise ChildDied("time")
+
+
+def _end(child: "subprocess.Popen[bytes]", connection: Connection) -> None:
+    connection.close()
+    child.kill()
+    child.wait()
+
+
+def _start(descriptor: int) -> "subprocess.Popen[bytes]":
+    """With the parent's modules, whatever the folder it stands in."""
+    path = os.pathsep.join(each for each in sys.path if each)
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", _SERVE.format(descriptor=descriptor)],
+        pass_fds=[descriptor],
+        env=os.environ | {"PYTHONPATH": path, "ARROW_DEFAULT_MEMORY_POOL": "system"},  # others keep what is freed
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def tick() -> None:
+    """A sign of life: the clock begins anew. Does nothing outside a child."""
+    if _to_parent is not None:
+        _to_parent.tick()
+
+
+@contextmanager
+def clock_paused() -> Iterator[None]:
+    """For what has time limits of its own, such as a store's answers."""
+    if _to_parent is None:
+        yield
+        return
+    _to_parent.send("pause")
+    try:
+        yield
+    finally:
+        _to_parent.send("tick")
+
+
+class _ToParent:
+    """What a child says; from any thread."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+        self._last = 0.0
+
+    def send(self, kind: str, value: object = None) -> None:
+        with self._lock:
+            self._connection.send((kind, value))
+            self._last = time.monotonic()
+
+    def tick(self) -> None:
+        if time.monotonic() - self._last > TICK_SECONDS:
+            self.send("tick")
+
+
+def serve(descriptor: int) -> None:
+    """The child's whole life: calls from its parent, one after the other."""
+    global _to_parent
+    connection = Connection(descriptor)
+    _to_parent = _ToParent(connection)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with suppress(EOFError, OSError):  # the parent is gone
+        parent, memory_bytes, prepare = connection.recv()
+        threading.Thread(target=_end_with, args=[parent], daemon=True).start()
+        _limit_memory(PREPARE_BYTES + memory_bytes)
+        _answer(_to_parent, _prepared, (prepare,))
+        _limit_memory(memory_bytes)
+        while connection.poll(IDLE_SECONDS):
+            _answer(_to_parent, *connection.recv())
+
+
+def _prepared(prepare: Callable[[], object] | None) -> Iterator[None]:
+    if prepare is not None:
+        prepare()
+    yield from ()
+
+
+def _answer(to_parent: _ToParent, function: Callable[..., Iterator[Any]], arguments: tuple[Any, ...]) -> None:
+    try:
+        for value in function(*arguments):
+            to_parent.send("value", value)
+    except MemoryError:
+        to_parent.send("memory")
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        to_parent.send("error", _portable(error))
+    else:
+        to_parent.send("done")
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(ORPHAN_SECONDS)
+    os._exit(1)
+
+
+def _limit_memory(more: int) -> None:
+    """RLIMIT_DATA counts what is written to and not shared; address space would count reserved memory, too."""
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    limit = _data_bytes() + more
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+def _data_bytes() -> int:
+    """What counts towards RLIMIT_DATA now; elsewhere than on Linux, 0."""
+    with suppress(OSError), open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith("VmData:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def _portable(error: Exception) -> Exception:
+    """An exception that arrives: not all can be pickled, and none with what it refers to."""
+    try:
+        copy = pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return copy if isinstance(copy, Exception) else RuntimeError(str(error))
