@@ -160,13 +160,14 @@ class _Walk:
 
     def _link(self, entry: os.DirEntry[str], is_match: bool) -> None:
         """Follow a link to a file; one to a folder is skipped if the walk meets that folder anyway."""
-        if not is_match and not entry.is_dir():
+        is_folder = os.path.isdir(entry.path)  # no, if it is a loop
+        if not is_match and not is_folder:
             return
         inside = os.path.relpath(os.path.realpath(entry.path), self.real_root)
-        if inside.startswith("..") or (entry.is_dir() and is_hidden(inside)):
+        if inside.startswith("..") or (is_folder and is_hidden(inside)):
             wanted = "links to files below the folder; name the target in input.path to read it"
             self.listing.problems.append(Problem(KEY, f"{shown(entry.path)}, a link out of the input folder", wanted))
-        elif not entry.is_dir():
+        elif not is_folder:
             _add(self.listing, entry.path)
 
 

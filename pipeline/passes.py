@@ -4,6 +4,7 @@ A worker that dies takes every unit in flight with it. What is lost so goes thro
 in its worker; what dies there, too, is searched row by row. Knows the plan, the store and Ray.
 """
 
+import gc
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -156,8 +157,13 @@ class Passes:
             max_workers=self._workers.max_size,
             num_commits=lambda: self._tally.commits,
         )
-        with ProgressDisplay(roster, Totals(num_rows, num_tokens, num_requests), quiet=self._quiet), watchdog:
-            yield roster, watchdog
+        try:
+            with ProgressDisplay(roster, Totals(num_rows, num_tokens, num_requests), quiet=self._quiet), watchdog:
+                yield roster, watchdog
+        finally:
+            # Ray ends the workers of a pool when nothing refers to them, and its executor refers to itself. Workers that
+            # live on hold the CPUs that the next pool waits for, and who only waits collects no garbage.
+            gc.collect()
 
     def _take(self, receipt: Receipt, roster: Any) -> None:
         self._tally.add(receipt)

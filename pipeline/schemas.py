@@ -46,10 +46,11 @@ def check_columns(
     read = sorted({name for name, use in uses if use.key != "sampling_params"})
     wanted = list(dict.fromkeys([*read, *through, *(name for name, _ in uses)]))
     problems = _collisions(through, task)
+    counted = _column_counts(files)
     for name in wanted:
         own = [use for used, use in uses if used == name] or [_PASSED]
         key = own[0].key
-        problems += _missing(files, name, key) or _repeated(files, name) or _unfit(files, name, own)
+        problems += _missing(files, counted, name, key) or _repeated(files, counted, name) or _unfit(files, name, own)
     if problems:
         return None, problems
     order = [name for name in names if name in wanted]
@@ -178,8 +179,15 @@ def _collisions(through: Iterable[str], task: Task) -> list[Problem]:
     return [Problem("output.columns", f"the input column {shown(name)}", wanted, hint) for name in taken]
 
 
-def _missing(files: Sequence[InputFile], name: str, key: str) -> list[Problem]:
-    lacking = [file for file in files if name not in file.schema.names]
+def _column_counts(files: Sequence[InputFile]) -> list[Counter[str]]:
+    """Of each file how often it has a name. Looked up for each column, and files mostly share one schema."""
+    schemas = {id(file.schema): file.schema for file in files}
+    of_schema = {key: Counter(schema.names) for key, schema in schemas.items()}
+    return [of_schema[id(file.schema)] for file in files]
+
+
+def _missing(files: Sequence[InputFile], counted: Sequence[Counter[str]], name: str, key: str) -> list[Problem]:
+    lacking = [file for file, counts in zip(files, counted, strict=True) if name not in counts]
     if not lacking:
         return []
     got = f"{lacking[0].path} without column {shown(name)}"
@@ -187,11 +195,11 @@ def _missing(files: Sequence[InputFile], name: str, key: str) -> list[Problem]:
     return [Problem(key, got, wanted, nearest(name, lacking[0].schema.names))]
 
 
-def _repeated(files: Sequence[InputFile], name: str) -> list[Problem]:
-    for file in files:
-        times = Counter(file.schema.names)[name]
-        if times > 1:
-            return [Problem("input.path", f"{file.path} with {times} columns {shown(name)}", "each column name once")]
+def _repeated(files: Sequence[InputFile], counted: Sequence[Counter[str]], name: str) -> list[Problem]:
+    for file, counts in zip(files, counted, strict=True):
+        if counts[name] > 1:
+            got = f"{file.path} with {counts[name]} columns {shown(name)}"
+            return [Problem("input.path", got, "each column name once")]
     return []
 
 

@@ -18,6 +18,7 @@ from pipeline.problems import JobRefused, Problem, shown
 from pipeline.remote import open_remote
 
 MAX_FOOTER_BYTES = 64 * 2**20
+MAX_COLUMNS, MAX_ROW_GROUPS = 10_000, 1_000_000
 _TAIL_BYTES = 64 * 2**10  # most footers fit: one read a file
 _FOOTER_THREADS = 8  # footers of remote files are latency, not work
 RowNumbers = range | np.ndarray  # of rows of one file, ascending: an array, int64, where they are not consecutive
@@ -129,6 +130,9 @@ def _open(src_path: str, listed: ListedFile) -> InputFile | Problem:
     # Arrow's own kinds: ArrowInvalid is a ValueError, ArrowNotImplementedError (an unknown type or codec) the third.
     except (OSError, ValueError, NotImplementedError) as error:
         return Problem(KEY, f"{shown(listed.path)} ({error})", "a readable Parquet file")
+    if metadata.num_columns > MAX_COLUMNS or metadata.num_row_groups > MAX_ROW_GROUPS:
+        got = f"{shown(listed.path)} with {metadata.num_columns:,} columns and {metadata.num_row_groups:,} row groups"
+        return Problem(KEY, got, f"at most {MAX_COLUMNS:,} columns and {MAX_ROW_GROUPS:,} row groups in a file")
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     return InputFile(
         path=listed.path,

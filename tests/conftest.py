@@ -1,6 +1,6 @@
 """What several test files share: a local Ray, and a tiny model on disk."""
 
-import os
+from contextlib import ExitStack
 
 import pytest
 from hypothesis import settings
@@ -10,17 +10,18 @@ settings.register_profile("segue", deadline=None)
 settings.load_profile("segue")
 
 
-# Ray ends workers that idle for a second, and starting the next ones takes longer than most tests.
-os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
-os.environ.setdefault("RAY_num_workers_soft_limit", "6")
-
-
 @pytest.fixture(scope="module")
 def local_ray():
-    """One Ray for all tests of a file that run in this process."""
+    """One Ray for all tests of a file that run in this process.
+
+    It keeps idle workers for a minute, not a second: starting the next ones takes longer than most tests.
+    """
     from pipeline.cluster import ray_session  # most files need neither Ray nor torch
 
-    with ray_session(num_cpus=2):
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:  # not for the Rays of commands that tests start
+            patch.setenv("RAY_idle_worker_killing_time_threshold_ms", "60000")
+            stack.enter_context(ray_session(num_cpus=2))
         yield
 
 
