@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.checks import CheckedJob, check_draft, input_identity
 from pipeline.config import JobConfig
 from pipeline.config_file import JobDraft, read_job
-from pipeline.limited import ChildDied, LimitedProcess
+from pipeline.limited import PREPARE_BYTES, ChildDied, LimitedProcess
 from pipeline.manifest import Manifest, check_same_job, code_version, fingerprint, load_manifest
 from pipeline.problems import JobRefused, Problem
 from pipeline.remote_models import local_source
@@ -156,7 +156,7 @@ def _checked_record(job: ReadyJob) -> AdapterRecord:
 @functools.lru_cache(maxsize=1)
 def _checking_process(memory_bytes: int) -> LimitedProcess:
     """Kept for who checks several jobs: starting one takes longer than a check."""
-    return LimitedProcess(CHECK_SECONDS, memory_bytes)
+    return LimitedProcess(CHECK_SECONDS, PREPARE_BYTES + memory_bytes)  # it loads the tokenizer itself
 
 
 def _record(spec: RenderSpec, base_identity: str) -> Iterator[AdapterRecord]:

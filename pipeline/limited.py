@@ -19,7 +19,11 @@ from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
+import psutil
+
 TICK_SECONDS = 0.5
+LOOK_SECONDS = 0.1
+IDLE_FACTOR = 20  # so many times its CPU time a child may take by the clock
 START_SECONDS = 300.0  # imports on a busy machine
 PREPARE_BYTES = 2**30  # what a child may take for them, and for what else it loads
 ORPHAN_SECONDS = 1.0
@@ -41,8 +45,8 @@ class ChildDied(Exception):
 class LimitedProcess:
     """A child that runs one generator function at a time. To be closed.
 
-    `seconds`: how long it may take from one `tick` or value to the next. `memory_bytes`: what it may take beyond what
-    it holds when it starts to work. After a ChildDied the next call starts another child.
+    `seconds`: CPU time that it may take from one `tick` or value to the next. `memory_bytes`: what it may take beyond
+    what it holds when it starts to work. After a ChildDied the next call starts another child.
     """
 
     def __init__(self, seconds: float, memory_bytes: int, prepare: Callable[[], object] | None = None) -> None:
@@ -59,8 +63,8 @@ class LimitedProcess:
 
         Raises ChildDied, and what `function` raises. A caller that stops in the middle ends the child.
         """
-        connection = self._connected()
-        return self._values(connection, (function, arguments), self._seconds)
+        child, connection = self._connected()
+        return self._values(child, connection, (function, arguments), self._seconds)
 
     def close(self) -> None:
         """End the child, whatever it is at."""
@@ -73,12 +77,15 @@ class LimitedProcess:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _values(self, connection: Connection, request: object, seconds: float) -> Iterator[Any]:
+    def _values(
+        self, child: "subprocess.Popen[bytes]", connection: Connection, request: object, seconds: float
+    ) -> Iterator[Any]:
         is_idle = False
+        clock = _Clock(child.pid, seconds)
         try:
             connection.send(request)
             while True:
-                kind, value = _next_message(connection, seconds)
+                kind, value = _next_message(connection, clock)
                 if kind != "value":
                     break
                 yield value
@@ -93,10 +100,10 @@ class LimitedProcess:
         if kind == "error":
             raise value
 
-    def _connected(self) -> Connection:
-        """To a child that is ready. Raises what `prepare` raises."""
+    def _connected(self) -> tuple["subprocess.Popen[bytes]", Connection]:
+        """A child that is ready. Raises what `prepare` raises."""
         if self._connection is not None and self._child is not None and self._child.poll() is None:
-            return self._connection
+            return self._child, self._connection
         self.close()
         ours, theirs = socket.socketpair()
         with theirs:
@@ -104,22 +111,56 @@ class LimitedProcess:
         connection = self._connection = Connection(ours.detach())
         self._end = weakref.finalize(self, _end, child, connection)
         try:
-            list(self._values(connection, (os.getpid(), self._memory_bytes, self._prepare), START_SECONDS))
+            request = os.getpid(), self._memory_bytes, self._prepare
+            list(self._values(child, connection, request, START_SECONDS))
         except Exception:
             self.close()
             raise
-        return connection
+        return child, connection
 
 
-def _next_message(connection: Connection, seconds: float) -> tuple[str, Any]:
+class _Clock:
+    """What a process has used since its last sign of life. CPU time: on a busy machine it may have to wait for its
+    turn, and a Ray worker's children are the last to get one."""
+
+    def __init__(self, pid: int, seconds: float) -> None:
+        self._process = psutil.Process(pid)
+        self._seconds = seconds
+        self.begin()
+
+    def begin(self) -> None:
+        self._started = time.monotonic()
+        self._cpu_before: float | None = None
+
+    def is_over(self) -> bool:
+        try:
+            used = self._cpu()
+        except psutil.Error:  # it is gone, which its connection will tell
+            return False
+        if self._cpu_before is None:
+            self._cpu_before = used
+        is_late = time.monotonic() - self._started > IDLE_FACTOR * self._seconds
+        return is_late or used - self._cpu_before > self._seconds
+
+    def _cpu(self) -> float:
+        times = self._process.cpu_times()
+        return times.user + times.system
+
+
+def _next_message(connection: Connection, clock: _Clock) -> tuple[str, Any]:
     """The next one that is no sign of life. Raises ChildDied if none comes in time."""
-    waits: float | None = seconds
-    while connection.poll(waits):
+    clock.begin()
+    is_paused = False
+    while True:
+        if not connection.poll(LOOK_SECONDS):
+            if not is_paused and clock.is_over():
+                raise ChildDied("time")
+            continue
         kind, value = connection.recv()
         if kind not in ("tick", "pause"):
             return kind, value
-        waits = seconds if kind == "tick" else None
-    raise ChildDied("time")
+        is_paused = kind == "pause"
+        clock.begin()
 
 
 def _end(child: "subprocess.Popen[bytes]", connection: Connection) -> None:

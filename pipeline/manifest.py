@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
+from pipeline.shards import PROTOCOL
 from pipeline.store import Store
 from pipeline.tree_stats import merge_stats
 from pipeline.units import UnitSpec
@@ -83,6 +84,9 @@ def load_manifest(store: Store) -> Manifest | None:
         return None
     except (ValueError, TypeError, KeyError) as error:
         raise ForeignOutput(f"{store.path(MANIFEST)} is not a manifest of this version: {error}") from error
+    if manifest.protocol != PROTOCOL:
+        got = f"{store.path(MANIFEST)} is of protocol {manifest.protocol}"
+        raise ForeignOutput(f"{got}, wanted {PROTOCOL}: another version of Segue wrote it")
     return load_windows(store, manifest)
 
 

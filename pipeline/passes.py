@@ -161,8 +161,8 @@ class Passes:
             with ProgressDisplay(roster, Totals(num_rows, num_tokens, num_requests), quiet=self._quiet), watchdog:
                 yield roster, watchdog
         finally:
-            # Ray ends the workers of a pool when nothing refers to them, and its executor refers to itself. Workers that
-            # live on hold the CPUs that the next pool waits for, and who only waits collects no garbage.
+            # Ray ends a pool's workers when nothing refers to them, and its executor refers to itself. Those that live
+            # on hold the CPUs that the next pool waits for, and who only waits collects no garbage.
             gc.collect()
 
     def _take(self, receipt: Receipt, roster: Any) -> None:

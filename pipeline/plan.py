@@ -108,7 +108,7 @@ def sorted_rows(job: CheckedJob, spec: RenderSpec, window: int) -> Iterator[pa.T
     """A window of the input read, rendered and sorted by Ray Data. Raises InputChanged, InputUnreadable,
     WorkersFailed."""
     limits = job.config.limits
-    reader = PlannedRowReader(job.columns.schema, spec, RowLimits(limits.row_timeout_s, limits.row_memory_bytes))
+    reader = PlannedRowReader(job.columns.schema, spec, RowLimits(limits.row_cpu_s, limits.row_memory_bytes))
     rows = ray.data.read_datasource(RowSource(job.inputs, reader, job.window(window)))
     cluster.wait_for_ever(rows)
     try:

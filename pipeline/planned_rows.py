@@ -36,7 +36,7 @@ class RowLimits:
         """Of a row that ended its process when it was alone in it."""
         took = "reading, rendering and tokenising this row alone took more than"
         if death == "time":
-            return RowError(RowErrorCode.ROW_TIMEOUT, f"{took} limits.row_timeout_s, {self.seconds:g} s")
+            return RowError(RowErrorCode.ROW_TIMEOUT, f"{took} limits.row_cpu_s, {self.seconds:g} s of CPU time")
         if death == "memory":
             return RowError(RowErrorCode.ROW_OOM, f"{took} limits.row_memory_bytes, {self.memory_bytes:,}")
         message = "reading, rendering and tokenising this row alone ended its process"
@@ -132,7 +132,7 @@ class _Range:
             raise PreparationFailed(
                 f"{self._in_a_row} rows one after the other ended the process that reads, renders and tokenises "
                 f"them, up to row {convicted - 1:,} of {self._file.src_path}: is it the chat template, or are "
-                "limits.row_timeout_s and limits.row_memory_bytes too low?"
+                "limits.row_cpu_s and limits.row_memory_bytes too low?"
             )
 
 

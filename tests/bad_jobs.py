@@ -147,7 +147,7 @@ cases(
         {"sampling_params": {"max_tokens": 0}},
         {"sampling_params": {"n": 0}},
         {"limits": {"max_model_len": 10**9}},
-        {"limits": {"row_timeout_s": 0}},
+        {"limits": {"row_cpu_s": 0}},
         {"limits": {"row_memory_bytes": 1000}},
         {"workers": {"max_size": -1}},
         {"workers": {"max_num_seqs": 0}},
@@ -239,6 +239,33 @@ def repeated_ids(folder: Path) -> Path:
 @case("C16", "no rows at all", OK)
 def no_rows(folder: Path) -> Path:
     write(folder / "in" / "a.parquet", pa.table({"prompt": pa.array([], pa.string())}))
+    return job(folder)
+
+
+@case("C17", "an output with files that are not ours", r"out is not empty \(part-000000-0\.parquet\) and not an output")
+def foreign_output(folder: Path) -> Path:
+    write(folder / "out" / "part-000000-0.parquet", {"x": [1]})
+    return job(folder)
+
+
+@case("C17", "the output of another job", r"seed: there 1, here 0")
+def others_output(folder: Path) -> Path:
+    return planned(folder, seed=1)
+
+
+@case("C17", "the output of another version of the format", r"protocol")
+def other_protocol(folder: Path) -> Path:
+    path = planned(folder)
+    manifest = folder / "out" / "_job" / "manifest.json"
+    record = json.loads(manifest.read_bytes())
+    manifest.write_text(json.dumps(record | {"protocol": 99}))
+    return path
+
+
+@case("C17", "a manifest that is noise", r"is not a manifest of this version")
+def noise_manifest(folder: Path) -> Path:
+    (folder / "out" / "_job").mkdir(parents=True)
+    (folder / "out" / "_job" / "manifest.json").write_bytes(b"\xff{")
     return job(folder)
 
 

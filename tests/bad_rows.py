@@ -3,7 +3,6 @@
 Each dataset is one run. Its rows say what error they must have, or none; good rows stand between the bad ones.
 """
 
-import json
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -11,12 +10,14 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from bad_jobs import BAD_TEMPLATES, job, write
-from bad_parquet import BAD_FILES
+from bad_jobs import job, write
 
 MIB = 2**20
 ROLE, CONTENT = ("role", pa.string()), ("content", pa.string())
-CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% if 'RAISE' in m.content %}{{ raise_exception('no') }}{% endif %}{% endfor %}"
+CHAT = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n"
+    "{% if 'RAISE' in m.content %}{{ raise_exception('no') }}{% endif %}{% endfor %}"
+)
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
 
@@ -169,26 +170,40 @@ def bombs() -> Dataset:
         "{% if 'LONG' in m.content %}{{ 'a' * 9000000000 }}{% endif %}"
         "{% if 'WIDE' in m.content %}{{ '{:>9000000000}'.format(1) }}{% endif %}{% endfor %}"
     )
-    limits = {"row_timeout_s": 2, "row_memory_bytes": 256 * MIB, "max_error_rate": 1.0}
+    limits = {"row_cpu_s": 2, "row_memory_bytes": 256 * MIB, "max_error_rate": 1.0}
     return Dataset("bombs", rows, pa.string(), sections={"prompt": {"chat_template": template}, "limits": limits})
 
 
 def dictionary_bomb() -> Dataset:
-    """A few hundred bytes that are gigabytes of text."""
-    rows = [Row("R26", "8 MB from a dictionary", "a" * 8 * MIB, "PROMPT_TOO_LARGE")] * 300
+    """A kilobyte that is half a gigabyte of text."""
+    rows = [Row("R26", "5 MB from a dictionary", "a" * 5 * MIB, "PROMPT_TOO_LARGE")] * 100
+    limits = {"row_memory_bytes": 128 * MIB, "max_error_rate": 1.0}
     return Dataset(
-        "dictionary bomb", [Row("-", "an ordinary row", "hello", None), *rows], pa.string(), sections=TEXT | NOTHING_PASSED,
+        "dictionary bomb",
+        [Row("-", "an ordinary row", "hello", None), *rows],
+        pa.string(),
+        sections=TEXT | NOTHING_PASSED | {"limits": limits},
         options={"compression": "zstd", "dictionary_pagesize_limit": 2**30},
-    )  # fmt: skip
+    )
 
 
-def fits_nowhere() -> Dataset:
-    rows = [Row("-", "a short row", "hello", None), Row("R17", "a row that memory cannot hold", "x" * 1500, "ROW_OOM")]
-    workers = {"kv_cache_memory_bytes": 1500 * 16}
-    return Dataset("memory", rows, pa.string(), sections=TEXT | {"workers": workers})
+def damaged_page() -> Dataset:
+    """Three row groups, of which the second has a byte that is not what its checksum says."""
+    rows = [Row("-", f"row {n} of a sound row group", f"row {n} " + "x" * 50, None) for n in range(30)]
+    for n in range(10, 20):
+        rows[n] = Row("R24", "a row in a page with a flipped byte", rows[n].value, "INPUT_CORRUPT")
+    options = {"row_group_size": 10, "use_dictionary": False, "write_page_checksum": True, "compression": "none"}
 
+    class Damaged(Dataset):
+        def write(self, folder: Path) -> Path:
+            written = super().write(folder)
+            path = folder / "in" / "a.parquet"
+            content = bytearray(path.read_bytes())
+            content[content.index(b"row 15 ")] ^= 1
+            path.write_bytes(content)
+            return written
 
-DATASETS = [texts, chats, parts, parameters, types, bombs, dictionary_bomb]
+    return Damaged("damaged page", rows, pa.string(), sections=TEXT, options=options)
 
 
 def errors_in(output: Path) -> dict[int, str | None]:
@@ -197,3 +212,6 @@ def errors_in(output: Path) -> dict[int, str | None]:
     rows = pa.concat_tables(tables).to_pylist()
     assert len({row["src_row"] for row in rows}) == len(rows), "a row is there twice"
     return {row["src_row"]: row["error"] and row["error"]["code"] for row in rows}
+
+
+DATASETS = [texts, chats, parts, parameters, types, bombs, dictionary_bomb, damaged_page]

@@ -47,9 +47,16 @@ def raise_error(error: Exception) -> Iterator[None]:
     raise error
 
 
-def slow_steps(number: int, seconds: float) -> Iterator[str]:
+def sleeping_for(seconds: float) -> Iterator[str]:
+    time.sleep(seconds)
+    yield "done"
+
+
+def busy_steps(number: int, seconds: float) -> Iterator[str]:
     for _ in range(number):
-        time.sleep(seconds)
+        until = time.process_time() + seconds
+        while time.process_time() < until:
+            pass
         tick()
     yield "done"
 
@@ -158,11 +165,18 @@ def test_exception_that_cannot_be_pickled_arrives_by_name(child):
         list(child.stream(raise_unportable))
 
 
-def test_clock_begins_anew_with_each_tick_and_stands_still_where_it_is_paused(child):
-    assert list(child.stream(slow_steps, 4, 0.8)) == ["done"]
-    assert list(child.stream(paused_for, 2.5)) == ["done"]
-    with pytest.raises(ChildDied):
-        list(child.stream(slow_steps, 1, 3.0))
+def test_clock_counts_cpu_time_from_one_tick_to_the_next(child):
+    assert list(child.stream(busy_steps, 3, 0.8)) == ["done"]
+    assert list(child.stream(sleeping_for, 2.0)) == ["done"], "a machine may be busy"
+    with pytest.raises(ChildDied, match="time"):
+        list(child.stream(busy_steps, 1, 3.0))
+
+
+def test_child_that_stands_still_is_ended_by_the_clock_unless_it_is_paused(child, monkeypatch):
+    monkeypatch.setattr(limited, "IDLE_FACTOR", 0.5)
+    assert list(child.stream(paused_for, 1.5)) == ["done"]
+    with pytest.raises(ChildDied, match="time"):
+        list(child.stream(sleeping_for, 3.0))
 
 
 def test_caller_that_stops_in_the_middle_does_not_get_old_values_later(child):

@@ -79,7 +79,7 @@ def test_template_bombs_cost_the_rows_that_set_them_off(tmp_path):
     started = time.monotonic()
     rows = read(write_prompts(tmp_path / "a.parquet", prompts), render_spec(BOMB_CHAT))
     assert errors(rows) == {7: "ROW_TIMEOUT", 31: "TEMPLATE_ERROR", 58: "TEMPLATE_ERROR"}
-    assert "limits.row_timeout_s, 1.5 s" in rows[7]["error"]["message"]
+    assert "limits.row_cpu_s, 1.5 s" in rows[7]["error"]["message"]
     assert "MemoryError" in rows[31]["error"]["message"]
     assert time.monotonic() - started < 60
 

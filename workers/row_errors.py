@@ -27,7 +27,7 @@ class RowErrorCode(StrEnum):
     ROW_OOM = "ROW_OOM"  # the row alone does not fit into the KV memory, or takes too much to read and tokenise
     NUMERIC_ERROR = "NUMERIC_ERROR"  # the model gave NaN or infinite logits
     WORKER_CRASH = "WORKER_CRASH"  # the row alone ended the process that tokenised it or, twice, that computed it
-    ROW_TIMEOUT = "ROW_TIMEOUT"  # alone, no step within workers.step_timeout_s, or not planned in limits.row_timeout_s
+    ROW_TIMEOUT = "ROW_TIMEOUT"  # alone, no step within workers.step_timeout_s, or not planned in limits.row_cpu_s
 
 
 class RowError(Exception):
