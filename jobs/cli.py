@@ -207,7 +207,7 @@ def errors(
     limit: Annotated[int, typer.Option(help="show at most this many rows")] = 50,
     json_only: AsJson = False,
 ) -> None:
-    """The rows that have an error, and how many of each kind."""
+    """The rows that have an error, and how many of each kind. The README has what the kinds mean."""
     with _exit_codes():
         from jobs.show import show_errors
         from pipeline.output import error_counts, error_rows

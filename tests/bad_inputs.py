@@ -2,7 +2,7 @@
 
     python tests/bad_inputs.py
 
-Ends with 1 if anything came otherwise. Jobs are checked as `segue validate` does; rows go through whole runs of the echo
+Ends with 1 if anything came otherwise. Jobs are checked as `segue validate` does; rows go through runs of the echo
 model, whose answers are compared with its definition.
 """
 

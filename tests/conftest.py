@@ -73,3 +73,14 @@ def proxy(moto, monkeypatch):
         S3FileSystem.clear_instance_cache()
         yield found
     S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def bucket(proxy, tmp_path):
+    """A file system over the bucket, which has the awkward rows."""
+    from echo_jobs import write_input
+    from s3fs import S3FileSystem
+
+    fs = S3FileSystem(use_listings_cache=False)
+    fs.put(str(write_input(tmp_path / "local") / "in"), "data/in", recursive=True)
+    return fs

@@ -165,6 +165,13 @@ def test_readme_result_columns_are_those_of_a_shard() -> None:
         assert set(RESULT_COLUMNS[task]) - common <= set(re.findall(r"`(\w+)`", row)), task
 
 
+def test_readme_lists_every_error_code_with_its_meaning() -> None:
+    from workers.row_errors import RowErrorCode
+
+    table = re.findall(r"^\| `([A-Z_0-9]+)` \| (.*) \|$", README, re.MULTILINE)
+    assert table == [(code.value, code.meaning) for code in RowErrorCode]
+
+
 def test_readme_python_runs_and_prints_what_it_says() -> None:
     (code,) = blocks("python")
     (printed,) = blocks("text")

@@ -3,23 +3,13 @@
 import json
 
 import pytest
-from echo_jobs import NUM_ROWS, awkward_table, origins, outcome, rows_of, segue_process, write_input, write_job
+from echo_jobs import NUM_ROWS, awkward_table, origins, outcome, rows_of, segue_process, write_job
 from fault_proxy import Fault
 from typer.testing import CliRunner
 
 from jobs.cli import app
 
 LOCATIONS = {"input": {"path": "s3://data/in"}, "output": {"path": "s3://data/out", "max_rows_per_file": 16}}
-
-
-@pytest.fixture
-def bucket(proxy, tmp_path):
-    """A file system over the bucket, which has the awkward rows."""
-    from s3fs import S3FileSystem
-
-    fs = S3FileSystem(use_listings_cache=False)
-    fs.put(str(write_input(tmp_path / "local") / "in"), "data/in", recursive=True)
-    return fs
 
 
 def segue(*arguments):

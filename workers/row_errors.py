@@ -9,25 +9,42 @@ MAX_MESSAGE_CHARS = 500
 
 
 class RowErrorCode(StrEnum):
-    """Every reason a row may be left unanswered."""
+    """Every reason a row may be left unanswered, with its `meaning`: the README's table is made of these."""
 
-    NULL_PROMPT = "NULL_PROMPT"  # the prompt, or a column its template names, is null
-    EMPTY_PROMPT = "EMPTY_PROMPT"  # the prompt is empty or white space only
-    BAD_UTF8 = "BAD_UTF8"  # a string column holds bytes that are not UTF-8
-    BAD_UNICODE = "BAD_UNICODE"  # the text has a lone surrogate and cannot be encoded
-    BAD_MESSAGES = "BAD_MESSAGES"  # a messages column is not a list of {role, content}
-    UNSUPPORTED_CONTENT = "UNSUPPORTED_CONTENT"  # a content part that is not text
-    TEMPLATE_ERROR = "TEMPLATE_ERROR"  # the chat template raised, or lost or repeated a message
-    BAD_CHOICES = "BAD_CHOICES"  # no list of choices, or one that has nothing to score
-    BAD_LABEL = "BAD_LABEL"  # the label is none of the row's choices
-    BAD_PARAMS = "BAD_PARAMS"  # the row's own sampling parameters are out of range
-    PROMPT_TOO_LONG = "PROMPT_TOO_LONG"  # as many tokens as the model's context, or more
-    PROMPT_TOO_LARGE = "PROMPT_TOO_LARGE"  # more bytes than limits.max_prompt_bytes
-    INPUT_CORRUPT = "INPUT_CORRUPT"  # a page of the row's row group cannot be decoded
-    ROW_OOM = "ROW_OOM"  # the row alone does not fit into the KV memory, or takes too much to read and tokenise
-    NUMERIC_ERROR = "NUMERIC_ERROR"  # the model gave NaN or infinite logits
-    WORKER_CRASH = "WORKER_CRASH"  # the row alone ended the process that tokenised it or, twice, that computed it
-    ROW_TIMEOUT = "ROW_TIMEOUT"  # alone, no step within workers.step_timeout_s, or not planned in limits.row_cpu_s
+    meaning: str
+
+    def __new__(cls, code: str, meaning: str) -> "RowErrorCode":
+        member = str.__new__(cls, code)
+        member._value_ = code
+        member.meaning = meaning
+        return member
+
+    NULL_PROMPT = "NULL_PROMPT", "the prompt, or a column its template names, is null"
+    EMPTY_PROMPT = "EMPTY_PROMPT", "the prompt is empty or white space only"
+    BAD_UTF8 = "BAD_UTF8", "a string column holds bytes that are not UTF-8"
+    BAD_UNICODE = "BAD_UNICODE", "the text has a lone surrogate and cannot be encoded"
+    BAD_MESSAGES = "BAD_MESSAGES", "a messages column is not a list of role and content, at most 1,000 of them"
+    UNSUPPORTED_CONTENT = "UNSUPPORTED_CONTENT", "a content part that is not text; nothing is fetched"
+    TEMPLATE_ERROR = "TEMPLATE_ERROR", "the chat template raised, or lost or repeated a message"
+    BAD_CHOICES = "BAD_CHOICES", "no list of choices, or one that has nothing to score"
+    BAD_LABEL = "BAD_LABEL", "the label is none of the row's choices"
+    BAD_PARAMS = "BAD_PARAMS", "the row's own sampling parameters are out of range"
+    PROMPT_TOO_LONG = "PROMPT_TOO_LONG", "as many tokens as the model's context, or `limits.max_model_len`, or more"
+    PROMPT_TOO_LARGE = "PROMPT_TOO_LARGE", "more bytes than `limits.max_prompt_bytes`"
+    INPUT_CORRUPT = "INPUT_CORRUPT", "a page of the row's row group cannot be decoded"
+    ROW_OOM = (
+        "ROW_OOM",
+        "the row alone does not fit into the KV memory, or takes more than `limits.row_memory_bytes` to prepare",
+    )
+    NUMERIC_ERROR = "NUMERIC_ERROR", "the model gave NaN or infinite logits"
+    WORKER_CRASH = (
+        "WORKER_CRASH",
+        "the row, alone in it, ended the process that prepared it or, twice, that computed it",
+    )
+    ROW_TIMEOUT = (
+        "ROW_TIMEOUT",
+        "alone, more than `limits.row_cpu_s` to prepare or, twice, `workers.step_timeout_s` for a step",
+    )
 
 
 class RowError(Exception):
