@@ -5,6 +5,7 @@
 #   make test-commands  every command of the README, which takes minutes of its own; CI runs it, too
 #   make test-chaos   runs and trainings that are killed and started again; CI runs it, too
 #   make chaos        an hour of faults: every step of the commit protocol, 60 kills, S3 servers of other makes
+#   make fuzz         thousands of job files, rows and Parquet files that nobody thought of
 #   make test-fast    what make test runs, without the tests marked slow
 
 VENV := .venv
@@ -14,7 +15,7 @@ PIP := $(BIN)/python -m pip install -qq --constraint constraints.txt
 # Named, so that pip takes the build that is offered for CPUs; its newest build would bring CUDA along.
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo setup check test test-fast test-commands test-chaos chaos format
+.PHONY: demo setup check test test-fast test-commands test-chaos chaos fuzz format
 .DEFAULT_GOAL := test
 
 setup: $(READY)
@@ -55,6 +56,9 @@ chaos: $(READY)
 	$(BIN)/python -m pytest -m "chaos or long"
 	$(BIN)/python tests/mutations.py
 	$(BIN)/python tests/chaos.py
+
+fuzz: $(READY)
+	SEGUE_HYPOTHESIS=fuzz $(BIN)/python -m pytest -m fuzz --timeout=7200
 
 test-commands: $(READY)
 	$(BIN)/python -m pytest -m commands

@@ -1,5 +1,6 @@
 """What several test files share: a local Ray, and a tiny model on disk."""
 
+import os
 from contextlib import ExitStack
 
 import pytest
@@ -7,7 +8,8 @@ from hypothesis import settings
 
 # Tests run beside others: how long an example takes says nothing.
 settings.register_profile("segue", deadline=None)
-settings.load_profile("segue")
+settings.register_profile("fuzz", deadline=None, max_examples=5000)
+settings.load_profile(os.environ.get("SEGUE_HYPOTHESIS", "segue"))
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import socket
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -112,7 +113,7 @@ def test_nothing_connects_to_what_rows_name(local_ray, tmp_path):
 def test_row_error_among_a_thousand_rows_leaves_all_others_bit_equal(local_ray, tmp_path, model_directory):
     """The same rows without it, which are the same requests in the same order."""
     prompts = [f"{'abc'[n % 3] * 30} number {n}" for n in range(1000)]
-    shares = {
+    shares: dict[str, Any] = {
         "output": {"path": "out", "columns": ["id"], "max_rows_per_file": 1000},
         "model": {"source": model_directory, "dtype": "float32"},
     }

@@ -66,9 +66,9 @@ def test_render_bad_utf8_in_a_column_that_is_only_passed_through_is_passed_throu
 
 def test_render_errors_never_quote_the_row():
     secret = "s3cret"
-    columns = {"prompt": [secret * 200, secret], "sampling_params": [None, json.dumps({"max_tokens": secret})]}
-    rows = rendered(columns, max_model_len=100)
-    assert codes(rows) == ["PROMPT_TOO_LONG", "BAD_PARAMS"]
+    own = [None, json.dumps({"max_tokens": secret}), json.dumps({secret: 1})]
+    rows = rendered({"prompt": [secret * 200, secret, secret], "sampling_params": own}, max_model_len=100)
+    assert codes(rows) == ["PROMPT_TOO_LONG", "BAD_PARAMS", "BAD_PARAMS"]
     assert secret not in repr([row["error"] for row in rows])
 
 

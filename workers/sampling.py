@@ -61,6 +61,11 @@ class SamplingParams(BaseModel):
         """These parameters with a row's own on top. Raises RowError(BAD_PARAMS)."""
         if not overrides:
             return self
+        unknown = overrides.keys() - SamplingParams.model_fields.keys()
+        if unknown:  # which are the row's own text, so they are not shown
+            wanted = ", ".join(SamplingParams.model_fields)
+            message = f"sampling_params has {len(unknown)} keys that are no parameters, wanted some of {wanted}"
+            raise RowError(RowErrorCode.BAD_PARAMS, message)
         try:
             return SamplingParams.model_validate(self.model_dump() | overrides)
         except ValueError as error:
