@@ -42,6 +42,10 @@ class ChildDied(Exception):
         self.death: Death = death
 
 
+class ChildUnready(RuntimeError):
+    """No child could be made ready for work: that is nobody's data's fault."""
+
+
 class LimitedProcess:
     """A child that runs one generator function at a time. To be closed.
 
@@ -61,7 +65,7 @@ class LimitedProcess:
     def stream(self, function: Callable[..., Iterator[Any]], *arguments: Any) -> Iterator[Any]:
         """What the generator `function(*arguments)` yields, in the child. Function, arguments and values are pickled.
 
-        Raises ChildDied, and what `function` raises. A caller that stops in the middle ends the child.
+        Raises ChildDied, ChildUnready, what `prepare` raises and what `function` does. Who stops in the middle ends it.
         """
         child, connection = self._connected()
         return self._values(child, connection, (function, arguments), self._seconds)
@@ -101,7 +105,7 @@ class LimitedProcess:
             raise value
 
     def _connected(self) -> tuple["subprocess.Popen[bytes]", Connection]:
-        """A child that is ready. Raises what `prepare` raises."""
+        """A child that is ready."""
         if self._connection is not None and self._child is not None and self._child.poll() is None:
             return self._child, self._connection
         self.close()
@@ -113,6 +117,8 @@ class LimitedProcess:
         try:
             request = os.getpid(), self._memory_bytes, self._prepare
             list(self._values(child, connection, request, START_SECONDS))
+        except ChildDied as died:
+            raise ChildUnready(f"a child process could not be made ready: {died.death}") from None
         except Exception:
             self.close()
             raise

@@ -11,7 +11,7 @@ from contextlib import suppress
 import pytest
 
 from pipeline import limited
-from pipeline.limited import ChildDied, LimitedProcess, clock_paused, tick
+from pipeline.limited import ChildDied, ChildUnready, LimitedProcess, clock_paused, tick
 
 MIB = 2**20
 
@@ -139,6 +139,23 @@ def test_what_prepare_raises_is_raised_by_each_call():
         for _ in range(2):
             with pytest.raises(ValueError, match="no such tokenizer"):
                 child.stream(squares, 2)
+
+
+def die_while_loading() -> None:
+    os._exit(1)
+
+
+def load_too_much() -> None:
+    loaded.append(bytearray(2048 * MIB))
+
+
+@pytest.mark.parametrize(("prepare", "death"), [(die_while_loading, "crash"), (load_too_much, "memory")])
+def test_child_that_cannot_be_made_ready_is_not_the_works_fault(prepare, death):
+    with (
+        LimitedProcess(seconds=10, memory_bytes=64 * MIB, prepare=prepare) as child,
+        pytest.raises(ChildUnready, match=death),
+    ):
+        child.stream(squares, 2)
 
 
 @pytest.mark.parametrize("error", [ValueError("what it says"), FileNotFoundError(2, "gone", "x.parquet")])
