@@ -2,7 +2,7 @@
 #
 #   make demo         360 support tickets through a small model, two workers, answers in jobs/examples/triage/out/
 #   make test         everything that must hold: format, lint, types, arrows, tests
-#   make test-commands  every command of the README, which takes minutes of its own; CI runs it, too
+#   make test-commands  every command of the README, which takes minutes of its own
 #   make test-chaos   runs and trainings that are killed and started again; CI runs it, too
 #   make chaos        an hour of faults: every step of the commit protocol, 60 kills, S3 servers of other makes
 #   make fuzz         thousands of job files, rows and Parquet files that nobody thought of

@@ -28,7 +28,7 @@ from workers.memory import KV_SHARE
 from workers.model_facts import ModelFacts, inspect_model
 from workers.model_source import ModelRefused
 from workers.pairs import PairEncoder
-from workers.prompt_encoder import PromptEncoder
+from workers.prompt_encoder import PromptEncoder, import_tokenizers
 
 IDENTITY_DIGITS = 16  # of a model, in an adapter's record
 CHECK_SECONDS = 120.0  # for loading a tokenizer and rendering a message with it
@@ -113,6 +113,8 @@ def prepare(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Read
 
 def prepared(draft: JobDraft, others: Sequence[Problem] = ()) -> ReadyJob:
     """`prepare` for a job file as read. Raises JobRefused with `others`, which the caller found, and every other."""
+    if draft.config:
+        _checking_process(draft.config.limits.row_memory_bytes).begin()  # it loads while the model is looked at
     facts, problems = _look_at_model(draft.config) if draft.config else (None, [])
     problems = [*others, *problems]
     checked = check_draft(draft, others=problems)
@@ -156,7 +158,7 @@ def _checked_record(job: ReadyJob) -> AdapterRecord:
 @functools.lru_cache(maxsize=1)
 def _checking_process(memory_bytes: int) -> LimitedProcess:
     """Kept for who checks several jobs: starting one takes longer than a check."""
-    return LimitedProcess(CHECK_SECONDS, PREPARE_BYTES + memory_bytes)  # it loads the tokenizer itself
+    return LimitedProcess(CHECK_SECONDS, PREPARE_BYTES + memory_bytes, import_tokenizers)
 
 
 def _record(spec: RenderSpec, base_identity: str) -> Iterator[AdapterRecord]:

@@ -60,6 +60,7 @@ class LimitedProcess:
         self._prepare = prepare
         self._child: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
+        self._is_ready = False
         self._end: Callable[[], object] = lambda: None
 
     def stream(self, function: Callable[..., Iterator[Any]], *arguments: Any) -> Iterator[Any]:
@@ -67,8 +68,8 @@ class LimitedProcess:
 
         Raises ChildDied, ChildUnready, what `prepare` raises and what `function` does. Who stops in the middle ends it.
         """
-        child, connection = self._connected()
-        return self._values(child, connection, (function, arguments), self._seconds)
+        child, connection = self._ready()
+        return self._values(child, connection, self._seconds, (function, arguments))
 
     def close(self) -> None:
         """End the child, whatever it is at."""
@@ -82,12 +83,14 @@ class LimitedProcess:
         self.close()
 
     def _values(
-        self, child: "subprocess.Popen[bytes]", connection: Connection, request: object, seconds: float
+        self, child: "subprocess.Popen[bytes]", connection: Connection, seconds: float, request: object = None
     ) -> Iterator[Any]:
+        """What it answers, to what it was sent before if there is no `request`."""
         is_idle = False
         clock = _Clock(child.pid, seconds)
         try:
-            connection.send(request)
+            if request is not None:
+                connection.send(request)
             while True:
                 kind, value = _next_message(connection, clock)
                 if kind != "value":
@@ -104,24 +107,35 @@ class LimitedProcess:
         if kind == "error":
             raise value
 
-    def _connected(self) -> tuple["subprocess.Popen[bytes]", Connection]:
-        """A child that is ready."""
-        if self._connection is not None and self._child is not None and self._child.poll() is None:
-            return self._child, self._connection
+    def begin(self) -> None:
+        """Start a child that will be needed soon, if there is none."""
+        if self._child is not None and self._child.poll() is None:
+            return
         self.close()
         ours, theirs = socket.socketpair()
         with theirs:
-            child = self._child = _start(theirs.fileno())
-        connection = self._connection = Connection(ours.detach())
-        self._end = weakref.finalize(self, _end, child, connection)
-        try:
-            request = os.getpid(), self._memory_bytes, self._prepare
-            list(self._values(child, connection, request, START_SECONDS))
-        except ChildDied as died:
-            raise ChildUnready(f"a child process could not be made ready: {died.death}") from None
-        except Exception:
-            self.close()
-            raise
+            self._child = _start(theirs.fileno())
+        self._connection = Connection(ours.detach())
+        self._is_ready = False
+        self._end = weakref.finalize(self, _end, self._child, self._connection)
+        with suppress(OSError):  # it is gone, which the first call will find out
+            self._connection.send((os.getpid(), self._memory_bytes, self._prepare))
+
+    def _ready(self) -> tuple["subprocess.Popen[bytes]", Connection]:
+        """A child that is prepared."""
+        self.begin()
+        child, connection = self._child, self._connection
+        if child is None or connection is None:
+            raise ChildUnready("it was closed while it started")
+        if not self._is_ready:
+            try:
+                list(self._values(child, connection, START_SECONDS))
+            except ChildDied as died:
+                raise ChildUnready(f"a child process could not be made ready: {died.death}") from None
+            except Exception:
+                self.close()
+                raise
+            self._is_ready = True
         return child, connection
 
 

@@ -92,6 +92,10 @@ class ObjectStore(Store):
         # s3fs once, for the sake of files that are read in parts: patience is `_retried`'s.
         fs = S3FileSystem(use_listings_cache=False, **remote.s3_options(retries={"total_max_attempts": 1}))
         fs.retries = 2
+        try:
+            remote.check_endpoint(fs)
+        except remote.InsecureEndpoint as error:
+            raise OutputStorageError(f"{self._url}: {error}") from None
         return fs
 
     def _key(self, name: str) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from bad_jobs import CASES, OK, is_expected, outcome_of
 from bad_parquet import BAD_FILES
-from bad_rows import DATASETS, Dataset, errors_in
+from bad_rows import DATASETS, SLOW_DATASETS, Dataset, errors_in
 from rich.console import Console
 from rich.table import Table
 from test_bad_inputs import OUTCOMES, outcome_of_file
@@ -56,7 +56,7 @@ def jobs(report: Report, folder: Path) -> None:
 
 def rows(report: Report, folder: Path) -> None:
     with ray_session(num_cpus=2):
-        for make in DATASETS:
+        for make in [*DATASETS, *SLOW_DATASETS]:
             dataset = make()
             started = time.monotonic()
             run_job(prepare(dataset.write(folder / dataset.name)), lambda line: None, quiet=True)

@@ -142,7 +142,8 @@ def parameters() -> Dataset:
 
 
 def types() -> Dataset:
-    rows = [Row("R27", f"row {number} of every type", f"row {number}", None) for number in range(3)]
+    numbers = ("R27", "R28", "R15")  # types, extreme values, an id that is there already
+    rows = [Row(number, "a row of every type", f"row {number}", None) for number in numbers]
     others: dict[str, list[Any] | pa.Array] = {
         "decimal": [Decimal("1.10"), None, Decimal("-0.01")],
         "float": [float("nan"), -0.0, float("inf")],
@@ -206,6 +207,44 @@ def damaged_page() -> Dataset:
     return Damaged("damaged page", rows, pa.string(), sections=TEXT, options=options)
 
 
+def deadly() -> Dataset:
+    """Rows that end a worker, which is a process to be started each time."""
+    rows = [Row("-", f"an ordinary row {n}", f"fine {n}", None) for n in range(24)]
+    rows[5] = Row("R16", "a row that ends its worker", "POISON", "WORKER_CRASH")
+    rows[17] = Row("R19", "a row at which its worker hangs", "STUCK", "ROW_TIMEOUT")
+    sections = TEXT | {
+        "model": {"source": "echo?crash=POISON&hang=STUCK"},
+        "output": {"path": "out", "max_rows_per_file": 4},
+        "workers": {"step_timeout_s": 4},
+    }
+    return Dataset("deadly", rows, pa.string(), sections=sections)
+
+
+def numeric() -> Dataset:
+    """Rows for a model of 20 kB with a weight that is not a number, and little memory for keys and values."""
+    rows = [
+        Row("-", "an ordinary row", "hello", None),
+        Row("R17", "more keys and values than memory", "x" * 450, "ROW_OOM"),
+        Row("R18", "a token whose embedding is NaN", "hello ~", "NUMERIC_ERROR"),
+        Row("R21", "answers of random bytes, which are no UTF-8", "bytes", None),
+        Row("-", "an ordinary row at the end", "bye", None),
+    ]
+
+    class OfNanModel(Dataset):
+        def write(self, folder: Path) -> Path:
+            from tiny_models import tiny_model, tiny_tokenizer
+
+            model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+            (token,) = tokenizer("~", add_special_tokens=False).input_ids
+            model.get_input_embeddings().weight.data[token] = float("nan")
+            model.save_pretrained(folder / "model")
+            tokenizer.save_pretrained(folder / "model")
+            return super().write(folder)
+
+    sections = TEXT | {"model": {"source": "model", "dtype": "float32"}, "workers": {"kv_cache_memory_bytes": 2**17}}
+    return OfNanModel("numeric", rows, pa.string(), sections=sections)
+
+
 def errors_in(output: Path) -> dict[int, str | None]:
     """Of each row of a finished output its error's code."""
     tables = [pq.read_table(path, columns=["src_row", "error"]) for path in sorted(output.glob("part-*.parquet"))]
@@ -214,4 +253,5 @@ def errors_in(output: Path) -> dict[int, str | None]:
     return {row["src_row"]: row["error"] and row["error"]["code"] for row in rows}
 
 
-DATASETS = [texts, chats, parts, parameters, types, bombs, dictionary_bomb, damaged_page]
+DATASETS = [texts, chats, parts, parameters, types, bombs, dictionary_bomb, damaged_page, numeric]
+SLOW_DATASETS = [deadly]  # a minute; tests/test_faults.py has its like

@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 DEFAULT_MAX_PROMPT_BYTES = 4 * 1024 * 1024
 
 
+def import_tokenizers() -> None:
+    """What takes a second, for who will need it soon."""
+    from transformers import AutoTokenizer
+
+    _ = AutoTokenizer.from_pretrained  # which imports lazily
+
+
 class PromptEncoder:
     """Turns rows into segments of token ids.
 
