@@ -20,6 +20,7 @@ import ray
 import ray.exceptions
 from ray.data import DataContext, Dataset
 
+REQUIRE_AUTH = "SEGUE_REQUIRE_AUTH"  # environment variable
 QUIET_LOGGERS = ("ray", "ray.data", "ray.serve")
 
 
@@ -59,6 +60,8 @@ def _start(num_cpus: int | None) -> None:
     `jobs` would shadow ours: so it is started from an empty one."""
     address = os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address:
+        _check_authentication(address)
     here, scratch = os.getcwd(), _scratch_folder()
     try:
         os.chdir(scratch)
@@ -80,6 +83,20 @@ def _start(num_cpus: int | None) -> None:
         raise SystemExit(128 + signal.SIGTERM) from None
     finally:
         os.chdir(here)
+
+
+def _check_authentication(address: str) -> None:
+    """Who reaches a port of a Ray without it runs code there, as us. Raises ClusterUnavailable if it is required."""
+    if os.environ.get("RAY_AUTH_MODE") == "token":
+        return
+    if os.environ.get(REQUIRE_AUTH) == "1":
+        raise ClusterUnavailable(
+            f"Ray at {address} is joined without a token, and {REQUIRE_AUTH}=1: set RAY_AUTH_MODE=token"
+        )
+    sys.stderr.write(
+        f"warning: joining Ray at {address} without token authentication (RAY_AUTH_MODE=token): "
+        "whoever reaches one of its ports can run code on it\n"
+    )
 
 
 @functools.cache

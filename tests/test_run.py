@@ -29,6 +29,7 @@ from echo_jobs import (
 )
 from tiny_models import tiny_model, tiny_tokenizer
 
+from pipeline import cluster
 from pipeline.cluster import WorkersFailed
 from pipeline.job import prepare
 from pipeline.manifest import SUCCESS, ForeignOutput
@@ -362,6 +363,19 @@ def test_ray_local_session_has_a_private_token_and_refuses_who_lacks_it(local_ra
         )
         assert refused.returncode != 0, refused.stdout
         assert "auth" in refused.stderr.lower()
+
+
+def test_joining_a_ray_without_a_token_is_warned_of_and_refused_where_it_is_required(monkeypatch, capsys):
+    check = cluster._check_authentication
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    check("192.0.2.1:6379")
+    assert capsys.readouterr().err == ""
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    check("192.0.2.1:6379")
+    assert "warning: joining Ray at 192.0.2.1:6379 without token" in capsys.readouterr().err
+    monkeypatch.setenv(cluster.REQUIRE_AUTH, "1")
+    with pytest.raises(cluster.ClusterUnavailable, match="without a token, and SEGUE_REQUIRE_AUTH=1"):
+        check("192.0.2.1:6379")
 
 
 def test_run_workers_whose_model_is_gone_fail_with_the_cause(local_ray, tmp_path, monkeypatch):
