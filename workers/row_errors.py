@@ -23,7 +23,7 @@ class RowErrorCode(StrEnum):
     EMPTY_PROMPT = "EMPTY_PROMPT", "the prompt is empty or white space only"
     BAD_UTF8 = "BAD_UTF8", "a string column holds bytes that are not UTF-8"
     BAD_UNICODE = "BAD_UNICODE", "the text has a lone surrogate and cannot be encoded"
-    BAD_MESSAGES = "BAD_MESSAGES", "a messages column is not a list of role and content, at most 1,000 of them"
+    BAD_MESSAGES = "BAD_MESSAGES", "a messages column is not a list of role and content, at most a thousand of them"
     UNSUPPORTED_CONTENT = "UNSUPPORTED_CONTENT", "a content part that is not text; nothing is fetched"
     TEMPLATE_ERROR = "TEMPLATE_ERROR", "the chat template raised, or lost or repeated a message"
     BAD_CHOICES = "BAD_CHOICES", "no list of choices, or one that has nothing to score"
