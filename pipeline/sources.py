@@ -134,6 +134,10 @@ def _open(src_path: str, listed: ListedFile) -> InputFile | Problem:
         got = f"{shown(listed.path)} with {metadata.num_columns:,} columns and {metadata.num_row_groups:,} row groups"
         return Problem(KEY, got, f"at most {MAX_COLUMNS:,} columns and {MAX_ROW_GROUPS:,} row groups in a file")
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    counts = [group.num_rows for group in groups]
+    if min(counts, default=0) < 0 or sum(counts) != metadata.num_rows:
+        got = f"{shown(listed.path)} with {metadata.num_rows:,} rows, and {sum(counts):,} in its row groups"
+        return Problem(KEY, got, "a footer that agrees with itself")
     return InputFile(
         path=listed.path,
         src_path=src_path,
