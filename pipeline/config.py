@@ -186,7 +186,7 @@ class LimitsConfig(Section):
     max_error_rate: Annotated[float, Field(ge=0, le=1)] = 0.05  # counts after 1,000 rows
     max_prompt_bytes: PositiveInt = 4 * MIB
     # Of one row, from the file to its tokens; what takes more is killed.
-    row_cpu_s: Annotated[float, Field(gt=0, le=86_400)] = 30.0
+    row_cpu_s: Annotated[float, Field(ge=1, le=86_400)] = 30.0
     row_memory_bytes: Annotated[int, Field(ge=64 * MIB)] = 2048 * MIB
 
 

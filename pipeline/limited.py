@@ -5,9 +5,11 @@ within a process. Knows processes; nothing of rows. A child ends with its parent
 it writes no core file, and what it prints is lost, since rows are private.
 """
 
+import ctypes
 import os
 import pickle
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -28,6 +30,7 @@ START_SECONDS = 300.0  # imports on a busy machine
 PREPARE_BYTES = 2**30  # what a child may take for them, and for what else it loads
 ORPHAN_SECONDS = 1.0
 IDLE_SECONDS = 60.0  # a child without work ends
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 _SERVE = "from pipeline.limited import serve; serve({descriptor})"
 
 Death = Literal["crash", "time", "memory"]
@@ -60,21 +63,42 @@ class LimitedProcess:
         self._prepare = prepare
         self._child: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
-        self._is_ready = False
+        self._is_ready = self._is_streaming = False
         self._end: Callable[[], object] = lambda: None
 
     def stream(self, function: Callable[..., Iterator[Any]], *arguments: Any) -> Iterator[Any]:
         """What the generator `function(*arguments)` yields, in the child. Function, arguments and values are pickled.
 
-        Raises ChildDied, ChildUnready, what `prepare` raises and what `function` does. Who stops in the middle ends it.
+        Raises ChildDied, ChildUnready, what `prepare` raises and what `function` does. Whoever stops in the middle, or
+        begins another stream, ends the child: no values of one can be taken for another's.
         """
+        if self._is_streaming:
+            self.close()
         child, connection = self._ready()
         return self._values(child, connection, self._seconds, (function, arguments))
+
+    def begin(self) -> None:
+        """Start a child that will be needed soon, if there is none."""
+        if self._child is not None and self._child.poll() is None:
+            return
+        self.close()
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                self._child = _start(theirs.fileno())
+        except OSError as error:
+            ours.close()
+            raise ChildUnready(f"a child process could not be started: {error}") from error
+        self._connection = Connection(ours.detach())
+        self._end = weakref.finalize(self, _end, self._child, self._connection)
+        with suppress(OSError):  # it is gone, which the first call will find out
+            self._connection.send((os.getpid(), self._memory_bytes, self._prepare))
 
     def close(self) -> None:
         """End the child, whatever it is at."""
         self._end()
         self._child = self._connection = None
+        self._is_ready = self._is_streaming = False
 
     def __enter__(self) -> "LimitedProcess":
         return self
@@ -82,12 +106,30 @@ class LimitedProcess:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _ready(self) -> tuple["subprocess.Popen[bytes]", Connection]:
+        """A child that is prepared."""
+        self.begin()
+        child, connection = self._child, self._connection
+        if child is None or connection is None:
+            raise ChildUnready("a child process was closed while it started")
+        if not self._is_ready:
+            try:
+                list(self._values(child, connection, START_SECONDS))
+            except ChildDied as died:
+                raise ChildUnready(f"a child process could not be made ready: {died.death}") from None
+            except Exception:
+                self.close()
+                raise
+            self._is_ready = True
+        return child, connection
+
     def _values(
         self, child: "subprocess.Popen[bytes]", connection: Connection, seconds: float, request: object = None
     ) -> Iterator[Any]:
         """What it answers, to what it was sent before if there is no `request`."""
         is_idle = False
         clock = _Clock(child.pid, seconds)
+        self._is_streaming = True
         try:
             if request is not None:
                 connection.send(request)
@@ -100,43 +142,14 @@ class LimitedProcess:
         except (EOFError, OSError):
             raise ChildDied("crash") from None
         finally:
-            if not is_idle:
-                self.close()
+            if self._child is child:  # not another stream's
+                self._is_streaming = False
+                if not is_idle:
+                    self.close()
         if kind == "memory":
             raise ChildDied("memory")
         if kind == "error":
             raise value
-
-    def begin(self) -> None:
-        """Start a child that will be needed soon, if there is none."""
-        if self._child is not None and self._child.poll() is None:
-            return
-        self.close()
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._child = _start(theirs.fileno())
-        self._connection = Connection(ours.detach())
-        self._is_ready = False
-        self._end = weakref.finalize(self, _end, self._child, self._connection)
-        with suppress(OSError):  # it is gone, which the first call will find out
-            self._connection.send((os.getpid(), self._memory_bytes, self._prepare))
-
-    def _ready(self) -> tuple["subprocess.Popen[bytes]", Connection]:
-        """A child that is prepared."""
-        self.begin()
-        child, connection = self._child, self._connection
-        if child is None or connection is None:
-            raise ChildUnready("it was closed while it started")
-        if not self._is_ready:
-            try:
-                list(self._values(child, connection, START_SECONDS))
-            except ChildDied as died:
-                raise ChildUnready(f"a child process could not be made ready: {died.death}") from None
-            except Exception:
-                self.close()
-                raise
-            self._is_ready = True
-        return child, connection
 
 
 class _Clock:
@@ -247,6 +260,7 @@ def serve(descriptor: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with suppress(EOFError, OSError):  # the parent is gone
         parent, memory_bytes, prepare = connection.recv()
+        _ask_to_end_with_parent()
         threading.Thread(target=_end_with, args=[parent], daemon=True).start()
         _limit_memory(PREPARE_BYTES + memory_bytes)
         _answer(_to_parent, _prepared, (prepare,))
@@ -275,14 +289,22 @@ def _answer(to_parent: _ToParent, function: Callable[..., Iterator[Any]], argume
         to_parent.send("done")
 
 
+def _ask_to_end_with_parent() -> None:
+    """Of the kernel, which a computation in C cannot hold up as it holds up a thread. Only Linux has it."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _end_with(parent: int) -> None:
+    """Also if it ended before the kernel was asked."""
     while os.getppid() == parent:
         time.sleep(ORPHAN_SECONDS)
     os._exit(1)
 
 
 def _limit_memory(more: int) -> None:
-    """RLIMIT_DATA counts what is written to and not shared; address space would count reserved memory, too."""
+    """RLIMIT_DATA counts mappings that are private and writable; address space would count files and reserves, too."""
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     limit = _data_bytes() + more
     resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))

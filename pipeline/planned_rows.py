@@ -5,6 +5,7 @@ a page that cannot be read, because it is corrupt or too large, nothing more of 
 are planned and the others are errors. Knows rows and limits; which rows there are is for the caller.
 """
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,12 @@ from workers.row_errors import RowError, RowErrorCode
 
 MANY_ROWS, FEW_ROWS = 4096, 64  # a batch; the second where the first needed too much memory
 MAX_CONVICTED_IN_A_ROW = 50  # then it is not the rows
+MAX_CONVICTED = 1000  # of one task's, each of which may take limits.row_cpu_s several times
+DEATHS, CRASHES = (
+    2,
+    3,
+)  # of processes in which a row is alone, until it is to blame; the second for those without a reason
+CRASH_PAUSE_SECONDS = 2.0
 
 
 class PreparationFailed(RuntimeError):
@@ -76,64 +83,96 @@ class _Range:
     ) -> None:
         self._columns, self._spec, self._limits, self._child = columns, spec, limits, child
         self._file, self._stop, self._wanted = file, stop, wanted
-        self._last_convicted = -1
-        self._in_a_row = 0
+        self._position = 0  # of the next row
+        self._is_read = False  # and whether it was read when its process died, alone in it
+        self._deaths = 0  # of processes in which it was alone
+        self._convictions = self._in_a_row = 0
 
     def blocks(self, position: int) -> Iterator[pa.Table]:
-        alone_until = position  # rows before this one go one by one
-        thrifty_until = position  # and before this one few at a time
-        while position < self._stop:
-            size, end = _batch_rows(self._file), self._stop
-            if position < alone_until:
-                size, end = 1, alone_until
-            elif position < thrifty_until:
-                size, end = min(size, FEW_ROWS), thrifty_until
-            request = (self._file, position, end, self._columns, self._wanted, self._spec, size)
-            is_read = False
+        thrifty_until = alone_until = single_until = self._position = position  # see _Way; up to these rows
+        while self._position < self._stop:
+            way = _Way(min(_batch_rows(self._file), MANY_ROWS), self._stop)
+            if self._position < single_until:
+                way = _Way(1, single_until, is_alone=True)
+            elif self._position < alone_until:
+                way = _Way(FEW_ROWS, alone_until, is_alone=True)
+            elif self._position < thrifty_until:
+                way = _Way(FEW_ROWS, thrifty_until)
             try:
-                for after, block in self._child.stream(_planned_blocks, *request):
-                    is_read = block is None
-                    if block is not None:
-                        yield block
-                        position = after
-            except (ChildDied, PageCorrupt) as failure:
-                behind = min(self._stop, group_stop(self._file, position))
-                if size > FEW_ROWS and isinstance(failure, ChildDied) and failure.death == "memory":
-                    thrifty_until = behind
-                elif size > 1:
-                    alone_until = min(self._stop, position + size)
-                elif is_read:
-                    yield self._convicted(position, position + 1, self._error(failure))
-                    position += 1
-                    self._count(position)
-                else:
-                    yield from self._lost(position, behind, self._error(failure))
-                    position = behind
+                yield from self._planned(way)
+                continue
+            except (ChildDied, PageCorrupt) as failed:
+                failure = failed
+            behind = min(self._stop, group_stop(self._file, self._position))
+            if not way.is_alone and way.rows > FEW_ROWS and _is_of_memory(failure):
+                thrifty_until = behind
+            elif not way.is_alone:
+                alone_until = min(self._stop, self._position + way.rows)
+            elif not self._is_read and way.rows > 1:
+                single_until = min(alone_until, self._position + way.rows)
+            elif self._is_proven(failure):
+                yield from self._given_up(failure, self._position + 1 if self._is_read else behind)
+
+    def _planned(self, way: "_Way") -> Iterator[pa.Table]:
+        """Blocks, as far as they come. Raises ChildDied, PageCorrupt."""
+        self._is_read = False
+        request = (self._file, self._position, way.stop, self._columns, self._wanted, self._spec)
+        for after, block in self._child.stream(_planned_blocks, *request, way.rows, way.is_alone):
+            if block is not None:
+                yield block
+                self._in_a_row = 0 if block.num_rows else self._in_a_row
+            self._is_read = block is None
+            self._deaths = self._deaths if after == self._position else 0
+            self._position = after
+
+    def _is_proven(self, failure: ChildDied | PageCorrupt) -> bool:
+        """Whether the next row has ended enough processes: memory may have been short for once, a byte may have been
+        flipped on its way. Others' kills come in showers."""
+        self._deaths += 1
+        is_crash = isinstance(failure, ChildDied) and failure.death == "crash"
+        if is_crash and self._deaths < CRASHES:
+            time.sleep(CRASH_PAUSE_SECONDS)
+        return self._deaths >= (CRASHES if is_crash else DEATHS)
+
+    def _given_up(self, failure: ChildDied | PageCorrupt, stop: int) -> Iterator[pa.Table]:
+        """The rows from the next one up to `stop`, as far as they are wanted, with an error instead of a prompt: what
+        is behind a page that cannot be read cannot be reached."""
+        error = self._error(failure)
+        if isinstance(failure, ChildDied):
+            self._count()
+        for first in range(self._position, stop, BLOCK_ROWS):
+            numbers = rows_between(self._wanted, first, min(stop, first + BLOCK_ROWS))
+            yield unplanned(self._file.src_path, numbers, error, self._columns, self._spec)
+        self._position, self._deaths = stop, 0
 
     def _error(self, failure: ChildDied | PageCorrupt) -> RowError:
         if isinstance(failure, ChildDied):
             return self._limits.error(failure.death)
         return RowError(RowErrorCode.INPUT_CORRUPT, f"a page of the row's row group cannot be decoded: {failure}")
 
-    def _convicted(self, start: int, stop: int, error: RowError) -> pa.Table:
-        """Rows [start, stop), as far as they are wanted, with an error instead of a prompt."""
-        numbers = rows_between(self._wanted, start, stop)
-        return unplanned(self._file.src_path, numbers, error, self._columns, self._spec)
-
-    def _lost(self, start: int, stop: int, error: RowError) -> Iterator[pa.Table]:
-        """The same for many: what is behind a page that cannot be read cannot be reached."""
-        for first in range(start, stop, BLOCK_ROWS):
-            yield self._convicted(first, min(stop, first + BLOCK_ROWS), error)
-
-    def _count(self, convicted: int) -> None:
-        self._in_a_row = self._in_a_row + 1 if convicted == self._last_convicted + 1 else 1
-        self._last_convicted = convicted
-        if self._in_a_row > MAX_CONVICTED_IN_A_ROW:
+    def _count(self) -> None:
+        self._convictions += 1
+        self._in_a_row += 1
+        if self._in_a_row > MAX_CONVICTED_IN_A_ROW or self._convictions > MAX_CONVICTED:
             raise PreparationFailed(
-                f"{self._in_a_row} rows one after the other ended the process that reads, renders and tokenises "
-                f"them, up to row {convicted - 1:,} of {self._file.src_path}: is it the chat template, or are "
-                "limits.row_cpu_s and limits.row_memory_bytes too low?"
+                f"{self._convictions} rows of {self._file.src_path}, {self._in_a_row} of them one after the other, "
+                f"ended the process that reads, renders and tokenises them, the last one row {self._position:,}: is "
+                "it the chat template, or are limits.row_cpu_s and limits.row_memory_bytes too low?"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How rows are made ready: many at a time; few, where many need too much memory; few read at a time and each
+    rendered alone; or each read alone, too, which costs as many batches before it in its row group."""
+
+    rows: int  # read at once
+    stop: int
+    is_alone: bool = False
+
+
+def _is_of_memory(failure: ChildDied | PageCorrupt) -> bool:
+    return isinstance(failure, ChildDied) and failure.death == "memory"
 
 
 def _batch_rows(file: InputFile) -> int:
@@ -150,12 +189,16 @@ def _planned_blocks(
     wanted: RowNumbers,
     spec: RenderSpec,
     batch_rows: int,
+    is_alone: bool,
 ) -> Iterator[tuple[int, pa.Table | None]]:
-    """In the child. (number of the next row, block); before the block of a single row, that it was read: (.., None)."""
-    for position, block in read_blocks(file, start, stop, columns, wanted, batch_rows):
-        if batch_rows == 1:
-            yield position, None
-        yield position, render_block(block, spec)
+    """In the child. (number of the next row, block). Where rows are alone, (its own number, None) before each block of
+    one, which says that it was read, and an empty block at the end of what was."""
+    for after, block in read_blocks(file, start, stop, columns, wanted, batch_rows):
+        if is_alone:
+            for index, number in enumerate(block["src_row"].to_pylist()):
+                yield number, None
+                yield number + 1, render_block(block.slice(index, 1), spec)
+        yield after, render_block(block.slice(0, 0) if is_alone else block, spec)
 
 
 def _gathered(blocks: Iterator[pa.Table]) -> Iterator[pa.Table]:

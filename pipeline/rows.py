@@ -135,8 +135,9 @@ def _batches(
 def _opened(path: str) -> Iterator[pq.ParquetFile]:
     """Raises InputUnreadable, and PageCorrupt if no read failed; both also while the file is in use."""
     try:
-        stream = _Stream(*_open(path))
-    except OSError as error:
+        with clock_paused():
+            stream = _Stream(*_open(path))
+    except Exception as error:  # every store has errors of its own
         raise InputUnreadable(f"input.path: {path} cannot be read: {error}") from error
     size = LOCAL_READ_BYTES if is_local(path) else REMOTE_READ_BYTES
     with stream:
@@ -145,9 +146,12 @@ def _opened(path: str) -> Iterator[pq.ParquetFile]:
                 yield parquet
         except MemoryError:  # Arrow's own is an ArrowException, too
             raise
-        except (OSError, pa.ArrowException) as error:
-            kind = PageCorrupt if stream.failure is None else InputUnreadable
-            raise kind(f"input.path: {path} cannot be read: {stream.failure or error}") from error
+        except Exception as error:
+            if stream.failure is not None:
+                raise InputUnreadable(f"input.path: {path} cannot be read: {stream.failure}") from error
+            if isinstance(error, OSError | pa.ArrowException):
+                raise PageCorrupt(f"input.path: {path} cannot be read: {error}") from error
+            raise
 
 
 def _open(path: str) -> tuple[Any, int]:
@@ -198,9 +202,12 @@ class _Stream(io.RawIOBase):
 
 def _check_unchanged(file: InputFile) -> None:
     try:
-        now = stamp(file.path)
+        with clock_paused():
+            now = stamp(file.path)
     except FileNotFoundError:
         raise InputChanged(f"{file.path} must be as it was planned, and it is gone") from None
+    except Exception as error:  # every store has errors of its own
+        raise InputUnreadable(f"input.path: {file.path} cannot be read: {error}") from error
     if (now.size, now.version) != (file.size, file.version):
         raise InputChanged(
             f"{file.path} must be as it was planned ({file.size} bytes, {file.version}), "

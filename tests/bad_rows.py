@@ -161,8 +161,8 @@ def bombs() -> Dataset:
     rows = [
         Row("-", "an ordinary row", "hello", None),
         Row("R19", "a template that loops for ever", "LOOP", "ROW_TIMEOUT"),
-        Row("R22", "a template that writes 9 GB", "LONG", "TEMPLATE_ERROR"),
-        Row("R22", "a template with a width of 9 billion", "WIDE", "TEMPLATE_ERROR"),
+        Row("R22", "a template that writes 9 GB", "LONG", "ROW_OOM"),
+        Row("R22", "a template with a width of 9 billion", "WIDE", "ROW_OOM"),
         Row("-", "an ordinary row at the end", "bye", None),
     ]
     template = (

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -78,16 +79,16 @@ def test_template_bombs_cost_the_rows_that_set_them_off(tmp_path):
     prompts[7], prompts[31], prompts[58] = "LOOP", "WIDE", "LONG"
     started = time.monotonic()
     rows = read(write_prompts(tmp_path / "a.parquet", prompts), render_spec(BOMB_CHAT))
-    assert errors(rows) == {7: "ROW_TIMEOUT", 31: "TEMPLATE_ERROR", 58: "TEMPLATE_ERROR"}
+    assert errors(rows) == {7: "ROW_TIMEOUT", 31: "ROW_OOM", 58: "ROW_OOM"}
     assert "limits.row_cpu_s, 1.5 s" in rows[7]["error"]["message"]
-    assert "MemoryError" in rows[31]["error"]["message"]
+    assert "limits.row_memory_bytes" in rows[31]["error"]["message"]
     assert time.monotonic() - started < 60
 
 
 def test_rows_that_all_set_a_bomb_off_end_the_plan_with_a_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(planned_rows, "MAX_CONVICTED_IN_A_ROW", 2)
     path = write_prompts(tmp_path / "a.parquet", ["fine", *["LOOP"] * 4, "fine"])
-    with pytest.raises(PreparationFailed, match=r"3 rows one after the other .* up to row 3 of a\.parquet"):
+    with pytest.raises(PreparationFailed, match=r"3 rows of a\.parquet, 3 of them one after the other, .* row 3:"):
         read(path, render_spec(BOMB_CHAT), RowLimits(0.5, 256 * MIB))
 
 
@@ -199,8 +200,6 @@ def test_read_that_fails_is_no_fault_of_its_rows(proxy, tmp_path):
 def test_only_rows_that_are_wanted_are_convicted(tmp_path):
     path = write_prompts(tmp_path / "a.parquet", ["a", "LOOP", "LOOP", "b"])
     (file,) = discover([str(path)])
-    import numpy as np
-
     reader = PlannedRowReader(pa.schema({"prompt": pa.string()}), render_spec(BOMB_CHAT), RowLimits(0.5, 256 * MIB))
     (table,) = reader.read(file, 0, 4, np.array([0, 2]))
     assert {row["src_row"]: row["error"] and row["error"]["code"] for row in table.to_pylist()} == {
@@ -209,19 +208,48 @@ def test_only_rows_that_are_wanted_are_convicted(tmp_path):
     }
 
 
-def test_child_that_dies_of_no_row_convicts_nobody(tmp_path, monkeypatch):
-    """As when the kernel takes memory back: what it was at is done again."""
+@pytest.mark.parametrize(("death", "times"), [("crash", 4), ("memory", 3), ("time", 2)])
+def test_child_that_dies_of_no_row_convicts_nobody(tmp_path, monkeypatch, death, times):
+    """As when the kernel takes memory back: what it was at is done again, alone and once more."""
     path = write_prompts(tmp_path / "a.parquet", [f"row {n}" for n in range(50)])
-    real, deaths = planned_rows.LimitedProcess.stream, iter([True])
+    real, deaths = planned_rows.LimitedProcess.stream, iter([True] * times)
+    monkeypatch.setattr(planned_rows, "CRASH_PAUSE_SECONDS", 0.0)
 
     def dying(self, function, *arguments):
         values = real(self, function, *arguments)
         if next(deaths, False):
-            raise ChildDied("crash")
+            raise ChildDied(death)
         return values
 
     monkeypatch.setattr(planned_rows.LimitedProcess, "stream", dying)
     assert errors(read(path)) == {}
+
+
+def test_too_many_bombs_in_one_task_end_the_plan_even_if_they_are_no_neighbours(tmp_path, monkeypatch):
+    monkeypatch.setattr(planned_rows, "MAX_CONVICTED", 1)
+    path = write_prompts(tmp_path / "a.parquet", ["LOOP", "a", "LOOP"])
+    with pytest.raises(PreparationFailed, match="2 rows of"):
+        read(path, render_spec(BOMB_CHAT), RowLimits(0.5, 256 * MIB))
+
+
+def test_sparse_rows_that_all_set_a_bomb_off_are_neighbours(tmp_path, monkeypatch):
+    monkeypatch.setattr(planned_rows, "MAX_CONVICTED_IN_A_ROW", 1)
+    (file,) = discover([str(write_prompts(tmp_path / "a.parquet", ["LOOP", "a", "LOOP", "a"]))])
+    reader = PlannedRowReader(pa.schema({"prompt": pa.string()}), render_spec(BOMB_CHAT), RowLimits(0.5, 256 * MIB))
+    with pytest.raises(PreparationFailed, match="2 of them one after the other"):
+        list(reader.read(file, 0, 4, np.array([0, 2])))
+
+
+def test_store_that_denies_a_file_is_no_fault_of_its_rows(proxy, tmp_path):
+    from fault_proxy import Fault
+    from s3fs import S3FileSystem
+
+    S3FileSystem().put_file(str(write_prompts(tmp_path / "a.parquet", ["a"] * 100)), "data/a.parquet")
+    (file,) = discover(["s3://data/a.parquet"])
+    proxy.faults.append(Fault("status", "HEAD", "a.parquet", times=10**6, status=403, code="AccessDenied"))
+    reader = PlannedRowReader(pa.schema({"prompt": pa.string()}), render_spec(), LIMITS)
+    with pytest.raises(InputUnreadable, match=r"s3://data/a\.parquet cannot be read"):
+        list(reader.read(file, 0, 100, range(100)))
 
 
 def test_no_rows_have_the_schema_all_the_same(tmp_path):

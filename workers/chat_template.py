@@ -36,6 +36,8 @@ class ChatTemplate:
             return self._compiled.render(
                 messages=conversation, add_generation_prompt=add_generation_prompt, **self._variables
             )
+        except MemoryError:  # which may have been used by other rows
+            raise
         except Exception as error:  # a template is code: whatever it raises is the row's error, without the row's text
             message = f"the chat template raised {type(error).__name__} on roles {_roles(messages)}"
             raise RowError(RowErrorCode.TEMPLATE_ERROR, message) from None
