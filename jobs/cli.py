@@ -274,6 +274,7 @@ def evaluate(
 def _exit_codes() -> Iterator[None]:
     """Expected failures as one line each and their exit code; a bug keeps its traceback."""
     from pipeline.cluster import ClusterUnavailable, WorkersFailed
+    from pipeline.limited import ChildUnready
     from pipeline.manifest import ForeignOutput
     from pipeline.problems import JobRefused
     from pipeline.rows import InputChanged, InputUnreadable
@@ -286,7 +287,7 @@ def _exit_codes() -> Iterator[None]:
         yield
     except (JobRefused, ForeignOutput, ForeignShard, InputChanged, ModelRefused) as error:
         _fail(error, REFUSED)
-    except (WorkersFailed, ClusterUnavailable, TrainingDiverged) as error:
+    except (WorkersFailed, ClusterUnavailable, ChildUnready, TrainingDiverged) as error:
         _fail(error, WORKERS)
     except (OutputStorageError, InputUnreadable) as error:
         _fail(error, STORAGE)

@@ -60,7 +60,7 @@ def _start(num_cpus: int | None) -> None:
     `jobs` would shadow ours: so it is started from an empty one."""
     address = os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if address:
+    if address and address != "local":
         _check_authentication(address)
     here, scratch = os.getcwd(), _scratch_folder()
     try:
@@ -86,7 +86,10 @@ def _start(num_cpus: int | None) -> None:
 
 
 def _check_authentication(address: str) -> None:
-    """Who reaches a port of a Ray without it runs code there, as us. Raises ClusterUnavailable if it is required."""
+    """Whether we bring a token: who reaches a port of a Ray that wants none runs code there, as us.
+
+    Raises ClusterUnavailable if one is required.
+    """
     if os.environ.get("RAY_AUTH_MODE") == "token":
         return
     if os.environ.get(REQUIRE_AUTH) == "1":

@@ -7,6 +7,7 @@ import datetime
 import functools
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,16 +143,25 @@ def _checked_record(job: ReadyJob) -> AdapterRecord:
     memory = job.config.limits.row_memory_bytes
     spec = job.render_spec(today())
     try:
-        (record,) = _checking_process(memory).stream(_record, spec, job.facts.identity[:IDENTITY_DIGITS])
+        return _recorded(memory, spec, job.facts.identity[:IDENTITY_DIGITS])
     except (ValueError, OSError) as error:
         raise JobRefused([Problem("prompt", "", str(error))]) from error
     except ChildDied as died:
         got = {
-            "time": f"a template that takes longer than {CHECK_SECONDS:g} s for one message",
-            "memory": f"a template that takes more than limits.row_memory_bytes, {memory:,}, for one message",
-            "crash": "a tokenizer or template that ends its process",
+            "time": f"a chat template that takes longer than {CHECK_SECONDS:g} s for one message",
+            "memory": f"a chat template that takes more than limits.row_memory_bytes, {memory:,}, for one message",
+            "crash": "a tokenizer or chat template that ends its process",
         }[died.death]
         raise JobRefused([Problem("prompt", got, "one that renders")]) from None
+
+
+def _recorded(memory_bytes: int, spec: RenderSpec, base_identity: str) -> AdapterRecord:
+    """Tried twice: something else may have ended the process. Raises ChildDied, ChildUnready, ValueError, OSError."""
+    child = _checking_process(memory_bytes)
+    with suppress(ChildDied):
+        (record,) = child.stream(_record, spec, base_identity)
+        return record
+    (record,) = child.stream(_record, spec, base_identity)
     return record
 
 

@@ -11,6 +11,8 @@ from urllib.parse import urlsplit
 
 from fsspec.core import url_to_fs
 
+from pipeline.problems import redact
+
 ALLOW_HTTP = "SEGUE_ALLOW_HTTP"  # environment variable, in every process that reads or writes
 CONNECT_TIMEOUT_SECONDS = 10.0
 READ_TIMEOUT_SECONDS = 60.0  # without a byte
@@ -41,9 +43,8 @@ def check_endpoint(s3: Any) -> None:
     parts = urlsplit(endpoint)
     if parts.scheme == "https" or _is_loopback(parts.hostname or "") or os.environ.get(ALLOW_HTTP) == "1":
         return
-    raise InsecureEndpoint(
-        f"the S3 endpoint {endpoint} is not encrypted, wanted https:// or {ALLOW_HTTP}=1 in the environment"
-    )
+    wanted = f"https:// or {ALLOW_HTTP}=1 in the environment"
+    raise InsecureEndpoint(f"the S3 endpoint {redact(endpoint)} is not encrypted, wanted {wanted}")
 
 
 def _is_loopback(host: str) -> bool:

@@ -9,6 +9,7 @@ import functools
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -184,10 +185,8 @@ def _rows(
 def _values(column: pa.ChunkedArray, max_bytes: int) -> list[object]:
     """Python values; text that is not UTF-8, or larger than a prompt may be, costs its own row, not the block."""
     if _max_bytes(column) <= max_bytes:
-        try:
+        with suppress(UnicodeDecodeError):  # which then is looked for row by row
             return column.to_pylist()
-        except UnicodeDecodeError:
-            pass
     return [_value(scalar, max_bytes) for scalar in column]
 
 

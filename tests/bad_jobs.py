@@ -10,12 +10,13 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from bad_parquet import GOOD
 
 OK = ""  # what a case that must pass expects
 BAD_TEMPLATES = {
@@ -198,6 +199,19 @@ for what, change in {
     "whose footer is noise": lambda content: content[:-100] + bytes(reversed(content[-100:-8])) + content[-8:],
 }.items():
     case("C9", f"a file {what}", r"input\.path: .*b\.parquet.*wanted a readable Parquet file")(damaged(change))
+
+
+for num_rows, all_rows in ((4, 100), (4, 2), (-5, -5)):
+
+    @case(
+        "C9",
+        f"a file of {num_rows} rows whose footer says {all_rows}",
+        r"input\.path: .*b\.parquet' with .* in its row groups",
+    )
+    def disagreeing(folder: Path, num_rows: int = num_rows, all_rows: int = all_rows) -> Path:
+        file = replace(GOOD, num_rows=num_rows, all_rows=all_rows)
+        (folder / "in" / "b.parquet").write_bytes(file.content())
+        return job(folder, output={"path": "out", "columns": []})
 
 
 def second_file(columns: dict[str, Any] | pa.Table, **sections: Any) -> Callable[[Path], Path]:

@@ -100,10 +100,11 @@ class File:
     """One row group of one column."""
 
     pages: tuple[Page, ...]
-    num_rows: int
+    num_rows: int  # of its row group
     repetition: int = REQUIRED
     physical: int = BYTE_ARRAY
     converted: int = 0  # UTF8
+    all_rows: int | None = None  # what the footer says of the whole file, if it is something else
     encodings: list[int] = field(default_factory=lambda: [PLAIN, RLE, RLE_DICTIONARY])
 
     def content(self) -> bytes:
@@ -121,7 +122,8 @@ class File:
         group = Struct({1: [chunk], 2: len(body), 3: self.num_rows}, frozenset({2, 3}))
         root = Struct({4: "schema", 5: 1})
         leaf: dict[int, Value] = {1: self.physical, 3: self.repetition, 4: "prompt", 6: self.converted}
-        footer = Struct({1: 1, 2: [root, Struct(leaf)], 3: self.num_rows, 4: [group]}, frozenset({3})).encoded()
+        all_rows = self.num_rows if self.all_rows is None else self.all_rows
+        footer = Struct({1: 1, 2: [root, Struct(leaf)], 3: all_rows, 4: [group]}, frozenset({3})).encoded()
         return MAGIC + body + footer + struct.pack("<I", len(footer)) + MAGIC
 
 

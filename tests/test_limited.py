@@ -36,6 +36,8 @@ def die_after_one(how: str) -> Iterator[str]:
     elif how == "loop":
         while True:
             pass
+    elif how == "endless call":
+        yield str(9**9**9)  # lets no thread run
     elif how == "memory":
         yield str(len(bytearray(1024 * MIB)))
     elif how == "native memory":
@@ -196,6 +198,16 @@ def test_child_that_stands_still_is_ended_by_the_clock_unless_it_is_paused(child
         list(child.stream(sleeping_for, 3.0))
 
 
+def test_stream_that_is_begun_beside_another_gets_none_of_its_values(child):
+    first = child.stream(squares, 1000)
+    next(first)
+    second = child.stream(my_pid)
+    assert next(second) != 1
+    del first  # which must not end the second's child
+    assert list(second) == []
+    assert list(child.stream(squares, 3)) == [0, 1, 4]
+
+
 def test_caller_that_stops_in_the_middle_does_not_get_old_values_later(child):
     values = child.stream(squares, 1000)
     next(values)
@@ -225,15 +237,16 @@ PARENT = """
 from test_limited import *
 child = LimitedProcess(seconds=60, memory_bytes=256 * MIB)
 pid = pid_of(child)
-next(values := child.stream(die_after_one, "loop"))
+next(values := child.stream(die_after_one, sys.argv[1]))
 print(pid, flush=True)
 next(values)
 """
 
 
-def test_child_ends_with_its_parent_even_in_an_endless_loop():
+@pytest.mark.parametrize("how", ["loop", "endless call"])
+def test_child_ends_with_its_parent_whatever_it_is_at(how):
     paths = os.pathsep.join(each for each in sys.path if each)
-    command = [sys.executable, "-c", PARENT]
+    command = [sys.executable, "-c", PARENT, how]
     with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths}, stdout=subprocess.PIPE, text=True) as parent:
         pid = int(parent.stdout.readline())  # type: ignore[union-attr]
         assert is_alive(pid)
