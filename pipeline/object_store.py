@@ -129,6 +129,8 @@ class ObjectStore(Store):
             with self._storage_errors(name):
                 try:
                     return call()
+                except OutputStorageError:  # ours, which are final
+                    raise
                 except Exception as error:
                     if _code(error) in EXPIRED and not is_refreshed:
                         self._fs.connect(refresh=True)  # credentials of a file or a role may be new

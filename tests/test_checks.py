@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import S3_ENVIRONMENT
 
 from pipeline.checks import CheckedJob, check_job, check_job_file
 from pipeline.config import JobConfig
@@ -428,7 +429,7 @@ def test_endpoint_in_the_clear_is_refused_unless_it_is_this_machines(monkeypatch
     from pipeline.store import OutputStorageError, open_store
 
     S3FileSystem.clear_instance_cache()
-    for name, value in {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y"}.items():
+    for name, value in (S3_ENVIRONMENT | {"AWS_ENDPOINT_URL": endpoint}).items():
         monkeypatch.setenv(name, value)
     if is_refused:
         with pytest.raises(InsecureEndpoint, match=r"is not encrypted, wanted https://"):
