@@ -21,10 +21,8 @@ from workers.row_errors import RowError, RowErrorCode
 MANY_ROWS, FEW_ROWS = 4096, 64  # a batch; the second where the first needed too much memory
 MAX_CONVICTED_IN_A_ROW = 50  # then it is not the rows
 MAX_CONVICTED = 1000  # of one task's, each of which may take limits.row_cpu_s several times
-DEATHS, CRASHES = (
-    2,
-    3,
-)  # of processes in which a row is alone, until it is to blame; the second for those without a reason
+DEATHS = 2  # of processes in which a row is alone, until it is to blame
+CRASHES = 3  # the same, of those that died without a reason
 CRASH_PAUSE_SECONDS = 2.0
 
 
