@@ -8,9 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fault_proxy import Fault
 from render_specs import TEXT, render_spec
 
-from pipeline import planned_rows
+from pipeline import limited, planned_rows
 from pipeline.limited import ChildDied
 from pipeline.planned_rows import PlannedRowReader, PreparationFailed, RowLimits
 from pipeline.render import RenderSpec, planned_schema, render_block
@@ -216,7 +217,7 @@ def test_only_rows_that_are_wanted_are_convicted(tmp_path):
     }
 
 
-@pytest.mark.parametrize(("death", "times"), [("crash", 4), ("memory", 3), ("time", 2)])
+@pytest.mark.parametrize(("death", "times"), [("crash", 4), ("memory", 4), ("time", 3)])
 def test_child_that_dies_of_no_row_convicts_nobody(tmp_path, monkeypatch, death, times):
     """As when the kernel takes memory back: what it was at is done again, alone and once more."""
     path = write_prompts(tmp_path / "a.parquet", [f"row {n}" for n in range(50)])
@@ -264,3 +265,18 @@ def test_no_rows_have_the_schema_all_the_same(tmp_path):
     columns = pa.schema({"prompt": pa.string(), "id": pa.int64()})
     spec = render_spec(TEXT, passed_columns=("id",))
     assert PlannedRowReader(columns, spec, LIMITS).empty().schema == planned_schema(columns, spec)
+
+
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+def test_store_that_takes_its_time_costs_no_process(bucket, proxy, monkeypatch, method):
+    (file, *_) = discover(["s3://data/in"])
+    columns = pa.schema([file.schema.field("prompt")])
+    started, start = [], limited._start
+    monkeypatch.setattr(limited, "_start", lambda descriptor: started.append(descriptor) or start(descriptor))
+    monkeypatch.setattr(limited, "IDLE_FACTOR", 1)
+    proxy.faults.append(Fault("hang", method, "data/in", seconds=6))
+    reader = PlannedRowReader(columns, render_spec(), RowLimits(2.0, 256 * MIB))
+    tables = list(reader.read(file, 0, file.num_rows, range(file.num_rows)))
+    assert sum(table.num_rows for table in tables) == file.num_rows
+    assert proxy.faults[0].times == 0, "nothing hung"
+    assert len(started) == 1
