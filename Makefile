@@ -1,12 +1,11 @@
 # Set-up, demo and checks. The first command makes a virtual environment in .venv; later ones find it as it is.
 #
 #   make demo         360 support tickets through a small model, two workers, answers in jobs/examples/triage/out/
-#   make test         everything that must hold: format, lint, types, arrows, tests
+#   make test         everything that must hold: format, lint, types, arrows, tests, kills; two files at a time
 #   make test-commands  every command of the README, which takes minutes of its own
-#   make test-chaos   runs and trainings that are killed and started again; CI runs it, too
-#   make chaos        an hour of faults: every step of the commit protocol, 60 kills, S3 servers of other makes
+#   make chaos        an hour and a half of faults: every step of the commit protocol, 60 kills, S3 servers of other makes
 #   make fuzz         thousands of job files, rows and Parquet files that nobody thought of
-#   make test-fast    what make test runs, without the tests marked slow
+#   make test-fast    what make test runs, without the tests marked slow or chaos
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +14,7 @@ PIP := $(BIN)/python -m pip install -qq --constraint constraints.txt
 # Named, so that pip takes the build that is offered for CPUs; its newest build would bring CUDA along.
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo setup check test test-fast test-commands test-chaos chaos fuzz format
+.PHONY: demo setup check test test-fast test-commands chaos fuzz format
 .DEFAULT_GOAL := test
 
 setup: $(READY)
@@ -44,11 +43,11 @@ check: $(READY)
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-test: check
-	$(BIN)/python -m pytest -m "not commands and not chaos and not long"
+# Tests wait for processes as much as they compute.
+TWO_AT_A_TIME := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
-test-chaos: $(READY)
-	$(BIN)/python -m pytest -m chaos
+test: check
+	$(TWO_AT_A_TIME) -m "not commands and not long"
 
 chaos: $(READY)
 	@$(PIP) --no-build-isolation --editable '.[dev,stores]'
@@ -64,7 +63,7 @@ test-commands: $(READY)
 	$(BIN)/python -m pytest -m commands
 
 test-fast: check
-	$(BIN)/python -m pytest -m "not slow and not chaos and not long"
+	$(TWO_AT_A_TIME) -m "not slow and not chaos and not commands and not long"
 
 format: $(READY)
 	$(BIN)/ruff format

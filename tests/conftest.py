@@ -12,6 +12,12 @@ settings.register_profile("fuzz", deadline=None, max_examples=5000)
 settings.load_profile(os.environ.get("SEGUE_HYPOTHESIS", "segue"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: two files run at a time, and the last one alone."""
+    slow = {item.path for item in items if any(item.get_closest_marker(name) for name in ("slow", "chaos"))}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="module")
 def local_ray():
     """One Ray for all tests of a file that run in this process.
