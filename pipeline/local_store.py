@@ -67,8 +67,11 @@ class LocalStore(Store):
         temporary = target.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
         with _storage_errors(target):
             _make_folder(target.parent)
-            temporary.write_bytes(content)
-            temporary.replace(target)
+            try:
+                temporary.write_bytes(content)
+                temporary.replace(target)
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def discard(self, name: str) -> None:
         with suppress(OSError):

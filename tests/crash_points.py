@@ -9,6 +9,7 @@ process does nothing more, so after a crash every later step of it crashes, too,
 
 import argparse
 import asyncio
+import errno
 import logging
 import os
 import random
@@ -38,6 +39,7 @@ from pipeline.render import RenderSpec, render_block
 from pipeline.row_source import RowReader, RowSource
 from pipeline.unit_worker import UnitWorker
 
+HALF_WRITTEN, NOTE = "half of a temporary file is written", "before a note is written"
 NUM_ROWS, ROWS_PER_FILE, MAX_TOKENS = 24, 10, 6
 PLAN = {"window_rows": 20}  # two windows
 
@@ -61,6 +63,15 @@ class Steps:
         if len(self.names) == self.fatal:
             self.is_dead = True
             raise Crash(name)
+
+
+class FullDisk(Steps):
+    """From step number `fatal` on, whatever would write fails; nobody dies."""
+
+    def __call__(self, name: str) -> None:
+        self.names.append(name)
+        if len(self.names) >= (self.fatal or 0) and name in (HALF_WRITTEN, NOTE):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 class Place(Protocol):
@@ -97,7 +108,8 @@ class LocalPlace:
             clean(store)
 
         def note(store: local_store.LocalStore, name: str, content: bytes) -> None:
-            steps("before a note is written")
+            with local_store._storage_errors(store.root / name):
+                steps(NOTE)
             overwrite(store, name, content)
 
         with (
@@ -157,7 +169,7 @@ class _CrashingFile:
     def write(self, content: bytes) -> None:
         self._file.write(content[: len(content) // 2])
         self._file.flush()
-        self._steps("half of a temporary file is written")
+        self._steps(HALF_WRITTEN)
         self._file.write(content[len(content) // 2 :])
 
     def flush(self) -> None:

@@ -4,7 +4,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from crash_points import BucketPlace, LocalPlace, Place, bucket, crash, pairs_of, steps_of
+from crash_points import (
+    HALF_WRITTEN,
+    MAX_TOKENS,
+    BucketPlace,
+    FullDisk,
+    LocalPlace,
+    Place,
+    bucket,
+    crash,
+    pairs_of,
+    run_job,
+    steps_of,
+)
+from oracle import check_exact, check_visible_are_whole, echo_answer
+
+from pipeline.store import OutputStorageError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray[.]")
 
@@ -22,7 +37,7 @@ def die_everywhere(place: Place, wanted: Sequence[str]) -> None:
 @pytest.mark.chaos
 def test_death_at_any_step_on_local_disk_ends_exact(tmp_path: Path) -> None:
     steps = [
-        "half of a temporary file is written",
+        HALF_WRITTEN,
         "after fsync of temporary file",
         "before link of part-000001.parquet",
     ]
@@ -36,3 +51,17 @@ def test_death_at_any_step_on_s3_ends_exact(tmp_path: Path) -> None:
     steps = [f"{when} pipe_file of {name}" for when in ("before", "after") for name in ("manifest.json", "_SUCCESS")]
     with bucket():
         die_everywhere(BucketPlace(tmp_path), [*steps, "after pipe_file of part-000002.parquet", "before ls of out"])
+
+
+@pytest.mark.chaos
+def test_disk_that_fills_up_ends_the_run_with_the_reason_and_costs_nothing(tmp_path: Path) -> None:
+    place = LocalPlace(tmp_path)
+    writes = [number for number, name in enumerate(steps_of(place), 1) if name == HALF_WRITTEN]
+    for number in writes:
+        place.clear()
+        with place.crashing(FullDisk(number)), pytest.raises(OutputStorageError, match="No space left on device"):
+            run_job(place)
+        check_visible_are_whole(place.fs, place.output)
+        assert not list(Path(place.output).rglob(".tmp-*")), "what could not be written takes room"
+        assert run_job(place) == "done"
+        check_exact(place.fs, place.inputs, place.output, answer=lambda row: echo_answer(row["prompt"], MAX_TOKENS))
