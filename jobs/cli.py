@@ -5,6 +5,7 @@ the error limit; 4 workers cannot work; 5 storage; 130 and 143 interrupted, drai
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Annotated
 import typer
 
 REFUSED, WORKERS, STORAGE = 2, 4, 5
+SHOWN_ERRORS = 5
 
 app = typer.Typer(
     name="segue", help="Batch inference over datasets, each shared prompt segment computed once.",
@@ -31,6 +33,23 @@ AsJson = Annotated[bool, typer.Option("--json", help="only the JSON line on stdo
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress on stderr")]
 
 
+def _require_auth(is_required: bool) -> None:
+    from pipeline.cluster import REQUIRE_AUTH
+
+    if is_required:
+        os.environ[REQUIRE_AUTH] = "1"
+
+
+RequireAuth = Annotated[
+    bool,
+    typer.Option(
+        "--require-auth",
+        help="join no Ray cluster without a token; short for SEGUE_REQUIRE_AUTH=1",
+        callback=_require_auth,
+    ),
+]
+
+
 @app.command()
 def run(
     job: JobFile,
@@ -40,6 +59,7 @@ def run(
     show: Annotated[int, typer.Option(help="print this many answers")] = 0,
     json_only: AsJson = False,
     quiet: Quiet = False,
+    require_auth: RequireAuth = False,
 ) -> None:
     """Plan the job if needed, run what is missing, and complete its output folder."""
     with _exit_codes():
@@ -65,10 +85,10 @@ def retry(
     overrides: Overrides = None,
     json_only: AsJson = False,
     quiet: Quiet = False,
+    require_auth: RequireAuth = False,
 ) -> None:
     """Answer the rows that have an error in OUT, by the same job with what --set changes, into another folder."""
     with _exit_codes():
-        import os
         import tempfile
 
         from jobs.show import show_summary
@@ -96,6 +116,7 @@ def plan(
     output: Output = None,
     json_only: AsJson = False,
     quiet: Quiet = False,
+    require_auth: RequireAuth = False,
 ) -> None:
     """Render, tokenise and order all prompts; show the tree they share; stop before any model runs."""
     with _exit_codes():
@@ -119,23 +140,31 @@ def plan(
 
 @app.command()
 def validate(job: JobFile, overrides: Overrides = None, limit: Limit = None, output: Output = None) -> None:
-    """Check job file, data, output folder and model without starting anything; every problem at once.
+    """Check job file, data, output folder, model and cluster, and render a few rows, without starting anything; every
+    problem at once.
 
     Of a job for `segue run`, or for `segue finetune`.
     """
     with _exit_codes():
+        from pipeline.cluster import check_reachable
         from pipeline.completeness import check_unused
         from pipeline.finetune import is_training, prepare_finetune
         from pipeline.job import existing_manifest, prepare
 
         changes = _overrides(overrides, limit, output)
-        ready = prepare_finetune(job, changes).job if is_training(job) else prepare(job, changes)
+        others = check_reachable()
+        ready = prepare_finetune(job, changes, others).job if is_training(job) else prepare(job, changes, others)
         manifest = existing_manifest(ready)
         if manifest is None:
             check_unused(ready.store)
         rows = ready.checked.num_rows
         num_files = len(ready.checked.inputs)
         _say(f"{job}: valid ({rows:,} rows in {num_files} files, mask {ready.mask}, dtype {ready.facts.dtype})")
+        sample = ready.sample
+        if sample.errors:
+            _say(f"warning: {len(sample.errors)} of {sample.num_rows} rows that were tried have an error:")
+            for error in sample.errors[:SHOWN_ERRORS]:
+                _say(f"  {error}")
         _json(
             {
                 "valid": True,
@@ -143,6 +172,7 @@ def validate(job: JobFile, overrides: Overrides = None, limit: Limit = None, out
                 "mask": ready.mask,
                 "dtype": ready.facts.dtype,
                 "planned": manifest is not None and manifest.is_complete,
+                "sample": {"rows": sample.num_rows, "errors": len(sample.errors)},
             }
         )
 
@@ -183,6 +213,7 @@ def finetune(
     output: Output = None,
     json_only: AsJson = False,
     quiet: Quiet = False,
+    require_auth: RequireAuth = False,
 ) -> None:
     """Train an adapter for the segment mask (or the causal one), going on where a run before has stopped."""
     with _exit_codes():
@@ -315,7 +346,10 @@ def _absolute(path: str) -> str:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    """To a person. What libraries put into the messages of their errors is not ours to choose."""
+    from pipeline.problems import redact
+
+    print(redact(line), file=sys.stderr, flush=True)
 
 
 _silent: Callable[[str], None] = lambda line: None  # noqa: E731

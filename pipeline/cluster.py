@@ -11,18 +11,23 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
+from urllib.parse import urlsplit
 
 import ray
 import ray.exceptions
 from ray.data import DataContext, Dataset
 
-REQUIRE_AUTH = "SEGUE_REQUIRE_AUTH"  # environment variable
-QUIET_LOGGERS = ("ray", "ray.data", "ray.serve")
+from pipeline.problems import Problem
 
+REQUIRE_AUTH = "SEGUE_REQUIRE_AUTH"  # environment variable
+CLIENT_PORT = 10001  # of an address without one, as in Ray
+CONNECT_SECONDS = 10.0
+QUIET_LOGGERS = ("ray", "ray.data", "ray.serve")
 
 _RAY_ADVICE = "\nFailed to apply UDF transform"  # what Ray Data appends to the message of an error in a task
 MAX_MESSAGE_CHARS = 600
@@ -62,6 +67,8 @@ def _start(num_cpus: int | None) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address and address != "local":
         _check_authentication(address)
+        for problem in check_reachable():
+            raise ClusterUnavailable(str(problem))
     here, scratch = os.getcwd(), _scratch_folder()
     try:
         os.chdir(scratch)
@@ -83,6 +90,21 @@ def _start(num_cpus: int | None) -> None:
         raise SystemExit(128 + signal.SIGTERM) from None
     finally:
         os.chdir(here)
+
+
+def check_reachable() -> list[Problem]:
+    """Whether something answers where RAY_ADDRESS says, if that is a host and port: Ray (2.60) tries for minutes, and
+    may then end the process without a word."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    if ":" not in address:  # none, auto, local
+        return []
+    try:
+        parts = urlsplit(address if "://" in address else f"ray://{address}")
+        socket.create_connection((parts.hostname or "", parts.port or CLIENT_PORT), CONNECT_SECONDS).close()
+    except (OSError, ValueError) as error:
+        got = f"{address}, where nothing answers ({error})"
+        return [Problem("RAY_ADDRESS", got, "HOST:PORT of a Ray head node", where="environment")]
+    return []
 
 
 def _check_authentication(address: str) -> None:

@@ -18,6 +18,7 @@ from workers.scoring import RunTask, ScoringTemplate
 
 DATA_SCHEMES = ("file", "s3")
 MIB = 2**20
+MIN_ROWS_FOR_ERROR_RATE = 1000  # a rate of fewer says little
 _JOB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
@@ -183,7 +184,7 @@ class LimitsConfig(Section):
     """What a row, and a job, may cost before it is refused."""
 
     max_model_len: PositiveInt | None = None  # tokens of prompt and answer; null is the model's own
-    max_error_rate: Annotated[float, Field(ge=0, le=1)] = 0.05  # counts after 1,000 rows
+    max_error_rate: Annotated[float, Field(ge=0, le=1)] = 0.05  # counts after MIN_ROWS_FOR_ERROR_RATE
     max_prompt_bytes: PositiveInt = 4 * MIB
     # Of one row, from the file to its tokens; what takes more is killed.
     row_cpu_s: Annotated[float, Field(ge=1, le=86_400)] = 30.0

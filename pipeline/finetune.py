@@ -92,15 +92,17 @@ def is_training(path: str | os.PathLike[str]) -> bool:
     return bool(keys_of(path) & (FinetuneConfig.model_fields.keys() - JobConfig.model_fields.keys()))
 
 
-def prepare_finetune(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> ReadyFinetune:
-    """Read and check a job file. Raises JobRefused with every problem."""
+def prepare_finetune(
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), others: Sequence[Problem] = ()
+) -> ReadyFinetune:
+    """Read and check a job file. Raises JobRefused with `others`, which the caller found, and every other problem."""
     draft = read_job(path, overrides, FinetuneConfig)
     config = draft.config
     if not isinstance(config, FinetuneConfig):
-        prepared(draft)  # tells what else is wrong
+        prepared(draft, others)  # tells what else is wrong
         raise JobRefused(draft.problems)
     held_out, problems = _held_out_files(config)
-    job = prepared(_with_files(draft, config, held_out), [*_problems(config), *problems])
+    job = prepared(_with_files(draft, config, held_out), [*others, *_problems(config), *problems])
     spec = _training_spec(config, job, held_out)
     try:
         check_trainable(local_source(spec.source), spec.revision, spec.lora, spec.answer_end_id)

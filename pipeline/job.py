@@ -8,7 +8,7 @@ import functools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.checks import CheckedJob, check_draft, input_identity
@@ -19,6 +19,7 @@ from pipeline.manifest import Manifest, check_same_job, code_version, fingerprin
 from pipeline.problems import JobRefused, Problem
 from pipeline.remote_models import local_source
 from pipeline.render import RenderSpec, encoder_of
+from pipeline.sample import Sample, check_sample, sample_of
 from pipeline.schemas import ROW_PARAMS_COLUMN
 from pipeline.shards import PROTOCOL
 from pipeline.store import Store, open_store
@@ -43,6 +44,7 @@ class ReadyJob:
     facts: ModelFacts
     mask: str  # resolved: segment or causal
     fields: dict[str, Any]  # the fingerprint's
+    sample: Sample = field(default_factory=Sample)
 
     @property
     def config(self) -> JobConfig:
@@ -107,9 +109,10 @@ class ReadyJob:
         )
 
 
-def prepare(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> ReadyJob:
-    """Read and check a job file. Raises JobRefused with every problem of file, data, output and model."""
-    return prepared(read_job(path, overrides))
+def prepare(path: str | os.PathLike[str], overrides: Sequence[str] = (), others: Sequence[Problem] = ()) -> ReadyJob:
+    """Read and check a job file. Raises JobRefused with `others`, which the caller found, and every problem of file,
+    data, output and model."""
+    return prepared(read_job(path, overrides), others)
 
 
 def prepared(draft: JobDraft, others: Sequence[Problem] = ()) -> ReadyJob:
@@ -123,8 +126,12 @@ def prepared(draft: JobDraft, others: Sequence[Problem] = ()) -> ReadyJob:
         raise JobRefused(problems)
     mask = facts.adapter_mask or "causal" if checked.config.mask == "auto" else checked.config.mask
     ready = ReadyJob(checked, facts, mask, fingerprint_fields(checked, facts, mask))
-    _check_adapter(ready, _checked_record(ready))
-    return ready
+    spec = ready.render_spec(today())
+    _check_adapter(ready, _checked_record(ready, spec))
+    sample = sample_of(checked, spec, _checking_process(checked.config.limits.row_memory_bytes))
+    if problems := check_sample(checked, sample):
+        raise JobRefused(problems)
+    return replace(ready, sample=sample)
 
 
 def checked_encoder(spec: RenderSpec) -> PromptEncoder:
@@ -135,13 +142,12 @@ def checked_encoder(spec: RenderSpec) -> PromptEncoder:
     return encoder
 
 
-def _checked_record(job: ReadyJob) -> AdapterRecord:
+def _checked_record(job: ReadyJob, spec: RenderSpec) -> AdapterRecord:
     """What an adapter trained with the job's prompts would say of them. Raises JobRefused if they cannot be rendered.
 
     A chat template is a program, and a model's is a stranger's: it is first run where it can be ended.
     """
     memory = job.config.limits.row_memory_bytes
-    spec = job.render_spec(today())
     try:
         return _recorded(memory, spec, job.facts.identity[:IDENTITY_DIGITS])
     except (ValueError, OSError) as error:

@@ -66,8 +66,11 @@ class LimitedProcess:
         self._is_ready = self._is_streaming = False
         self._end: Callable[[], object] = lambda: None
 
-    def stream(self, function: Callable[..., Iterator[Any]], *arguments: Any) -> Iterator[Any]:
+    def stream(
+        self, function: Callable[..., Iterator[Any]], *arguments: Any, seconds: float | None = None
+    ) -> Iterator[Any]:
         """What the generator `function(*arguments)` yields, in the child. Function, arguments and values are pickled.
+        `seconds`: instead of the child's own.
 
         Raises ChildDied, ChildUnready, what `prepare` raises and what `function` does. Whoever stops in the middle, or
         begins another stream, ends the child: no values of one can be taken for another's.
@@ -75,7 +78,7 @@ class LimitedProcess:
         if self._is_streaming:
             self.close()
         child, connection = self._ready()
-        return self._values(child, connection, self._seconds, (function, arguments))
+        return self._values(child, connection, seconds or self._seconds, (function, arguments))
 
     def begin(self) -> None:
         """Start a child that will be needed soon, if there is none."""

@@ -93,6 +93,7 @@ class ObjectStore(Store):
         fs = S3FileSystem(use_listings_cache=False, **remote.s3_options(retries={"total_max_attempts": 1}))
         fs.retries = 2
         try:
+            remote.silence_loggers()
             remote.check_endpoint(fs)
         except remote.InsecureEndpoint as error:
             raise OutputStorageError(f"{self._url}: {error}") from None

@@ -12,6 +12,8 @@ MAX_SHOWN_CHARS = 80
 SHOWN_FIRST_CHARS = 27  # of a longer one
 _USER_INFO = re.compile(r"(?<=//)[^/@\s]*@")
 _SECRET_FIELD = re.compile(r"(?i)([?&][\w-]*(?:signature|token|secret|password|credential)[\w-]*=)[^&\s]*")
+_SECRET_HEADER = re.compile(r"(?i)((?:authorization|x-amz-security-token)['\"]?\s*[:=]\s*)[^\r\n]*|\bbearer\s+\S+")
+_KEY_ID = re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +74,9 @@ def has_credentials(url: str) -> bool:
 
 
 def redact(text: str) -> str:
-    """The text with user names, passwords and signatures in URLs blanked."""
-    return _SECRET_FIELD.sub(r"\1***", _USER_INFO.sub("***@", text))
+    """The text with user names, passwords and signatures in URLs, headers that authorise, and AWS key ids blanked."""
+    text = _SECRET_FIELD.sub(r"\1***", _USER_INFO.sub("***@", text))
+    return _KEY_ID.sub("***", _SECRET_HEADER.sub(r"\1***", text))
 
 
 def one_line(text: str) -> str:

@@ -5,6 +5,7 @@ Credentials and rows are not sent over a network in the clear unless that is ask
 """
 
 import ipaddress
+import logging
 import os
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,6 +17,8 @@ from pipeline.problems import redact
 ALLOW_HTTP = "SEGUE_ALLOW_HTTP"  # environment variable, in every process that reads or writes
 CONNECT_TIMEOUT_SECONDS = 10.0
 READ_TIMEOUT_SECONDS = 60.0  # without a byte
+# Loggers that show keys, tokens and rows at DEBUG.
+TALKATIVE = ("botocore", "aiobotocore", "s3fs", "fsspec", "urllib3")
 
 
 def open_remote(url: str) -> tuple[Any, str]:
@@ -23,6 +26,7 @@ def open_remote(url: str) -> tuple[Any, str]:
     if not url.startswith("s3://"):
         return url_to_fs(url)
     fs, name = url_to_fs(url, **s3_options())
+    silence_loggers()
     check_endpoint(fs)
     return fs, name
 
@@ -31,6 +35,13 @@ def s3_options(**config: Any) -> dict[str, Any]:
     """Arguments of S3FileSystem; `config` is botocore's."""
     timeouts = {"connect_timeout": CONNECT_TIMEOUT_SECONDS, "read_timeout": READ_TIMEOUT_SECONDS}
     return {"config_kwargs": timeouts | config}
+
+
+def silence_loggers() -> None:
+    """Whatever level was asked for, of a program as a whole or by S3FS_LOGGING_LEVEL."""
+    for name in TALKATIVE:
+        logger = logging.getLogger(name)
+        logger.setLevel(max(logger.level, logging.WARNING))
 
 
 class InsecureEndpoint(OSError):

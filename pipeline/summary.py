@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from pipeline.config import MIN_ROWS_FOR_ERROR_RATE
 from pipeline.job import ReadyJob
 from pipeline.manifest import Manifest
 from pipeline.shards import ShardFooter, read_footer
 from pipeline.store import Store
 
-MIN_ROWS_FOR_ERROR_RATE = 1000
 READERS = 8  # of footers: latency, not work
 
 

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -52,8 +53,10 @@ def test_cli_validate_good_job_says_so_and_ends_in_json(tmp_path):
         "mask": "causal",
         "dtype": "float32",
         "planned": False,
+        "sample": {"rows": 32, "errors": 0},
     }
     assert "valid" in err
+    assert "warning" not in err
     assert not (tmp_path / "out").exists()
 
 
@@ -68,6 +71,42 @@ def test_cli_validate_refuses_all_problems_at_once_one_line_each(tmp_path):
         assert sum(key in line for line in lines) >= 1, (key, err)
     assert len(lines) >= 4
     assert "Traceback" not in err
+
+
+def test_cli_validate_tells_of_rows_that_have_an_error(tmp_path):
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"prompt": ["a", None, "b"]}), tmp_path / "in" / "a.parquet")
+    code, out, err = segue("validate", write_job(tmp_path))
+    assert code == 0
+    assert json.loads(out)["sample"] == {"rows": 3, "errors": 1}
+    assert "warning: 1 of 3 rows that were tried have an error:\n  NULL_PROMPT in row 1 of a.parquet: " in err
+
+
+def test_cli_validate_refuses_a_cluster_that_does_not_answer_beside_other_problems(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    code, _, err = segue("validate", write_job(write_input(tmp_path), mask="none"))
+    assert code == 2
+    assert "environment: RAY_ADDRESS: got 127.0.0.1:1, where nothing answers" in err
+    assert "mask" in err
+
+
+def test_cli_run_on_a_cluster_that_does_not_answer_exits_4_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    started = time.monotonic()
+    code, _, err = segue("run", write_job(write_input(tmp_path)))
+    assert code == 4
+    assert "environment: RAY_ADDRESS: got 127.0.0.1:1, where nothing answers" in err
+    assert time.monotonic() - started < 60, "Ray tried by itself"
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_cli_require_auth_joins_no_cluster_without_a_token(tmp_path, monkeypatch, command):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.setenv("SEGUE_REQUIRE_AUTH", "0")  # monkeypatch takes back what the option sets
+    code, _, err = segue(command, write_job(write_input(tmp_path)), "--require-auth")
+    assert code == 4
+    assert "without a token, and SEGUE_REQUIRE_AUTH=1" in err
 
 
 @pytest.mark.parametrize("command", ["validate", "run", "plan"])
