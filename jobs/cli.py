@@ -64,10 +64,11 @@ def run(
     """Plan the job if needed, run what is missing, and complete its output folder."""
     with _exit_codes():
         from jobs.show import show_answers, show_summary
+        from pipeline.cluster import is_local
         from pipeline.job import prepare
         from pipeline.run import run_job
 
-        ready = prepare(job, _overrides(overrides, limit, output))
+        ready = prepare(job, _overrides(overrides, limit, output), runs_here=is_local())
         if ready.warns_of_unadapted_mask:
             _say("warning: mask segment on a model that was not adapted to it: expect worse answers, often garbage")
         summary = run_job(ready, _silent if quiet else _say, quiet=quiet)
@@ -92,6 +93,7 @@ def retry(
         import tempfile
 
         from jobs.show import show_summary
+        from pipeline.cluster import is_local
         from pipeline.job import prepare
         from pipeline.retries import retry_job
         from pipeline.run import run_job
@@ -100,7 +102,7 @@ def retry(
             path = os.path.join(folder, "retry.yaml")
             with open(path, "w", encoding="utf-8") as file:
                 json.dump(retry_job(_absolute(done), _absolute(output)), file)  # JSON is YAML
-            ready = prepare(path, overrides or [])
+            ready = prepare(path, overrides or [], runs_here=is_local())
         summary = run_job(ready, _silent if quiet else _say, quiet=quiet)
         if not json_only:
             show_summary(summary)
@@ -146,14 +148,17 @@ def validate(job: JobFile, overrides: Overrides = None, limit: Limit = None, out
     Of a job for `segue run`, or for `segue finetune`.
     """
     with _exit_codes():
-        from pipeline.cluster import check_reachable
+        from pipeline.cluster import check_reachable, is_local
         from pipeline.completeness import check_unused
         from pipeline.finetune import is_training, prepare_finetune
         from pipeline.job import existing_manifest, prepare
 
         changes = _overrides(overrides, limit, output)
         others = check_reachable()
-        ready = prepare_finetune(job, changes, others).job if is_training(job) else prepare(job, changes, others)
+        if is_training(job):
+            ready = prepare_finetune(job, changes, others).job
+        else:
+            ready = prepare(job, changes, others, runs_here=is_local())
         manifest = existing_manifest(ready)
         if manifest is None:
             check_unused(ready.store)

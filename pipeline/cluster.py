@@ -92,6 +92,11 @@ def _start(num_cpus: int | None) -> None:
         os.chdir(here)
 
 
+def is_local() -> bool:
+    """Whether `ray_session` would use this machine alone."""
+    return os.environ.get("RAY_ADDRESS", "") in ("", "local")
+
+
 def check_reachable() -> list[Problem]:
     """Whether something answers where RAY_ADDRESS says, if that is a host and port: Ray (2.60) tries for minutes, and
     may then end the process without a word."""

@@ -26,13 +26,14 @@ from pipeline.store import Store, open_store
 from pipeline.unit_worker import WorkerSpec
 from workers.adapter_record import AdapterRecord
 from workers.echo import is_echo
-from workers.memory import KV_SHARE
+from workers.memory import KV_SHARE, free_memory_bytes
 from workers.model_facts import ModelFacts, inspect_model
 from workers.model_source import ModelRefused
 from workers.pairs import PairEncoder
 from workers.prompt_encoder import PromptEncoder, import_tokenizers
 
 IDENTITY_DIGITS = 16  # of a model, in an adapter's record
+GIB = 2**30
 CHECK_SECONDS = 120.0  # for loading a tokenizer and rendering a message with it
 
 
@@ -109,17 +110,27 @@ class ReadyJob:
         )
 
 
-def prepare(path: str | os.PathLike[str], overrides: Sequence[str] = (), others: Sequence[Problem] = ()) -> ReadyJob:
-    """Read and check a job file. Raises JobRefused with `others`, which the caller found, and every problem of file,
-    data, output and model."""
-    return prepared(read_job(path, overrides), others)
+def prepare(
+    path: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    others: Sequence[Problem] = (),
+    *,
+    runs_here: bool = False,
+) -> ReadyJob:
+    """Read and check a job file. `runs_here`: also whether its workers fit into this machine.
+
+    Raises JobRefused with `others`, which the caller found, and every problem of file, data, output and model.
+    """
+    return prepared(read_job(path, overrides), others, runs_here=runs_here)
 
 
-def prepared(draft: JobDraft, others: Sequence[Problem] = ()) -> ReadyJob:
+def prepared(draft: JobDraft, others: Sequence[Problem] = (), *, runs_here: bool = False) -> ReadyJob:
     """`prepare` for a job file as read. Raises JobRefused with `others`, which the caller found, and every other."""
     if draft.config:
         _checking_process(draft.config.limits.row_memory_bytes).begin()  # it loads while the model is looked at
     facts, problems = _look_at_model(draft.config) if draft.config else (None, [])
+    if runs_here and draft.config and facts:
+        problems += _check_fits(draft.config, facts)
     problems = [*others, *problems]
     checked = check_draft(draft, others=problems)
     if facts is None:
@@ -221,6 +232,17 @@ def _look_at_model(config: JobConfig) -> tuple[ModelFacts | None, list[Problem]]
         limit = f"at most the model's own {facts.max_model_len}"
         problems.append(Problem("limits.max_model_len", str(wanted_length), limit))
     return facts, problems
+
+
+def _check_fits(config: JobConfig, facts: ModelFacts) -> list[Problem]:
+    """Whether the weights of the fewest workers fit into what this machine has free."""
+    workers, free = config.workers.min_size, free_memory_bytes()
+    if workers * facts.weight_bytes <= free:
+        return []
+    got = f"weights of {facts.weight_bytes / GIB:,.1f} GiB in {facts.dtype}, for each of {workers} workers"
+    wanted = f"what fits into the {free / GIB:,.1f} GiB that this machine has free"
+    hint = "fewer workers.min_size, model.dtype: bfloat16, or a cluster in RAY_ADDRESS"
+    return [Problem("model", got, wanted, hint)]
 
 
 def fingerprint_fields(checked: CheckedJob, facts: ModelFacts, mask: str) -> dict[str, Any]:

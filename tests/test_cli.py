@@ -99,6 +99,27 @@ def test_cli_run_on_a_cluster_that_does_not_answer_exits_4_at_once(tmp_path, mon
     assert time.monotonic() - started < 60, "Ray tried by itself"
 
 
+def test_cli_model_that_does_not_fit_is_refused_where_it_would_run(tmp_path, monkeypatch, model_directory):
+    """Planning needs no weights, and a cluster has memory of its own."""
+    from pipeline import job
+
+    model = {"source": model_directory, "dtype": "float32"}
+    path = write_job(write_input(tmp_path), model=model, workers={"min_size": 2, "max_size": 2})
+    weight_bytes = job.prepare(path, runs_here=True).facts.weight_bytes
+    weights = sum(file.stat().st_size for file in Path(model_directory).glob("*.safetensors"))
+    assert 0.5 * weights < weight_bytes <= weights, "a file is its weights and a header"
+    monkeypatch.setattr(job, "free_memory_bytes", lambda: 2 * weight_bytes)
+    assert segue("validate", path)[0] == 0
+    monkeypatch.setattr(job, "free_memory_bytes", lambda: 2 * weight_bytes - 1)
+    for command in ("validate", "run"):
+        code, _, err = segue(command, path)
+        assert code == 2
+        assert "model: got weights of 0.0 GiB in float32, for each of 2 workers, wanted what fits into" in err
+    job.prepare(path)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert segue("validate", path)[0] == 0
+
+
 @pytest.mark.parametrize("command", ["run", "plan"])
 def test_cli_require_auth_joins_no_cluster_without_a_token(tmp_path, monkeypatch, command):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")

@@ -23,6 +23,7 @@ class ModelFacts:
     dtype: str  # resolved: float32, bfloat16 or float16
     max_model_len: int  # tokens of prompt and answer
     window: int | None  # the sliding window that limits it, if one does
+    weight_bytes: int = 0  # in memory, in this dtype
 
     @property
     def adapter_mask(self) -> str | None:
@@ -35,15 +36,18 @@ def inspect_model(source: str, *, dtype: str, adapter: str | None, revision: str
     if echo.is_echo(source):
         return ModelFacts(echo.SOURCE, None, None, None, "float32", echo.MAX_MODEL_LEN, None)
     files = locate(source, revision)
-    config, _ = checked_config(safetensors_directory(files))
+    directory = safetensors_directory(files)
+    config, _ = checked_config(directory)
+    resolved = resolve_dtype(dtype)
     return ModelFacts(
         identity=weights_identity(files),
         commit=files.commit,
         adapter_identity=None if adapter is None else _adapter_identity(Path(adapter)),
         adapter_record=None if adapter is None else load_record(Path(adapter)),
-        dtype=str(resolve_dtype(dtype)).removeprefix("torch."),
+        dtype=str(resolved).removeprefix("torch."),
         max_model_len=support.max_model_len(config),
         window=support.sliding_window(config),
+        weight_bytes=support.num_weights(directory) * resolved.itemsize,
     )
 
 

@@ -5,6 +5,7 @@ A model is refused by name and reason, never run on hope. What a configuration d
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +109,14 @@ def check_weights_match(directory: Path, config: Any) -> None:
                 raise ModelRefused(
                     f"config.json and weights do not match: {name} in {path.name} is {shape}, wanted {wanted}"
                 )
+
+
+def num_weights(directory: Path) -> int:
+    """How many numbers the safetensors files of a checked directory hold, by their headers."""
+    from safetensors import safe_open
+
+    total = 0
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return total
