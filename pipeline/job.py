@@ -182,9 +182,14 @@ def _recorded(memory_bytes: int, spec: RenderSpec, base_identity: str) -> Adapte
     return record
 
 
-@functools.lru_cache(maxsize=1)
 def _checking_process(memory_bytes: int) -> LimitedProcess:
-    """Kept for who checks several jobs: starting one takes longer than a check."""
+    """Kept for who checks several jobs, since starting one takes longer than a check, as long as the environment is the
+    same: it says where S3 is, and who asks."""
+    return _process_for(memory_bytes, tuple(sorted(os.environ.items())))
+
+
+@functools.lru_cache(maxsize=1)
+def _process_for(memory_bytes: int, _: tuple[tuple[str, str], ...]) -> LimitedProcess:
     return LimitedProcess(CHECK_SECONDS, PREPARE_BYTES + memory_bytes, import_tokenizers)
 
 

@@ -251,6 +251,7 @@ def test_validate_checks_a_training_without_starting_it(trained, tmp_path, model
         "mask": "segment",
         "dtype": "float32",
         "planned": False,
+        "sample": {"rows": 0, "errors": 0},
     }
     assert not (tmp_path / "ft").exists()
     wrong = CliRunner().invoke(app, ["validate", str(path), "--set", "lora.target_modules=[nothing]"])

@@ -167,8 +167,7 @@ def evaluated(folder):
     return result.exit_code, json.loads(result.stdout.splitlines()[-1])["groups"] if result.exit_code == 0 else []
 
 
-@pytest.mark.chaos
-@pytest.mark.slow
+@pytest.mark.long
 def test_choose_job_killed_and_resumed_evaluates_to_the_same_numbers(local_ray, tmp_path):
     rows = [QUIZ[number % len(QUIZ)] | {"task": "even" if number % 2 else "odd"} for number in range(48)]
     path = write(tmp_path, "echo:0.5", rows, "choose", workers={"units_in_flight": 1})

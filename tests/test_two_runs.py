@@ -57,7 +57,7 @@ def test_the_later_of_two_runs_is_told_of_the_first_and_nobody_of_himself(tmp_pa
     assert f"{TOLD} {os.getpid()} on {socket.gethostname()}" in second[0]
 
 
-@pytest.mark.chaos
+@pytest.mark.long
 def test_two_runs_started_together_and_one_late_write_each_row_once(tmp_path):
     slow = {"model": {"source": "echo:2"}, "workers": {"units_in_flight": 1}}
     job = write_job(write_input(tmp_path), **slow, output={"path": "out", "max_rows_per_file": 4})
