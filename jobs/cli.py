@@ -5,7 +5,6 @@ the error limit; 4 workers cannot work; 5 storage; 130 and 143 interrupted, drai
 """
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,18 @@ from typing import Annotated
 
 import typer
 
+from jobs.options import (
+    AsJson,
+    JobFile,
+    Limit,
+    Output,
+    Overrides,
+    Quiet,
+    RequireAuth,
+    absolute,
+    overrides_of,
+)
+
 REFUSED, WORKERS, STORAGE = 2, 4, 5
 SHOWN_ERRORS = 5
 
@@ -21,33 +32,6 @@ app = typer.Typer(
     name="segue", help="Batch inference over datasets, each shared prompt segment computed once.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
-
-JobFile = Annotated[str, typer.Argument(metavar="JOB.yaml", help="the job file")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. sampling_params.max_tokens=64"),
-]
-Limit = Annotated[int | None, typer.Option(help="only the first rows of the input; short for --set input.limit=N")]
-Output = Annotated[str | None, typer.Option(help="write here; short for --set output.path=FOLDER")]
-AsJson = Annotated[bool, typer.Option("--json", help="only the JSON line on stdout")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="no progress on stderr")]
-
-
-def _require_auth(is_required: bool) -> None:
-    from pipeline.cluster import REQUIRE_AUTH
-
-    if is_required:
-        os.environ[REQUIRE_AUTH] = "1"
-
-
-RequireAuth = Annotated[
-    bool,
-    typer.Option(
-        "--require-auth",
-        help="join no Ray cluster without a token; short for SEGUE_REQUIRE_AUTH=1",
-        callback=_require_auth,
-    ),
-]
 
 
 @app.command()
@@ -68,7 +52,7 @@ def run(
         from pipeline.job import prepare
         from pipeline.run import run_job
 
-        ready = prepare(job, _overrides(overrides, limit, output), runs_here=is_local())
+        ready = prepare(job, overrides_of(overrides, limit, output), runs_here=is_local())
         if ready.warns_of_unadapted_mask:
             _say("warning: mask segment on a model that was not adapted to it: expect worse answers, often garbage")
         summary = run_job(ready, _silent if quiet else _say, quiet=quiet)
@@ -90,6 +74,7 @@ def retry(
 ) -> None:
     """Answer the rows that have an error in OUT, by the same job with what --set changes, into another folder."""
     with _exit_codes():
+        import os
         import tempfile
 
         from jobs.show import show_summary
@@ -101,7 +86,7 @@ def retry(
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "retry.yaml")
             with open(path, "w", encoding="utf-8") as file:
-                json.dump(retry_job(_absolute(done), _absolute(output)), file)  # JSON is YAML
+                json.dump(retry_job(absolute(done), absolute(output)), file)  # JSON is YAML
             ready = prepare(path, overrides or [], runs_here=is_local())
         summary = run_job(ready, _silent if quiet else _say, quiet=quiet)
         if not json_only:
@@ -126,7 +111,7 @@ def plan(
         from pipeline.job import prepare
         from pipeline.run import plan_job
 
-        ready = prepare(job, _overrides(overrides, limit, output))
+        ready = prepare(job, overrides_of(overrides, limit, output))
         manifest = plan_job(ready, _silent if quiet else _say)
         if not json_only:
             show_plan(manifest, ready)
@@ -153,7 +138,7 @@ def validate(job: JobFile, overrides: Overrides = None, limit: Limit = None, out
         from pipeline.finetune import is_training, prepare_finetune
         from pipeline.job import existing_manifest, prepare
 
-        changes = _overrides(overrides, limit, output)
+        changes = overrides_of(overrides, limit, output)
         others = check_reachable()
         if is_training(job):
             ready = prepare_finetune(job, changes, others).job
@@ -198,7 +183,7 @@ def attention(
 
         check_can_draw(picture)
 
-        found = draw_attention(prepare(job, _overrides(overrides, None, None)), row, layer, picture)
+        found = draw_attention(prepare(job, overrides_of(overrides, None, None)), row, layer, picture)
         _json(found)
 
 
@@ -228,7 +213,7 @@ def finetune(
         from pipeline.finetune import prepare_finetune, run_finetune
 
         check_can_draw()
-        ready = prepare_finetune(job, _overrides(overrides, limit, output))
+        ready = prepare_finetune(job, overrides_of(overrides, limit, output))
         summary = run_finetune(ready, _silent if quiet else _say, TrainingDisplay(quiet=quiet))
         picture = draw_loss_curve(summary.output)
         if not json_only:
@@ -332,22 +317,6 @@ def _exit_codes() -> Iterator[None]:
 def _fail(error: Exception, code: int) -> None:
     _say(str(error))
     raise typer.Exit(code) from None
-
-
-def _overrides(overrides: list[str] | None, limit: int | None, output: str | None) -> list[str]:
-    """`--limit` and `--output` as overrides; a path given on the command line is relative to where one stands."""
-    found = list(overrides or [])
-    if limit is not None:
-        found.append(f"input.limit={limit}")
-    if output is not None:
-        found.append(f"output.path={json.dumps(_absolute(output))}")
-    return found
-
-
-def _absolute(path: str) -> str:
-    from pathlib import Path
-
-    return path if "://" in path else str(Path(path).absolute())
 
 
 def _say(line: str) -> None:

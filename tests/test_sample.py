@@ -10,7 +10,7 @@ import pytest
 from echo_jobs import write_job
 from test_planned_rows import LOOPS
 
-from pipeline.job import ReadyJob, prepare
+from pipeline.job import ReadyJob, _checking_process, prepare
 from pipeline.problems import JobRefused
 from pipeline.sample import ROWS_EACH
 
@@ -83,3 +83,11 @@ def test_damaged_page_is_left_to_the_plan(tmp_path):
     content[2000] ^= 1
     path.write_bytes(content)
     assert prepare(write_job(tmp_path)).sample.num_rows == 0
+
+
+def test_process_that_checks_is_another_where_the_environment_is(monkeypatch):
+    """Which says where S3 is, and who asks."""
+    first = _checking_process(2**30)
+    assert _checking_process(2**30) is first
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    assert _checking_process(2**30) is not first

@@ -1,8 +1,10 @@
 """Files that appear whole, once."""
 
+import errno
 import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -97,3 +99,17 @@ def test_store_remove_leftovers_leaves_everything_else(tmp_path):
     store.remove_leftovers()
     assert store.names() == ["_job/"]
     assert os.listdir(tmp_path / "_job") == ["a"]
+
+
+def test_store_note_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(path: Path, content: bytes) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    store = LocalStore(tmp_path)
+    store.overwrite("a", b"first")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OutputStorageError, match="No space left on device"):
+        store.overwrite("a", b"second")
+    assert store.names() == ["a"]
+    assert store.read("a") == b"first"
