@@ -34,6 +34,7 @@ from workers.prompt_encoder import PromptEncoder, import_tokenizers
 
 IDENTITY_DIGITS = 16  # of a model, in an adapter's record
 GIB = 2**30
+PLACES = ("AWS_", "FSSPEC_", "HF_", "SEGUE_")  # beginnings of names in the environment
 CHECK_SECONDS = 120.0  # for loading a tokenizer and rendering a message with it
 
 
@@ -183,9 +184,10 @@ def _recorded(memory_bytes: int, spec: RenderSpec, base_identity: str) -> Adapte
 
 
 def _checking_process(memory_bytes: int) -> LimitedProcess:
-    """Kept for who checks several jobs, since starting one takes longer than a check, as long as the environment is the
-    same: it says where S3 is, and who asks."""
-    return _process_for(memory_bytes, tuple(sorted(os.environ.items())))
+    """Kept for who checks several jobs, since starting one takes longer than a check, as long as the environment says
+    the same of where files and models are, and of who asks."""
+    names = sorted(name for name in os.environ if name.startswith(PLACES))
+    return _process_for(memory_bytes, tuple((name, os.environ[name]) for name in names))
 
 
 @functools.lru_cache(maxsize=1)
