@@ -168,7 +168,7 @@ def test_memory_is_all_given_back_after_rows_and_cache_are_gone():
 
 
 def test_kv_bytes_of_rows_over_a_shared_segment_are_exactly_the_distinct_tokens():
-    """256 rows over 4,096 shared tokens: (4,096 + own) x bytes a token, and the process grows by as much."""
+    """256 rows over 4,096 shared tokens: (4,096 + own) x bytes a token, and the process grows by no more."""
     own_model = tiny_model("llama", max_position_embeddings=8192, num_key_value_heads=6, num_hidden_layers=24)
     subject = Engine(
         tree_model(own_model, tiny_tokenizer()),
@@ -189,7 +189,8 @@ def test_kv_bytes_of_rows_over_a_shared_segment_are_exactly_the_distinct_tokens(
     wanted = (4096 + own) * subject.cache.shape.bytes_per_token
     assert subject.cache.allocated_bytes == wanted
     grown = resident_bytes() - before
-    assert 0.6 * wanted < grown < 1.4 * wanted  # measured: 1.03; one copy a row would be 195
+    # Measured: 1.03, less where files before this one left freed memory to the process; one copy a row would be 195.
+    assert grown < 1.4 * wanted
 
 
 def resident_bytes() -> int:
