@@ -15,10 +15,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from attention.blocks import CrossBlock, SelfBlock
+from attention.blocks import CrossBlock, SelfBlock, StepBlocks
+from attention.kv_cache import KVCache
+from attention.kv_memory import KVMemory, KVShape, Tail
 from attention.merge import merge_part_
 from attention.small_blocks import SmallBatch, SmallBlocks, SmallGroup, small_blocks
-from attention.step import TailBatch, TreeStep, kv_of
+from attention.step_memory import StepMemory, TailBatch, kv_of
 from attention.tree import Node
 
 KeysValues = tuple[Tensor, Tensor]
@@ -42,40 +44,48 @@ def flash(
 class CpuBackend:
     """Executes a step's blocks on the CPU: small ones in batches, the others one by one."""
 
-    def plan(self, step: TreeStep) -> "_Plan":
-        return _Plan(small_blocks(step.blocks))
+    def new_memory(self, shape: KVShape, budget_bytes: int) -> KVCache:
+        return KVCache(shape, budget_bytes)
 
-    def attend(self, step: TreeStep, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def begin(self, blocks: StepBlocks, tails: Sequence[Tail], memory: KVMemory) -> "_CpuStep":
+        return _CpuStep(small_blocks(blocks), StepMemory(blocks, tails, memory))
+
+
+class _CpuStep:
+    """What all layers of a step share: the batches of small blocks, and the biases that hide their padding."""
+
+    def __init__(self, blocks: SmallBlocks, memory: StepMemory) -> None:
+        self.blocks = blocks
+        self.memory = memory
+        self._levels = _levels(blocks.large_cross)
+        self._biases: dict[int, Tensor] = {}  # by batch; made in the first layer, which knows the number of heads
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """query `[H, T, D]`, key and value `[Hkv, T, D]` -> `[T, H, D]`."""
+        self.memory.write(layer, key, value)
         num_heads, num_tokens, head_dim = query.shape
         packed = query.view(len(key), -1, num_tokens, head_dim).transpose(1, 2).contiguous()  # [Hkv, T, G, D]
         sums = _Sums(
             torch.empty(packed.shape, dtype=torch.float32), torch.empty(packed.shape[:-1], dtype=torch.float32)
         )
-        plan: _Plan = step.plan
-        blocks = plan.blocks
+        blocks = self.blocks
         _single_tokens(blocks.single, packed, key, value, scale, sums)
         if blocks.own.batches:
-            sums.set(blocks.own.index, *plan.small(blocks.own, packed, key, value, scale))
+            sums.set(blocks.own.index, *self._small(blocks.own, packed, key, value, scale))
         for block in blocks.large_self:
             sums.set(slice(block.start, block.stop), *_large_self(block, query, packed, key, value, scale))
-        for batch in step.tails:
+        for batch in self.memory.tails:
             sums.set(batch.query_index, *_tail_batch(batch, layer, packed, scale))
         for above in blocks.above:
-            sums.merge(above.index, *plan.small(above, packed, key, value, scale))
-        for level in _levels(blocks.large_cross):
+            sums.merge(above.index, *self._small(above, packed, key, value, scale))
+        for level in self._levels:
             _merge_level(level, partial(_keys_of, blocks.place, layer, key, value), packed, scale, sums)
         return sums.out.permute(1, 0, 2, 3).reshape(num_tokens, num_heads, head_dim).to(query.dtype)
 
+    def finish(self) -> None:
+        self.memory.finish()
 
-class _Plan:
-    """What all layers of a step share: the batches of small blocks, and the biases that hide their padding."""
-
-    def __init__(self, blocks: SmallBlocks) -> None:
-        self.blocks = blocks
-        self._biases: dict[int, Tensor] = {}  # by batch; made in the first layer, which knows the number of heads
-
-    def small(self, group: SmallGroup, packed: Tensor, key: Tensor, value: Tensor, scale: float) -> KeysValues:
+    def _small(self, group: SmallGroup, packed: Tensor, key: Tensor, value: Tensor, scale: float) -> KeysValues:
         """-> (`[Hkv, V, G, D]`, LSE `[Hkv, V, G]`)"""
         queries = packed.index_select(1, group.queries)
         keys, values = key.index_select(1, group.keys), value.index_select(1, group.keys)

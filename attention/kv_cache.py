@@ -1,7 +1,5 @@
-"""Keys and values under a byte budget: one tensor a tree node, one slot a generating row.
-
-A node's keys are stored once, whatever the number of rows below it. A generating row appends its tokens to a
-*tail*, a slot in an arena of fixed capacity, so that one attention call serves all rows of an arena.
+"""Keys and values where calls are dear and tokens few at a time, as on a CPU: one tensor a tree node, one slot of an
+arena a generating row, so that one attention call serves all rows of an arena.
 
 Shapes: `L` layers, `Hkv` key heads, `T` tokens, `D` head width, `B` slots. Knows no tree and no scheduler.
 """
@@ -11,26 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-CPU = torch.device("cpu")
-
-
-class KVMemoryExceeded(Exception):
-    """The budget does not hold the allocation; nothing was allocated."""
-
-
-@dataclass(frozen=True, slots=True)
-class KVShape:
-    """What one token occupies."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-    device: torch.device = CPU
-
-    @property
-    def bytes_per_token(self) -> int:
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+from attention.kv_memory import TAIL_CAPACITIES, KVMemory, KVShape, NodeMemory, Tail, next_capacity
 
 
 class NodeKV:
@@ -62,18 +41,6 @@ class NodeKV:
         return NodeKV(upper.contiguous()), NodeKV(lower.contiguous())
 
 
-TAIL_CAPACITIES = (16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)  # tokens; a full tail moves to the next
-
-
-@dataclass(eq=False, slots=True)
-class Tail:
-    """A generating row's own tokens: where they are and how many."""
-
-    capacity: int
-    slot: int
-    length: int = 0
-
-
 @dataclass(eq=False)
 class TailArena:
     """Slots of equal capacity in one `[L, 2, B, Hkv, capacity, D]`; those in use are kept a prefix."""
@@ -88,75 +55,54 @@ class TailArena:
         return self.tensor.shape[2]
 
 
-class KVCache:
-    """The one owner of KV memory. `allocated_bytes` never exceeds `budget_bytes`."""
+class KVCache(KVMemory):
+    """Node by node and arena by arena."""
 
     def __init__(self, shape: KVShape, budget_bytes: int) -> None:
-        self.shape = shape
-        self.budget_bytes = budget_bytes
-        self.allocated_bytes = 0
+        super().__init__(shape, budget_bytes)
         self.arenas: dict[int, TailArena] = {}
 
-    @property
-    def budget_tokens(self) -> int:
-        """How many tokens the budget holds."""
-        return self.budget_bytes // self.shape.bytes_per_token
-
-    def bytes_for(self, num_tokens: int) -> int:
-        return num_tokens * self.shape.bytes_per_token
-
-    def has_room(self, num_tokens: int) -> bool:
-        return self.allocated_bytes + self.bytes_for(num_tokens) <= self.budget_bytes
-
     def allocate_node(self, num_tokens: int) -> NodeKV:
-        """Uninitialised memory for `num_tokens`. Raises KVMemoryExceeded."""
-        self._charge(self.bytes_for(num_tokens))
+        self.charge(self.bytes_for(num_tokens))
         s = self.shape
         size = (s.num_layers, 2, s.num_kv_heads, num_tokens, s.head_dim)
         return NodeKV(torch.empty(size, dtype=s.dtype, device=s.device))
 
-    def free_node(self, kv: NodeKV) -> None:
+    def free_node(self, kv: NodeMemory) -> None:
         self.allocated_bytes -= kv.num_bytes
 
     def open_tail(self) -> Tail:
-        """An empty tail of the smallest capacity. Raises KVMemoryExceeded."""
         return self._place(Tail(TAIL_CAPACITIES[0], -1))
 
     def grow_tail(self, tail: Tail) -> None:
-        """Make room for one more token, moving a full tail to the next capacity. Raises KVMemoryExceeded."""
         if tail.length < tail.capacity:
             return
         moved = self._place(Tail(next_capacity(tail.capacity), -1, tail.length))
         source, target = self.arenas[tail.capacity], self.arenas[moved.capacity]
-        target.tensor[:, :, moved.slot, :, : tail.length].copy_(source.tensor[:, :, tail.slot, :, : tail.length])
+        target.tensor[:, :, moved.place, :, : tail.length].copy_(source.tensor[:, :, tail.place, :, : tail.length])
         self._vacate(tail)
-        tail.capacity, tail.slot = moved.capacity, moved.slot
-        target.tails[tail.slot] = tail
+        tail.capacity, tail.place = moved.capacity, moved.place
+        target.tails[tail.place] = tail
 
     def close_tail(self, tail: Tail) -> None:
         self._vacate(tail)
 
     def trim(self) -> None:
-        """Give back the slots that arenas keep ready for further rows."""
+        """Slots that arenas keep ready for further rows."""
         for arena in self.arenas.values():
             used = len(arena.tails)
             self.allocated_bytes -= self.bytes_for((arena.num_slots - used) * arena.capacity)
             arena.tensor = arena.tensor[:, :, :used].clone()
 
-    def tail_bytes(self) -> int:
-        """Memory of the arenas: slots in use and slots kept ready."""
-        return sum(self.bytes_for(arena.num_slots * arena.capacity) for arena in self.arenas.values())
-
-    def _charge(self, num_bytes: int) -> None:
-        if self.allocated_bytes + num_bytes > self.budget_bytes:
-            raise KVMemoryExceeded(f"{num_bytes} bytes wanted, {self.budget_bytes - self.allocated_bytes} left")
-        self.allocated_bytes += num_bytes
+    def shrink(self, budget_bytes: int) -> None:
+        self.trim()
+        self.budget_bytes = budget_bytes
 
     def _place(self, tail: Tail) -> Tail:
         arena = self.arenas.get(tail.capacity)
         if arena is None or len(arena.tails) == arena.num_slots:
             arena = self._enlarge(tail.capacity, arena)
-        tail.slot = len(arena.tails)
+        tail.place = len(arena.tails)
         arena.tails.append(tail)
         return tail
 
@@ -166,7 +112,7 @@ class KVCache:
         for num_slots in (max(2 * used, 1), used + 1):
             if self.has_room((num_slots - used) * capacity):
                 break
-        self._charge(self.bytes_for((num_slots - used) * capacity))
+        self.charge(self.bytes_for((num_slots - used) * capacity))
         s = self.shape
         size = (s.num_layers, 2, num_slots, s.num_kv_heads, capacity, s.head_dim)
         tensor = torch.zeros(size, dtype=s.dtype, device=s.device)  # a masked garbage NaN would still poison a sum
@@ -182,14 +128,9 @@ class KVCache:
         arena = self.arenas[tail.capacity]
         last = arena.tails.pop()
         if last is not tail:
-            arena.tensor[:, :, tail.slot, :, : last.length].copy_(arena.tensor[:, :, last.slot, :, : last.length])
-            last.slot = tail.slot
-            arena.tails[tail.slot] = last
+            arena.tensor[:, :, tail.place, :, : last.length].copy_(arena.tensor[:, :, last.place, :, : last.length])
+            last.place = tail.place
+            arena.tails[tail.place] = last
         if not arena.tails:
             self.allocated_bytes -= self.bytes_for(arena.num_slots * arena.capacity)
             del self.arenas[tail.capacity]
-
-
-def next_capacity(capacity: int) -> int:
-    """The capacity a full tail moves to."""
-    return next(larger for larger in TAIL_CAPACITIES if larger > capacity)

@@ -1,11 +1,15 @@
 """The specification: attention with a dense mask, in the obvious way. Slow on purpose; every backend is held to it."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from attention.step import TreeStep, kv_of
+from attention.blocks import StepBlocks
+from attention.kv_cache import KVCache
+from attention.kv_memory import KVMemory, KVShape, Tail
+from attention.step_memory import StepMemory, kv_of
 from attention.tree import Node
 from attention.visibility import block_sequence_ids, visible
 
@@ -23,30 +27,43 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sca
 class ReferenceBackend:
     """One chain at a time: gathers the chain's keys and builds the mask from the rule."""
 
-    def plan(self, step: TreeStep) -> dict[Node, slice]:
-        """Where the step's own nodes lie in its packed tokens."""
-        return {block.node: slice(block.start, block.stop) for block in step.blocks.self_blocks}
+    def new_memory(self, shape: KVShape, budget_bytes: int) -> KVCache:
+        return KVCache(shape, budget_bytes)
 
-    def attend(self, step: TreeStep, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def begin(self, blocks: StepBlocks, tails: Sequence[Tail], memory: KVMemory) -> "_ReferenceStep":
+        return _ReferenceStep(blocks, StepMemory(blocks, tails, memory))
+
+
+class _ReferenceStep:
+    def __init__(self, blocks: StepBlocks, memory: StepMemory) -> None:
+        self.blocks = blocks
+        self.memory = memory
+        self._new = {block.node: slice(block.start, block.stop) for block in blocks.self_blocks}
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """query `[H, T, D]`, key and value `[Hkv, T, D]` -> `[T, H, D]`."""
-        out = torch.empty(query.shape[1], query.shape[0], query.shape[2], dtype=query.dtype)
-        gather = partial(_chain, layer=layer, new=step.plan, key=key, value=value)
-        for block in step.blocks.self_blocks:
+        self.memory.write(layer, key, value)
+        out = query.new_empty(query.shape[1], query.shape[0], query.shape[2])
+        gather = partial(_chain, layer=layer, new=self._new, key=key, value=value)
+        for block in self.blocks.self_blocks:
             keys, values = gather(block.node)
-            mask = visible(block_sequence_ids(block.node.segments()))[block.node.start :]
-            out[block.start : block.stop] = dense_attention(
-                query[:, block.start : block.stop], keys, values, mask, scale
-            )
-        ends = _decode_ends(step)
-        for batch in step.tails:
+            mask = visible(block_sequence_ids(block.node.segments()))[block.node.start :].to(query.device)
+            attended = dense_attention(query[:, block.start : block.stop], keys, values, mask, scale)
+            out[block.start : block.stop] = attended.to(out.dtype)
+        ends = _decode_ends(self.blocks)
+        for batch in self.memory.tails:
             for slot, index in enumerate(batch.query_index.tolist()):
                 keys, values = gather(ends[index])
                 length = int(batch.lengths[slot])
                 keys = torch.cat([keys, batch.keys(layer)[slot, :, :length]], dim=1)
                 values = torch.cat([values, batch.values(layer)[slot, :, :length]], dim=1)
-                mask = torch.ones(1, keys.shape[1], dtype=torch.bool)
-                out[index] = dense_attention(query[:, index : index + 1], keys, values, mask, scale)[0]
+                mask = torch.ones(1, keys.shape[1], dtype=torch.bool, device=query.device)
+                attended = dense_attention(query[:, index : index + 1], keys, values, mask, scale)
+                out[index] = attended[0].to(out.dtype)
         return out
+
+    def finish(self) -> None:
+        self.memory.finish()
 
 
 def _chain(end: Node, *, layer: int, new: dict[Node, slice], key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,11 +74,11 @@ def _chain(end: Node, *, layer: int, new: dict[Node, slice], key: Tensor, value:
     return torch.cat(keys, dim=1), torch.cat(values, dim=1)
 
 
-def _decode_ends(step: TreeStep) -> dict[int, Node]:
+def _decode_ends(blocks: StepBlocks) -> dict[int, Node]:
     """The node each decode query hangs below: the deepest cross block that covers it."""
     deepest: dict[int, tuple[int, Node]] = {}
-    for block in step.blocks.cross_blocks:
-        for index in step.blocks.decode_index:
+    for block in blocks.cross_blocks:
+        for index in blocks.decode_index:
             if block.start <= index < block.stop and block.level >= deepest.get(index, (-1, block.node))[0]:
                 deepest[index] = (block.level, block.node)
     return {index: node for index, (_, node) in deepest.items()}

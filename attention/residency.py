@@ -6,14 +6,14 @@ first to go when memory is short. Knows the tree and the cache; no rows, no sche
 
 from collections import OrderedDict
 
-from attention.kv_cache import KVCache, KVMemoryExceeded, NodeKV
+from attention.kv_memory import KVMemory, KVMemoryExceeded
 from attention.tree import Node, SegmentTree
 
 
 class Residency:
     """Reference counts and eviction. `keep_idle=False` frees a node as soon as its last row leaves (reuse off)."""
 
-    def __init__(self, tree: SegmentTree, cache: KVCache, *, keep_idle: bool = True) -> None:
+    def __init__(self, tree: SegmentTree, cache: KVMemory, *, keep_idle: bool = True) -> None:
         self.tree = tree
         self.cache = cache
         self.keep_idle = keep_idle
@@ -74,7 +74,7 @@ class Residency:
 
     def _free(self, node: Node) -> None:
         self._idle.pop(node, None)
-        if isinstance(node.kv, NodeKV):
+        if node.kv is not None:
             self.cache.free_node(node.kv)
         node.kv = None
         node.is_computed = False

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attention.blocks import CrossBlock, SelfBlock, StepBlocks
-from attention.step import SMALL_TOKENS
+from attention.step_memory import SMALL_TOKENS
 from attention.tree import Node
 
 MAX_GROUP_KEYS = 1 << 14  # gathered at once, for every key head

@@ -1,146 +1,60 @@
-"""One forward pass, as the attention layers see it: where new keys go, and which keys each query reads.
+"""One forward pass, as the attention layers see it: blocks, and a backend at work on them.
 
 A model's attention layer calls `TreeStep.attend` with its packed queries, keys and values. All keys of the layer are
 written before any attention runs, so a step may hold whole chains of segments.
 
-Shapes: `T` packed tokens, `H` query heads, `Hkv` key heads, `D` head width, `B` generating rows, `S` tokens of small
-nodes, `L` layers.
+Shapes: `T` packed tokens, `H` query heads, `Hkv` key heads, `D` head width.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from attention.blocks import SelfBlock, StepBlocks
-from attention.kv_cache import KVCache, KVShape, NodeKV, Tail, TailArena
-from attention.tree import Node
-
-SMALL_TOKENS = 64  # up to here nodes are handled many at a time: calls, not numbers, are what they cost
+from attention.blocks import StepBlocks
+from attention.kv_memory import KVMemory, KVShape, Tail
 
 
-@dataclass(frozen=True, slots=True)
-class TailBatch:
-    """All generating rows of one arena: slot `b` belongs to the query at packed index `query_index[b]`."""
+class StepRun(Protocol):
+    """A backend in the middle of a step."""
 
-    arena: TailArena
-    query_index: Tensor  # [B] int64
-    positions: Tensor  # [B] int64, where the new token goes
-    max_length: int  # longest tail, the new token included
-    is_ragged: bool  # tails differ in length
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """query `[H, T, D]`, key and value `[Hkv, T, D]` of this step's tokens -> `[T, H, D]`.
 
-    @property
-    def lengths(self) -> Tensor:
-        return self.positions + 1
+        Keeps the keys and values of the step's nodes and of its rows' tails.
+        """
+        ...
 
-    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """key, value: `[Hkv, T, D]` of the whole step; only the rows' own tokens are kept."""
-        slots = torch.arange(len(self.query_index), device=key.device)
-        for which, new in ((0, key), (1, value)):
-            self.arena.tensor[layer, which][slots, :, self.positions] = new[:, self.query_index].transpose(0, 1)
-
-    def keys(self, layer: int) -> Tensor:
-        """`[B, Hkv, max_length, D]`"""
-        return self.arena.tensor[layer, 0, : len(self.query_index), :, : self.max_length]
-
-    def values(self, layer: int) -> Tensor:
-        return self.arena.tensor[layer, 1, : len(self.query_index), :, : self.max_length]
-
-
-class StagedKV:
-    """Keys and values of a step's small nodes side by side: one write a layer, and one copy a node when all are in.
-
-    Beside the budget, like activations: at most as many tokens as a step has in small nodes.
-    """
-
-    def __init__(self, blocks: Sequence[SelfBlock], shape: KVShape) -> None:
-        self.blocks = blocks
-        index = [position for block in blocks for position in range(block.start, block.stop)]
-        self._index = torch.tensor(index, device=shape.device)  # [S] packed positions
-        size = (shape.num_layers, 2, shape.num_kv_heads, len(index), shape.head_dim)
-        self._tensor = torch.empty(size, dtype=shape.dtype, device=shape.device)
-
-    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """key, value: `[Hkv, T, D]` of the whole step."""
-        if len(self._index):
-            torch.index_select(key, 1, self._index, out=self._tensor[layer, 0])
-            torch.index_select(value, 1, self._index, out=self._tensor[layer, 1])
-
-    def store(self) -> None:
-        """Give each node its own."""
-        start = 0
-        for block in self.blocks:
-            stop = start + block.stop - block.start
-            kv_of(block.node).tensor.copy_(self._tensor[:, :, :, start:stop])
-            start = stop
+    def finish(self) -> None:
+        """Every layer has attended: the new nodes' keys and values are complete."""
+        ...
 
 
 class Backend(Protocol):
-    """Executes the blocks of a step, layer by layer."""
+    """Executes the blocks of steps, in memory of the kind it needs."""
 
-    def plan(self, step: "TreeStep") -> Any:
-        """What all layers of a step share; made once, before the first."""
+    def new_memory(self, shape: KVShape, budget_bytes: int) -> KVMemory:
+        """What all nodes and tails of its steps are allocated in."""
         ...
 
-    def attend(self, step: "TreeStep", layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """query `[H, T, D]`, key and value `[Hkv, T, D]` of this step -> `[T, H, D]`.
+    def begin(self, blocks: StepBlocks, tails: Sequence[Tail], memory: KVMemory) -> StepRun:
+        """What all layers of a step share; made once, before the first.
 
-        Keys of earlier nodes and of tails are in place; those of this step's own nodes are in `key` and `value`.
+        `tails[i]` is that of the query at `blocks.decode_index[i]`; all tails of the memory are given.
         """
         ...
 
 
-@dataclass(eq=False, slots=True)
 class TreeStep:
-    """Blocks, the memory they refer to, and the backend that runs them. Call `finish` after the last layer."""
+    """A step in the making. Call `finish` after the last layer."""
 
-    blocks: StepBlocks
-    tails: tuple[TailBatch, ...]
-    shape: KVShape
-    backend: Backend
-    large_blocks: tuple[SelfBlock, ...] = field(init=False)
-    staged: StagedKV = field(init=False)
-    plan: Any = field(init=False)  # the backend's own
-
-    def __post_init__(self) -> None:
-        own = self.blocks.self_blocks
-        self.large_blocks = tuple(block for block in own if len(block.node) > SMALL_TOKENS)
-        self.staged = StagedKV([block for block in own if len(block.node) <= SMALL_TOKENS], self.shape)
-        self.plan = self.backend.plan(self)
+    def __init__(self, blocks: StepBlocks, tails: Sequence[Tail], memory: KVMemory, backend: Backend) -> None:
+        self.blocks = blocks
+        self._run = backend.begin(blocks, tails, memory)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """query `[1, H, T, D]`, key and value `[1, Hkv, T, D]` -> `[1, T, H, D]`."""
-        self._write(layer, key[0], value[0])
-        return self.backend.attend(self, layer, query[0], key[0], value[0], scale).unsqueeze(0)
+        return self._run.attend(layer, query[0], key[0], value[0], scale).unsqueeze(0)
 
     def finish(self) -> None:
-        """Every layer has attended: the new nodes' keys and values are complete."""
-        self.staged.store()
-
-    def _write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        for block in self.large_blocks:
-            kv_of(block.node).write(layer, key[:, block.start : block.stop], value[:, block.start : block.stop])
-        self.staged.write(layer, key, value)
-        for batch in self.tails:
-            batch.write(layer, key, value)
-
-
-def kv_of(node: Node) -> NodeKV:
-    """The node's memory. Raises ValueError if it was never allocated."""
-    if not isinstance(node.kv, NodeKV):
-        raise ValueError(f"a node of {len(node)} tokens at position {node.start} has no KV memory")
-    return node.kv
-
-
-def tail_batches(cache: KVCache, tails: Sequence[Tail], decode_index: Sequence[int]) -> tuple[TailBatch, ...]:
-    """One batch an arena. `tails[i]` belongs to the query at `decode_index[i]`; all tails of the cache are given."""
-    index_of = {id(tail): index for tail, index in zip(tails, decode_index, strict=True)}
-    batches = []
-    for arena in cache.arenas.values():
-        query_index = torch.tensor([index_of[id(tail)] for tail in arena.tails], device=arena.tensor.device)
-        lengths = [tail.length for tail in arena.tails]
-        positions = torch.tensor(lengths, device=arena.tensor.device)
-        batches.append(TailBatch(arena, query_index, positions, max(lengths) + 1, min(lengths) != max(lengths)))
-    return tuple(batches)
+        self._run.finish()

@@ -18,7 +18,10 @@ KEY_BYTES = 16
 
 
 class SplittableKV(Protocol):
-    """What a node needs of its keys and values: to be cut in two at a token."""
+    """What a node needs of its keys and values: to be cut in two at a token, and counted."""
+
+    @property
+    def num_bytes(self) -> int: ...
 
     def split(self, num_tokens: int) -> tuple[Self, Self]: ...
 

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from attention.blocks import DecodeQuery, blocks_of
 from attention.cpu import CpuBackend, flash
-from attention.kv_cache import KVCache, KVShape
+from attention.kv_memory import KVShape
 from attention.merge import merge_part_
 from attention.reference import ReferenceBackend, dense_attention
 from attention.residency import Residency
 from attention.segments import Segment, canonical_segments
-from attention.step import TreeStep, tail_batches
+from attention.step import TreeStep
 from attention.tree import SegmentTree
 from attention.visibility import block_sequence_ids, visible
 
@@ -30,7 +30,7 @@ class Harness:
     def __init__(self, backend, rows, num_generated):
         self.rows, self.num_generated = rows, num_generated
         self.tree = SegmentTree()
-        self.cache = KVCache(SHAPE, 1 << 30)
+        self.cache = backend.new_memory(SHAPE, 1 << 22)
         self.residency = Residency(self.tree, self.cache)
         self.backend = backend
         self.ends = [self.tree.insert(row) for row in rows]
@@ -49,7 +49,7 @@ class Harness:
         for node in nodes:
             self.node_qkv[node] = self.random_qkv(len(node))
         packed = [torch.cat([self.node_qkv[b.node][i] for b in blocks.self_blocks], dim=1)[None] for i in range(3)]
-        step = TreeStep(blocks, (), SHAPE, self.backend)
+        step = TreeStep(blocks, (), self.cache, self.backend)
         out = step.attend(0, packed[0], packed[1], packed[2], SCALE)[0]
         step.finish()
         for node in nodes:
@@ -65,7 +65,7 @@ class Harness:
         order = sorted(range(len(queries)), key=lambda i: blocks.decode_index[i])
         qkv = [self.random_qkv(1) for _ in queries]
         packed = [torch.cat([qkv[i][part] for i in order], dim=1)[None] for part in range(3)]
-        step = TreeStep(blocks, tail_batches(self.cache, tails, blocks.decode_index), SHAPE, self.backend)
+        step = TreeStep(blocks, tails, self.cache, self.backend)
         out = step.attend(0, packed[0], packed[1], packed[2], SCALE)[0]
         for i, tail in enumerate(tails):
             tail.length += 1
@@ -146,7 +146,7 @@ def _prefeed(harness, tail, fed, count):
         harness.cache.grow_tail(tail)
         q, k, v = harness.random_qkv(1)
         arena = harness.cache.arenas[tail.capacity].tensor
-        arena[0, 0, tail.slot, :, tail.length], arena[0, 1, tail.slot, :, tail.length] = k[:, 0], v[:, 0]
+        arena[0, 0, tail.place, :, tail.length], arena[0, 1, tail.place, :, tail.length] = k[:, 0], v[:, 0]
         tail.length += 1
         fed.append([q, k, v])
 

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from attention.blocks import DecodeQuery, StepBlocks, blocks_of
 from attention.cpu import CpuBackend
-from attention.kv_cache import KVCache
 from attention.reference import ReferenceBackend
 from attention.segments import canonical_segments
-from attention.step import Backend, TreeStep, tail_batches
+from attention.step import Backend, TreeStep
 from attention.tree import SegmentTree
 from workers.coalescing import RequestCoalescer
 from workers.generate import Finisher
@@ -59,8 +58,8 @@ class EngineCore:
         self.max_model_len = min(self.config.max_model_len or model.max_model_len, model.max_model_len)
         self.tree = SegmentTree()
         kv_bytes = self.config.kv_cache_memory_bytes or self._measured_kv_bytes()
-        self.cache = KVCache(model.kv_shape, kv_bytes)
         self.backend = BACKENDS[self.config.backend]()
+        self.cache = self.backend.new_memory(model.kv_shape, kv_bytes)
         self.scheduler = Scheduler(
             self.tree,
             self.cache,
@@ -164,8 +163,7 @@ class EngineCore:
         hidden = torch.empty(0)
         if blocks.num_tokens:
             tails = [sample.tail for sample in plan.decoding if sample.tail is not None]
-            batches = tail_batches(self.cache, tails, blocks.decode_index)
-            hidden = self.model.forward(TreeStep(blocks, batches, self.cache.shape, self.backend))
+            hidden = self.model.forward(TreeStep(blocks, tails, self.cache, self.backend))
             _keep_node_ends(blocks, hidden)
             for tail in tails:
                 tail.length += 1

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from attention.blocks import blocks_of
 from attention.cpu import CpuBackend
-from attention.kv_cache import KVCache, KVShape
+from attention.kv_memory import KVShape
 from attention.residency import Residency
 from attention.segments import Segment
 from attention.step import TreeStep
@@ -235,6 +235,8 @@ def chain_logits(loaded: TreeModel, segments: list[Segment]) -> Tensor:
     """`[V]` after one chain of segments, in one pass with a cache of its own; the engine does it for many rows."""
     tree = SegmentTree()
     end = tree.insert(segments)
-    Residency(tree, KVCache(loaded.kv_shape, loaded.kv_shape.bytes_per_token * end.stop)).acquire(end)
-    step = TreeStep(blocks_of(end.path(), []), (), loaded.kv_shape, CpuBackend())
+    backend = CpuBackend()
+    memory = backend.new_memory(loaded.kv_shape, loaded.kv_shape.bytes_per_token * end.stop)
+    Residency(tree, memory).acquire(end)
+    step = TreeStep(blocks_of(end.path(), []), (), memory, backend)
     return loaded.logits(loaded.forward(step)[-1:])[0]

@@ -13,7 +13,7 @@ from workers.row_errors import RowError
 from workers.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from attention.kv_cache import Tail  # it imports torch, which planning does not need
+    from attention.kv_memory import Tail  # it imports torch, which planning does not need
 
 FinishReason = Literal["stop", "length", "error"]
 

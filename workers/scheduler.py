@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from attention.kv_cache import TAIL_CAPACITIES, KVCache, KVMemoryExceeded, next_capacity
+from attention.kv_memory import TAIL_CAPACITIES, KVMemory, KVMemoryExceeded, next_capacity
 from attention.residency import Residency
 from attention.segments import Segment
 from attention.tree import Node, SegmentTree
@@ -51,7 +51,7 @@ class Scheduler:
     """Queues of rows over one tree. `max_num_batched_tokens` bounds a step, save for a longer atomic segment."""
 
     def __init__(
-        self, tree: SegmentTree, cache: KVCache, *, max_num_seqs: int, max_num_batched_tokens: int, keep_idle: bool
+        self, tree: SegmentTree, cache: KVMemory, *, max_num_seqs: int, max_num_batched_tokens: int, keep_idle: bool
     ) -> None:
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(

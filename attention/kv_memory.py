@@ -1,0 +1,110 @@
+"""What rows and nodes need of the memory for keys and values, whatever it is made of: a budget, and who takes of it.
+
+A node's keys are stored once, whatever the number of rows below it. A generating row appends its tokens to a *tail*
+that moves to a larger place when it is full. Knows no tensor's layout, no tree and no scheduler.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import torch
+
+CPU = torch.device("cpu")
+TAIL_CAPACITIES = (16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)  # tokens; a full tail moves to the next
+
+
+class KVMemoryExceeded(Exception):
+    """The budget does not hold the allocation; nothing was allocated."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVShape:
+    """What one token occupies."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device = CPU
+
+    @property
+    def bytes_per_token(self) -> int:
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+
+class NodeMemory(Protocol):
+    """Keys and values of a node's consecutive tokens."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def split(self, num_tokens: int) -> tuple[Self, Self]: ...
+
+
+@dataclass(eq=False, slots=True)
+class Tail:
+    """A generating row's own tokens: where they are and how many."""
+
+    capacity: int
+    place: int  # a slot of an arena, or the first token in a pool
+    length: int = 0
+
+
+class KVMemory(ABC):
+    """The one owner of KV memory. `allocated_bytes` never exceeds `budget_bytes`."""
+
+    def __init__(self, shape: KVShape, budget_bytes: int) -> None:
+        self.shape = shape
+        self.budget_bytes = budget_bytes
+        self.allocated_bytes = 0
+
+    @property
+    def budget_tokens(self) -> int:
+        """How many tokens the budget holds."""
+        return self.budget_bytes // self.shape.bytes_per_token
+
+    def bytes_for(self, num_tokens: int) -> int:
+        return num_tokens * self.shape.bytes_per_token
+
+    def has_room(self, num_tokens: int) -> bool:
+        return self.allocated_bytes + self.bytes_for(num_tokens) <= self.budget_bytes
+
+    @abstractmethod
+    def allocate_node(self, num_tokens: int) -> NodeMemory:
+        """Uninitialised memory for `num_tokens`. Raises KVMemoryExceeded."""
+
+    @abstractmethod
+    def free_node(self, kv: NodeMemory) -> None:
+        """Give back what `allocate_node` gave, or one of the parts it was split into."""
+
+    @abstractmethod
+    def open_tail(self) -> Tail:
+        """An empty tail of the smallest capacity. Raises KVMemoryExceeded."""
+
+    @abstractmethod
+    def grow_tail(self, tail: Tail) -> None:
+        """Make room for one more token, moving a full tail to the next capacity. Raises KVMemoryExceeded."""
+
+    @abstractmethod
+    def close_tail(self, tail: Tail) -> None:
+        """Give back a tail's memory."""
+
+    @abstractmethod
+    def trim(self) -> None:
+        """Give back what is kept ready for further rows."""
+
+    @abstractmethod
+    def shrink(self, budget_bytes: int) -> None:
+        """Have a smaller budget from now on; what is allocated must fit into it."""
+
+    def charge(self, num_bytes: int) -> None:
+        """Count an allocation. Raises KVMemoryExceeded."""
+        if self.allocated_bytes + num_bytes > self.budget_bytes:
+            raise KVMemoryExceeded(f"{num_bytes} bytes wanted, {self.budget_bytes - self.allocated_bytes} left")
+        self.allocated_bytes += num_bytes
+
+
+def next_capacity(capacity: int) -> int:
+    """The capacity a full tail moves to."""
+    return next(larger for larger in TAIL_CAPACITIES if larger > capacity)
