@@ -24,8 +24,8 @@ from pipeline.summary import is_over_limit
 from pipeline.training_data import Holdout, TrainingData, load_training_data
 from workers.adapter_record import RECORD, AdapterRecord
 from workers.checkpoints import Checkpoints, sync
+from workers.devices import DTYPES
 from workers.memory import keep_freed_memory
-from workers.model import DTYPES
 from workers.ranks import Ranks
 from workers.train import EvaluationReport, StepReport, Trainer
 from workers.training_batches import num_steps

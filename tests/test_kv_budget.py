@@ -11,7 +11,7 @@ from attention.segments import Segment
 from pipeline.config import WorkersConfig
 from pipeline.job import prepare
 from pipeline.pool import workers_a_node
-from workers import engine_core, memory
+from workers import devices, memory
 from workers.engine import Engine, EngineConfig
 from workers.row_errors import RowErrorCode
 from workers.sampling import SamplingParams
@@ -56,7 +56,7 @@ def test_a_group_over_its_limit_leaves_nothing(tmp_path: Path, monkeypatch):
 
 def test_engine_takes_its_share_of_what_is_free_and_refuses_a_row_that_needs_more(monkeypatch):
     model = tiny_tree_model()
-    monkeypatch.setattr(engine_core, "free_memory_bytes", lambda: 200 * model.kv_shape.bytes_per_token)
+    monkeypatch.setattr(devices, "free_memory_bytes", lambda: 200 * model.kv_shape.bytes_per_token)
     monkeypatch.setattr(engine_core, "ENOUGH_KV_BYTES", 50 * model.kv_shape.bytes_per_token)
     engine = Engine(model, EngineConfig(mask="causal", kv_memory_share=0.25))
     assert engine.cache.budget_tokens == 50
@@ -74,9 +74,9 @@ def test_engine_takes_its_share_of_what_is_free_and_refuses_a_row_that_needs_mor
 def test_engine_does_not_start_where_ordinary_rows_would_find_no_memory(monkeypatch):
     model = tiny_tree_model()
     row = model.max_model_len * model.kv_shape.bytes_per_token
-    monkeypatch.setattr(engine_core, "free_memory_bytes", lambda: 4 * row)
+    monkeypatch.setattr(devices, "free_memory_bytes", lambda: 4 * row)
     assert Engine(model, EngineConfig(kv_memory_share=0.25)).cache.budget_bytes == row
-    monkeypatch.setattr(engine_core, "free_memory_bytes", lambda: 4 * row - 4)
+    monkeypatch.setattr(devices, "free_memory_bytes", lambda: 4 * row - 4)
     with pytest.raises(MemoryError, match=rf"{row - 1:,} bytes .* wanted {row:,}; .* workers.kv_cache_memory_bytes"):
         Engine(model, EngineConfig(kv_memory_share=0.25))
 

@@ -7,21 +7,26 @@ import torch
 from chains import chains
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from varlen_emulation import emulated_kernel
 
 from attention.blocks import DecodeQuery, blocks_of
 from attention.cpu import CpuBackend, flash
 from attention.kv_memory import KVShape
+from attention.kv_pool import KVPool
 from attention.merge import merge_part_
 from attention.reference import ReferenceBackend, dense_attention
 from attention.residency import Residency
 from attention.segments import Segment, canonical_segments
 from attention.step import TreeStep
 from attention.tree import SegmentTree
+from attention.varlen import VarlenBackend
 from attention.visibility import block_sequence_ids, visible
 
 H, HKV, D, SCALE = 4, 2, 8, 0.37
 SHAPE = KVShape(1, HKV, D, torch.float32)
 TOLERANCE = 1e-5
+BACKENDS = [CpuBackend(), ReferenceBackend(), VarlenBackend(emulated_kernel)]
+NAMES = ["cpu", "reference", "varlen"]
 
 
 class Harness:
@@ -91,10 +96,26 @@ class Harness:
         return dense_attention(q, k, v, mask, SCALE).float()
 
 
-@pytest.mark.parametrize("backend", [CpuBackend(), ReferenceBackend()], ids=["cpu", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS, ids=NAMES)
 @given(rows=chains(max_rows=6), cut=st.integers(0, 8), tails=st.lists(st.integers(0, 40), min_size=6, max_size=6))
 @settings(deadline=None, max_examples=60)
 def test_tree_attention_on_random_trees_equals_dense_reference(backend, rows, cut, tails):
+    check_tree(backend, rows, cut, tails)
+
+
+def check_random_trees(backend):
+    """For tests of what a backend must not do."""
+
+    @given(rows=chains(max_rows=6), cut=st.integers(0, 8), tails=st.lists(st.integers(0, 40), min_size=6, max_size=6))
+    @settings(deadline=None, max_examples=30, derandomize=True, database=None)
+    def check(rows, cut, tails):
+        check_tree(backend, rows, cut, tails)
+
+    check()
+
+
+def check_tree(backend, rows, cut, tails):
+    """A prefill in two steps, then three steps of decoding."""
     harness = Harness(backend, rows, 0)
     nodes = list(harness.tree)
     outputs = {}
@@ -114,7 +135,7 @@ def test_tree_attention_on_random_trees_equals_dense_reference(backend, rows, cu
 LONG, SHORT = 80, 50  # more and fewer tokens than a node that is batched with others may have
 
 
-@pytest.mark.parametrize("backend", [CpuBackend(), ReferenceBackend()], ids=["cpu", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS, ids=NAMES)
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_tree_attention_of_long_nodes_deep_trees_and_many_queries_equals_dense_reference(backend, bidirectional):
     """Nodes that are batched and nodes that are not, under each other; a lineage too long to be gathered as one."""
@@ -145,8 +166,12 @@ def _prefeed(harness, tail, fed, count):
     for _ in range(count):
         harness.cache.grow_tail(tail)
         q, k, v = harness.random_qkv(1)
-        arena = harness.cache.arenas[tail.capacity].tensor
-        arena[0, 0, tail.place, :, tail.length], arena[0, 1, tail.place, :, tail.length] = k[:, 0], v[:, 0]
+        if isinstance(harness.cache, KVPool):
+            place = tail.place + tail.length
+            harness.cache.tensors[0][0, place], harness.cache.tensors[0][1, place] = k[:, 0], v[:, 0]
+        else:
+            arena = harness.cache.arenas[tail.capacity].tensor
+            arena[0, 0, tail.place, :, tail.length], arena[0, 1, tail.place, :, tail.length] = k[:, 0], v[:, 0]
         tail.length += 1
         fed.append([q, k, v])
 

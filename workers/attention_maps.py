@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attention.segments import Segment, canonical_segments
 from attention.visibility import block_sequence_ids, visible
-from workers.model import checked_config, load_weights, merge_adapter, resolve_dtype
+from workers.model import checked_config, load_weights, merge_adapter
 from workers.model_source import locate, safetensors_directory
 
 MAX_TOKENS = 1024  # the weights of all layers and heads are held at once: a gigabyte for SmolLM2-135M
@@ -23,7 +23,7 @@ def load_for_maps(source: str, *, adapter: str | None = None, revision: str | No
     """The transformers model, in fp32. Raises ModelRefused."""
     directory = safetensors_directory(locate(source, revision))
     config, _ = checked_config(directory)
-    model = load_weights(directory, config, resolve_dtype("float32"))
+    model = load_weights(directory, config, torch.float32)
     return (merge_adapter(model, adapter) if adapter else model).eval()
 
 

@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 
 from attention.blocks import DecodeQuery, StepBlocks, blocks_of
-from attention.cpu import CpuBackend
-from attention.reference import ReferenceBackend
 from attention.segments import canonical_segments
-from attention.step import Backend, TreeStep
+from attention.step import TreeStep
 from attention.tree import SegmentTree
 from workers.coalescing import RequestCoalescer
+from workers.devices import BackendName, kv_memory_bytes, make_backend
 from workers.generate import Finisher
-from workers.memory import KV_SHARE, free_memory_bytes
 from workers.model import TreeModel
 from workers.request import GenerationRequest, Request, RequestOutput, Sample, Score, ScoringRequest
 from workers.row_errors import RowError, RowErrorCode
@@ -30,8 +28,9 @@ from workers.score import TokenScore, collect, score_step
 from workers.stats import EngineStats
 
 ENOUGH_KV_BYTES = 1 << 30  # however long the model's context is
+SHRUNK_SHARE = 0.75  # of its KV memory, what an engine keeps if its steps do not fit beside it
+LEAST_KV_SHARE = 0.1
 SCORING = SamplingParams(max_tokens=1)  # of rows that draw nothing
-BACKENDS: dict[str, type[Backend]] = {"cpu": CpuBackend, "reference": ReferenceBackend}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +43,17 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     kv_cache_memory_bytes: int | None = None  # None: a share of what is free once the model is loaded
-    kv_memory_share: float = KV_SHARE
+    kv_memory_share: float | None = None  # see workers.devices.kv_memory_bytes
     enable_prefix_caching: bool = True
-    backend: Literal["cpu", "reference"] = "cpu"
+    backend: BackendName = "auto"
+
+
+class _ForwardOutOfMemory(Exception):
+    """A step of so many tokens found no memory."""
+
+    def __init__(self, num_tokens: int, message: str) -> None:
+        super().__init__(message)
+        self.num_tokens = num_tokens
 
 
 class EngineCore:
@@ -58,8 +65,9 @@ class EngineCore:
         self.max_model_len = min(self.config.max_model_len or model.max_model_len, model.max_model_len)
         self.tree = SegmentTree()
         kv_bytes = self.config.kv_cache_memory_bytes or self._measured_kv_bytes()
-        self.backend = BACKENDS[self.config.backend]()
+        self.backend = make_backend(self.config.backend, model.kv_shape, model.layer_devices)
         self.cache = self.backend.new_memory(model.kv_shape, kv_bytes)
+        self._least_kv_bytes = int(kv_bytes * LEAST_KV_SHARE)
         self.scheduler = Scheduler(
             self.tree,
             self.cache,
@@ -75,12 +83,12 @@ class EngineCore:
 
     def _measured_kv_bytes(self) -> int:
         """A share of what is free now. Raises MemoryError if rows would fail for it that are nothing special."""
-        share = int(self.config.kv_memory_share * free_memory_bytes())
+        share, explained = kv_memory_bytes(self.model.kv_shape.device, self.config.kv_memory_share)
         wanted = min(self.max_model_len * self.model.kv_shape.bytes_per_token, ENOUGH_KV_BYTES)
         if share < wanted:
             raise MemoryError(
-                f"{share:,} bytes of memory are there for keys and values ({self.config.kv_memory_share:.0%} of what "
-                f"is free), wanted {wanted:,}; free some, or say workers.kv_cache_memory_bytes"
+                f"{share:,} bytes of memory are there for keys and values ({explained}), wanted {wanted:,}; "
+                "free some, or say workers.kv_cache_memory_bytes"
             )
         return share
 
@@ -143,10 +151,14 @@ class EngineCore:
         plan = self.scheduler.plan_step()
         done += self._take_failed()
         if not plan.is_empty:
-            decode_hidden, last_scores = self._compute(plan)
-            done += self._score(plan, last_scores)
-            done += self._draw(plan, decode_hidden)
-            self._count(plan)
+            try:
+                decode_hidden, last_scores = self._compute(plan)
+            except _ForwardOutOfMemory as error:
+                self._make_smaller(error)  # what was planned is planned again
+            else:
+                done += self._score(plan, last_scores)
+                done += self._draw(plan, decode_hidden)
+                self._count(plan)
         done = list(self._coalescer.answers(done))
         self.stats.num_errors += sum(output.error is not None for output in done)
         self.stats.num_finished_rows += len(done)
@@ -163,14 +175,38 @@ class EngineCore:
         hidden = torch.empty(0)
         if blocks.num_tokens:
             tails = [sample.tail for sample in plan.decoding if sample.tail is not None]
-            hidden = self.model.forward(TreeStep(blocks, tails, self.cache, self.backend))
+            hidden = self._forward(TreeStep(blocks, tails, self.cache, self.backend))
             _keep_node_ends(blocks, hidden)
             for tail in tails:
                 tail.length += 1
         ends = [(prefill.end, _continuation(prefill.request)[-1]) for prefill in plan.scored]
         scores, num_states = score_step(blocks.self_blocks, ends, hidden, self.model.logits, self.model.vocab_size)
         self.stats.num_scored_positions += num_states
-        return (hidden[list(blocks.decode_index)] if decode else hidden[:0]), scores
+        return (hidden[torch.tensor(blocks.decode_index, device=hidden.device)] if decode else hidden[:0]), scores
+
+    def _forward(self, step: TreeStep) -> Tensor:
+        """Raises _ForwardOutOfMemory: then nothing is computed, and nothing is lost."""
+        try:
+            return self.model.forward(step)
+        except torch.OutOfMemoryError as error:
+            raise _ForwardOutOfMemory(step.blocks.num_tokens, str(error)) from None
+
+    def _make_smaller(self, error: "_ForwardOutOfMemory") -> None:
+        """After a step for which the device had no memory: smaller steps, and if they cannot be, less KV memory.
+
+        Raises torch.OutOfMemoryError if that does not help either.
+        """
+        if self.model.kv_shape.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.stats.num_shrunk_steps += 1
+        scheduler = self.scheduler
+        smaller = max(error.num_tokens // 2, scheduler.max_num_seqs)
+        if smaller < min(error.num_tokens, scheduler.max_num_batched_tokens):
+            scheduler.max_num_batched_tokens = smaller
+            return
+        budget = int(self.cache.budget_bytes * SHRUNK_SHARE)
+        if budget < self._least_kv_bytes or not scheduler.shrink_memory(budget):
+            raise torch.OutOfMemoryError(f"a step of {error.num_tokens} tokens does not fit: {error}")
 
     def _score(self, plan: StepPlan, last_scores: Sequence[TokenScore]) -> list[RequestOutput]:
         """Finish the scoring rows whose last fed token is computed."""
@@ -258,9 +294,11 @@ def _tail_length(sample: Sample) -> int:
 
 
 def _keep_node_ends(blocks: StepBlocks, hidden: Tensor) -> None:
-    for block in blocks.self_blocks:
+    """Copies, so that the step's other hidden states are freed."""
+    ends = torch.tensor([block.stop - 1 for block in blocks.self_blocks], dtype=torch.long, device=hidden.device)
+    for block, end in zip(blocks.self_blocks, hidden[ends].unbind(), strict=True):
         block.node.is_computed = True
-        block.node.last_hidden = hidden[block.stop - 1].clone()
+        block.node.last_hidden = end
 
 
 def last_hidden(prefill: Prefill) -> Tensor:

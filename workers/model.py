@@ -15,17 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from attention.blocks import blocks_of
-from attention.cpu import CpuBackend
 from attention.kv_memory import KVShape
 from attention.residency import Residency
 from attention.segments import Segment
 from attention.step import TreeStep
 from attention.tree import SegmentTree
 from workers import support
+from workers.devices import make_backend, resolve_device, resolve_dtype
 from workers.model_source import ModelRefused, locate, safetensors_directory
 
 ATTENTION_NAME = "segue_tree"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}  # of the logits' norm
 
 
@@ -56,18 +55,6 @@ def check_attention_call(module: nn.Module, attention_mask: Tensor | None, kwarg
             raise ModelRefused(f"{type(module).__name__} uses {name!r}, which the tree cannot merge")
 
 
-def resolve_dtype(dtype: str) -> torch.dtype:
-    """`auto` is bf16 where the hardware computes it, else fp32; fp16 never on a CPU. Raises ModelRefused."""
-    if dtype == "auto":
-        has_bf16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return torch.bfloat16 if has_bf16 else torch.float32
-    if dtype not in DTYPES:
-        raise ModelRefused(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
-    if dtype == "float16" and not torch.cuda.is_available():
-        raise ModelRefused("dtype float16 is slow and unsafe on a CPU; use bfloat16 or float32")
-    return DTYPES[dtype]
-
-
 @dataclass(eq=False)
 class TreeModel:
     """A loaded model, its tokenizer, and what the engine must know of it."""
@@ -77,6 +64,12 @@ class TreeModel:
     kv_shape: KVShape
     max_model_len: int
     eos_token_ids: frozenset[int]
+
+    @property
+    def layer_devices(self) -> list[torch.device]:
+        """Where each layer's attention runs: one device, unless a model is larger than that."""
+        layers = self.model.get_decoder().layers
+        return [next(layer.parameters()).device for layer in layers]
 
     @property
     def vocab_size(self) -> int:
@@ -102,15 +95,23 @@ class TreeModel:
 
 
 def load_model(
-    source: str, *, dtype: str = "auto", adapter: str | None = None, revision: str | None = None
+    source: str,
+    *,
+    dtype: str = "auto",
+    adapter: str | None = None,
+    revision: str | None = None,
+    device: str = "auto",
 ) -> TreeModel:
     """Load, check and probe. Raises ModelRefused with the reason."""
     directory = safetensors_directory(locate(source, revision))
-    torch_dtype = resolve_dtype(dtype)
+    torch_device = resolve_device(device)
+    torch_dtype = resolve_dtype(dtype, torch_device)
     config, tokenizer = checked_config(directory)
     # An adapter is merged in fp32 and rounded once.
     model = load_weights(directory, config, torch.float32 if adapter else torch_dtype)
-    return tree_model(merge_adapter(model, adapter).to(torch_dtype) if adapter else model, tokenizer)
+    if adapter:
+        model = merge_adapter(model, adapter).to(torch_dtype)
+    return tree_model(model.to(torch_device), tokenizer)
 
 
 def vocabulary_logits(model: Any, hidden: Tensor) -> Tensor:
@@ -235,7 +236,7 @@ def chain_logits(loaded: TreeModel, segments: list[Segment]) -> Tensor:
     """`[V]` after one chain of segments, in one pass with a cache of its own; the engine does it for many rows."""
     tree = SegmentTree()
     end = tree.insert(segments)
-    backend = CpuBackend()
+    backend = make_backend("auto", loaded.kv_shape, loaded.layer_devices)
     memory = backend.new_memory(loaded.kv_shape, loaded.kv_shape.bytes_per_token * end.stop)
     Residency(tree, memory).acquire(end)
     step = TreeStep(blocks_of(end.path(), []), (), memory, backend)

@@ -75,11 +75,11 @@ def _adjust_row_(logits: Tensor, sample: Sample, eos_token_ids: frozenset[int]) 
     """logits `[V]`, changed in place, in vLLM's order: repetition, frequency, presence, then forbidden tokens."""
     p = sample.request.params
     if p.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted({*sample.request.prompt_token_ids, *sample.token_ids}))
+        seen = torch.tensor(sorted({*sample.request.prompt_token_ids, *sample.token_ids}), device=logits.device)
         scores = logits[seen]
         logits[seen] = torch.where(scores > 0, scores / p.repetition_penalty, scores * p.repetition_penalty)
     if sample.token_ids and (p.frequency_penalty or p.presence_penalty):
-        generated, counts = torch.tensor(sample.token_ids).unique(return_counts=True)
+        generated, counts = torch.tensor(sample.token_ids, device=logits.device).unique(return_counts=True)
         logits[generated] -= p.frequency_penalty * counts + p.presence_penalty
     forbidden = set(eos_token_ids) if p.ignore_eos else set()
     if len(sample.token_ids) < p.min_tokens:
@@ -91,11 +91,12 @@ def _adjust_row_(logits: Tensor, sample: Sample, eos_token_ids: frozenset[int]) 
 def _draw_random(logits: Tensor, samples: Sequence[Sample], seed: int) -> list[int]:
     """Inverse transform sampling over the kept tokens, most likely first."""
     params = [sample.request.params for sample in samples]
-    temperature = torch.tensor([p.temperature for p in params])[:, None]
+    temperature = torch.tensor([p.temperature for p in params], device=logits.device)[:, None]
     sorted_logits, order = (logits / temperature).sort(dim=-1, descending=True, stable=True)
     probs = _keep_top(sorted_logits, params)
     cumulative = probs.double().cumsum(dim=-1)
-    uniforms = torch.tensor([_uniform_of(sample, seed) for sample in samples], dtype=torch.float64)[:, None]
+    numbers = [_uniform_of(sample, seed) for sample in samples]
+    uniforms = torch.tensor(numbers, dtype=torch.float64, device=logits.device)[:, None]
     rank = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True)
     rank = rank.minimum((probs > 0).sum(dim=-1, keepdim=True) - 1)  # rounding may point past the last kept token
     return order.gather(-1, rank)[:, 0].tolist()
@@ -103,14 +104,14 @@ def _draw_random(logits: Tensor, samples: Sequence[Sample], seed: int) -> list[i
 
 def _keep_top(sorted_logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """Probabilities `[B, V]` with everything outside top_k, top_p and min_p set to zero, each over the one before."""
-    size = sorted_logits.shape[-1]
-    top_k = torch.tensor([p.top_k if p.top_k > 0 else size for p in params])[:, None]
-    sorted_logits = sorted_logits.masked_fill(torch.arange(size) >= top_k, -torch.inf)
+    size, device = sorted_logits.shape[-1], sorted_logits.device
+    top_k = torch.tensor([p.top_k if p.top_k > 0 else size for p in params], device=device)[:, None]
+    sorted_logits = sorted_logits.masked_fill(torch.arange(size, device=device) >= top_k, -torch.inf)
     probs = sorted_logits.softmax(dim=-1)
-    top_p = torch.tensor([p.top_p for p in params])[:, None]
+    top_p = torch.tensor([p.top_p for p in params], device=device)[:, None]
     before = probs.cumsum(dim=-1) - probs
     probs = probs.masked_fill((before >= top_p) & (top_p < 1.0), 0.0)
-    min_p = torch.tensor([p.min_p for p in params])[:, None]
+    min_p = torch.tensor([p.min_p for p in params], device=device)[:, None]
     return probs.masked_fill(probs < min_p * probs[:, :1], 0.0)
 
 

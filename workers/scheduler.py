@@ -226,6 +226,20 @@ class Scheduler:
         if not self.num_active:
             self._fail(self._take_waiting(sample))
 
+    def shrink_memory(self, budget_bytes: int) -> bool:
+        """Have less KV memory from now on; the latest rows give way. False if it cannot be less."""
+        before = self.cache.budget_bytes
+        self.cache.trim()
+        self.cache.budget_bytes = budget_bytes
+        while not self.residency.make_room(0):
+            held = [*self.running, *(s for p in self.prefilling for s in p.samples)]
+            if len(held) < 2:
+                self.cache.budget_bytes = before
+                return False
+            self._preempt(max(held, key=_age))
+        self.cache.shrink(budget_bytes)
+        return True
+
     def _preempt(self, sample: Sample) -> None:
         for prefill in [p for p in self.prefilling if sample in p.samples]:
             self.prefilling.remove(prefill)

@@ -100,7 +100,7 @@ class _Positions:
             return []
         states = [_last_hidden(node)[None] for node in self._ends]
         if self._packed:
-            states.append(hidden[self._packed])
+            states.append(hidden[torch.tensor(self._packed, device=hidden.device)])
         rows = [row if row >= 0 else len(self._ends) + ~row for row in self._rows]
         logprobs, is_greedy = score_tokens(
             torch.cat(states),

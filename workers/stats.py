@@ -17,4 +17,5 @@ class EngineStats:
     num_finished_tokens: int = 0  # prompt tokens of finished rows, as requested
     num_errors: int = 0
     num_preemptions: int = 0
+    num_shrunk_steps: int = 0  # tried again smaller, since the device had no memory for them
     max_kv_bytes: int = 0

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attention.visibility import block_sequence_ids, visible
+from workers.devices import resolve_device
 from workers.model import (
     PROBE_TOLERANCE,
     check_attention_call,
@@ -100,12 +101,19 @@ class TrainingModel:
 
     @classmethod
     def from_pretrained(
-        cls, source: str, lora: LoraParams, *, dtype: torch.dtype, revision: str | None = None, seed: int = 0
+        cls,
+        source: str,
+        lora: LoraParams,
+        *,
+        dtype: torch.dtype,
+        revision: str | None = None,
+        seed: int = 0,
+        device: str = "auto",
     ) -> "TrainingModel":
         """Load and check. Raises ModelRefused with the reason."""
         directory = safetensors_directory(locate(source, revision))
         config, _ = checked_config(directory)
-        return cls(load_weights(directory, config, dtype), lora, seed=seed)
+        return cls(load_weights(directory, config, dtype).to(resolve_device(device)), lora, seed=seed)
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:

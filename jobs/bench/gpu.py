@@ -1,0 +1,214 @@
+"""A card at work: shared prompts over a model of Llama-3.2-1B's shape with random weights, Segue and transformers.
+
+    python -m jobs.bench.gpu [--rows 512] [--out FOLDER]
+
+First a check: the logits of a few rows against transformers' own, causal. Then the card's two ceilings (a copy through
+its memory, a large matrix product), prefill and decode of both masks with their shares of these, transformers' generate
+at its best batch size over the same prompts, and where a step's time goes. Needs no Ray, no network, no weights.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attention.segments import Segment
+from workers.echo import echo_tokenizer
+from workers.engine import Engine, EngineConfig
+from workers.model import TreeModel, tree_model
+from workers.sampling import SamplingParams
+
+CUDA = torch.device("cuda", 0)
+SHAPE = {  # of Llama-3.2-1B
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+NUM_SYSTEM, NUM_OWN, NUM_NEW = 1000, (30, 110), 32
+TOLERANCE = 0.03  # of the logits' norm, bf16
+
+
+def main() -> None:
+    args = _arguments()
+    found: dict[str, Any] = {"card": torch.cuda.get_device_name(CUDA), "torch": torch.__version__, **_ceilings()}
+    own = _model()
+    prompts = _prompts(args.rows)
+    found["logits_error"] = _check(own, prompts[:4])
+    loaded = tree_model(own, echo_tokenizer())
+    found["parameters"] = sum(p.numel() for p in own.parameters())
+    for mask in ("causal", "segment"):
+        found[mask] = _segue(loaded, prompts, mask, found)
+    found["profile"] = _profile(loaded, prompts)
+    own.set_attn_implementation("sdpa")
+    found["transformers"] = max((_transformers(own, prompts, size) for size in args.peer_batches), key=_rows_of)
+    found["times_transformers"] = found["causal"]["rows_per_second"] / found["transformers"]["rows_per_second"]
+    if args.out:
+        (args.out / "gpu.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    for line in found.pop("profile"):
+        print(line)
+    print(json.dumps({"bench": "gpu", "rows": args.rows, **found}))
+
+
+def _ceilings() -> dict[str, float]:
+    """GB/s of a copy, read and written; TFLOP/s of a product of bf16."""
+    a = torch.randn(1 << 30, dtype=torch.bfloat16, device=CUDA)
+    b = torch.empty_like(a)
+    copy = _seconds(lambda: b.copy_(a))
+    x, y = (torch.randn(8192, 8192, dtype=torch.bfloat16, device=CUDA) for _ in range(2))
+    product = _seconds(lambda: x @ y)
+    return {"copy_gb_per_s": 2 * a.nbytes / copy / 1e9, "matmul_tflop_per_s": 2 * 8192**3 / product / 1e12}
+
+
+def _model() -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device(CUDA):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPE), dtype=torch.bfloat16)
+    return model.eval()
+
+
+def _prompts(num_rows: int) -> list[list[Segment]]:
+    rng = random.Random(0)
+    system = Segment(tuple(rng.randrange(3, 120_000) for _ in range(NUM_SYSTEM)), True)
+    return [
+        [system, Segment(tuple(rng.randrange(3, 120_000) for _ in range(rng.randrange(*NUM_OWN))), True)]
+        for _ in range(num_rows)
+    ]
+
+
+def _check(own: Any, prompts: Sequence[Sequence[Segment]]) -> float:
+    """The largest difference of causal logits, as a share of their norm. Raises AssertionError if it is too large."""
+    own.set_attn_implementation("eager")
+    with torch.no_grad():
+        ids = [torch.tensor([[t for s in prompt for t in s.token_ids]], device=CUDA) for prompt in prompts]
+        wanted = torch.stack([own(each, use_cache=False).logits[0, -1].float() for each in ids])
+    got = Engine(tree_model(own, echo_tokenizer()), EngineConfig(mask="causal")).logits(prompts)
+    error = float(((got - wanted).norm(dim=1) / wanted.norm(dim=1)).max())
+    assert error < TOLERANCE, f"logits differ by {error:.1%} of their norm"
+    return error
+
+
+def _segue(model: TreeModel, prompts: Sequence[Any], mask: Any, ceilings: dict[str, Any]) -> dict[str, Any]:
+    engine = Engine(model, _config(mask, len(prompts)))
+    engine.generate(prompts[:8], SamplingParams(max_tokens=2))
+
+    def run(num_new: int) -> tuple[float, Engine]:
+        fresh = Engine(model, _config(mask, len(prompts)))
+        start = time.perf_counter()
+        fresh.generate(prompts, SamplingParams(max_tokens=num_new, ignore_eos=True))
+        torch.cuda.synchronize()
+        return time.perf_counter() - start, fresh
+
+    prefill = statistics.median(run(1)[0] for _ in range(3))
+    whole, used = min((run(NUM_NEW + 1) for _ in range(3)), key=lambda each: each[0])
+    computed = used.stats.num_computed_tokens
+    step = (whole - prefill) / NUM_NEW
+    weights = sum(p.numel() for p in model.model.parameters())
+    kv = model.kv_shape.bytes_per_token * (NUM_SYSTEM + len(prompts) * (sum(NUM_OWN) // 2 + NUM_NEW // 2))
+    return {
+        "rows_per_second": len(prompts) / whole,
+        "prefill_tokens_per_second": computed / prefill,
+        "prefill_share_of_limit": 2 * weights * computed / prefill / 1e12 / ceilings["matmul_tflop_per_s"],
+        "decode_step_ms": 1e3 * step,
+        # A copy reads and writes; a step only reads.
+        "decode_share_of_limit": (2 * weights + kv) / step / 1e9 / (ceilings["copy_gb_per_s"]),
+        "computed_tokens": computed,
+        "requested_tokens": used.stats.num_prompt_tokens,
+        "seconds": whole,
+    }
+
+
+def _config(mask: Any, num_rows: int) -> EngineConfig:
+    return EngineConfig(mask=mask, max_num_seqs=min(512, num_rows), max_num_batched_tokens=8192)
+
+
+def _transformers(own: Any, prompts: Sequence[Sequence[Segment]], batch_size: int) -> dict[str, Any]:
+    """`generate` over left-padded batches, two of them timed."""
+    rows = [[t for s in prompt for t in s.token_ids] for prompt in prompts[: 2 * batch_size]]
+
+    def batch(part: Sequence[list[int]]) -> None:
+        longest = max(map(len, part))
+        ids = torch.tensor([[0] * (longest - len(row)) + row for row in part], device=CUDA)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in part], device=CUDA)
+        own.generate(
+            ids,
+            attention_mask=mask,
+            do_sample=False,
+            min_new_tokens=NUM_NEW,
+            max_new_tokens=NUM_NEW,
+            pad_token_id=0,
+        )
+
+    batch(rows[:2])
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for first in range(0, len(rows), batch_size):
+        batch(rows[first : first + batch_size])
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    return {"batch_size": batch_size, "rows_per_second": len(rows) / seconds}
+
+
+def _profile(model: TreeModel, prompts: Sequence[Any]) -> list[str]:
+    """Kernels by time, of prefill alone and of decoding."""
+    from torch.profiler import ProfilerActivity, profile
+
+    lines = []
+    for name, num_new in (("prefill", 1), ("decode", 9)):
+        engine = Engine(model, _config("segment", len(prompts)))
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+            engine.generate(prompts, SamplingParams(max_tokens=num_new, ignore_eos=True))
+            torch.cuda.synchronize()
+        events = sorted(seen.key_averages(), key=lambda each: -each.self_device_time_total)
+        total = sum(each.self_device_time_total for each in events) / 1e3
+        lines.append(f"{name}: {engine.stats.num_steps} steps, {total:.1f} ms of kernels")
+        lines += [
+            f"  {each.self_device_time_total / 1e3:8.2f} ms {each.count:6d} x {each.key[:90]}" for each in events[:14]
+        ]
+    return lines
+
+
+def _seconds(work: Callable[[], Any], repeats: int = 10) -> float:
+    """Median, by the device's own clock."""
+    for _ in range(3):
+        work()
+    times = []
+    for _ in range(repeats):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop) / 1e3)
+    return statistics.median(times)
+
+
+def _rows_of(found: dict[str, Any]) -> float:
+    return found["rows_per_second"]
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="throughput and limits of a card")
+    parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--peer-batches", type=int, nargs="+", default=[64, 128])
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

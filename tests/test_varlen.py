@@ -1,0 +1,211 @@
+"""The GPU backend on a CPU, with torch's kernel emulated: its metadata, and the engine's promises kept over it."""
+
+import inspect
+import re
+
+import numpy as np
+import pytest
+import test_engine
+import test_score
+import test_tree_attention
+import torch
+from tiny_models import KINDS, oracle_logits, oracle_model, tiny_tree_model
+from torch.nn.attention import varlen
+from varlen_emulation import emulated_kernel
+
+from attention import kv_pool
+from attention import varlen as subject
+from attention.kv_memory import KVShape
+from attention.segments import Segment
+from attention.varlen import KEY_TILE, QUERY_TILE, VarlenBackend
+from workers import devices
+from workers.engine import Engine, EngineConfig
+from workers.sampling import SamplingParams
+
+# Every test of the engine and of scoring, over this backend: "auto" is the CPU's, and that one is replaced.
+for _module in (test_engine, test_score):
+    globals().update({f"{name}_over_varlen": each for name, each in vars(_module).items() if name.startswith("test_")})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _varlen_for_all():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(devices.BACKENDS, "cpu", lambda _: VarlenBackend(emulated_kernel))
+        yield
+
+
+def test_engine_here_runs_over_varlen():
+    assert isinstance(Engine(tiny_tree_model(), EngineConfig()).backend, VarlenBackend)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mask", ["segment", "causal"])
+def test_every_kind_of_model_over_varlen_gives_transformers_logits(kind, mask):
+    rows = [[Segment((5, 6, 7), True), Segment((8, 9), True), Segment((3,), False)], [Segment((5, 6, 7), True)]]
+    got = Engine(tiny_tree_model(kind), EngineConfig(mask=mask)).logits(rows)
+    for row, logits in zip(rows, got, strict=True):
+        chain = row if mask == "segment" else [Segment(tuple(t for s in row for t in s.token_ids), False)]
+        torch.testing.assert_close(logits, oracle_logits(oracle_model(kind), chain)[-1], atol=1e-4, rtol=0)
+
+
+# -- tiles
+
+
+def test_long_nodes_are_cut_into_tiles_of_queries_and_keys():
+    got = subject._tiled(np.array([[3, QUERY_TILE + 5, 100, KEY_TILE + 1], [200, 1, 7, 2]]))
+    assert got.tolist() == [
+        [3, QUERY_TILE, 100, KEY_TILE],
+        [3, QUERY_TILE, 100 + KEY_TILE, 1],
+        [3 + QUERY_TILE, 5, 100, KEY_TILE],
+        [3 + QUERY_TILE, 5, 100 + KEY_TILE, 1],
+        [200, 1, 7, 2],
+    ]
+
+
+def test_long_causal_squares_are_cut_into_tiles_over_all_keys_before():
+    got = subject._tiled_causal(np.array([[3, 2 * QUERY_TILE + 5, 100]]))
+    assert got.tolist() == [
+        [3, QUERY_TILE, 100, QUERY_TILE],
+        [3 + QUERY_TILE, QUERY_TILE, 100, 2 * QUERY_TILE],
+        [3 + 2 * QUERY_TILE, 5, 100, 2 * QUERY_TILE + 5],
+    ]
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(subject, "QUERY_TILE", 4)
+    monkeypatch.setattr(subject, "KEY_TILE", 6)
+
+
+def _check_random_trees():
+    """What every mutation below must fail."""
+    for bidirectional in (True, False):
+        test_tree_attention.test_tree_attention_of_long_nodes_deep_trees_and_many_queries_equals_dense_reference(
+            VarlenBackend(emulated_kernel), bidirectional
+        )
+    test_tree_attention.check_random_trees(VarlenBackend(emulated_kernel))
+
+
+def test_varlen_of_many_tiles_equals_dense_reference(small_tiles):
+    _check_random_trees()
+
+
+def _shifted(name, change):
+    """Sequences with one of their arrays changed."""
+    made = subject.Sequences.of.__func__
+
+    def of(cls, blocks):
+        sequences = made(cls, blocks)
+        values = {field: getattr(sequences, field) for field in sequences.__slots__}
+        return cls(**{**values, name: change(values[name]), "max_k": values["max_k"] + 1})
+
+    return classmethod(of)
+
+
+MUTATIONS = {
+    "seqused_k is one too few": (subject.Sequences, "of", _shifted("seqused_k", lambda a: np.maximum(a - 1, 1))),
+    "seqused_k is one too many": (subject.Sequences, "of", _shifted("seqused_k", lambda a: a + 1)),
+    "keys begin one too late": (subject.Sequences, "of", _shifted("starts_k", lambda a: a + 1)),
+    "the log-sum-exp is of base 2": (
+        subject,
+        "_merged",
+        lambda parts, out, lse, _merged=subject._merged: _merged(parts, out, lse * 1.4427),
+    ),
+    "new keys go to another token's place": (
+        subject,
+        "_slots",
+        lambda *args, _slots=subject._slots: np.roll(_slots(*args), 1),
+    ),
+    "a tail that moved is read where it was": (kv_pool.KVPool, "grow_tail", None),
+}
+
+
+def _grow_without_telling(self, tail):
+    place = tail.place
+    _GROW(self, tail)
+    tail.place = place
+
+
+_GROW = kv_pool.KVPool.grow_tail
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_varlen_with_wrong_metadata_fails_its_tests(name, monkeypatch):
+    owner, attribute, wrong = MUTATIONS[name]
+    monkeypatch.setattr(owner, attribute, wrong or _grow_without_telling)
+    with pytest.raises(Exception):  # noqa: B017, PT011  (a wrong number, or memory that is not there)
+        _check_random_trees()
+
+
+# -- what the installed torch says
+
+
+def test_every_argument_is_one_of_the_installed_torch():
+    """Bound at each call of the emulation as well; here against signature and schema."""
+    parameters = inspect.signature(varlen.varlen_attn).parameters
+    by_position = [name for name, each in parameters.items() if each.kind is each.POSITIONAL_OR_KEYWORD]
+    assert by_position == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+    used = {"return_aux", "scale", "window_size", "enable_gqa", "seqused_k", "num_splits"}
+    assert used <= {name for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY}
+    assert varlen.AuxRequest._fields == ("lse",)
+    schema = str(torch.ops.aten._flash_attention_forward.default._schema)
+    for argument in ("Tensor? seqused_k", "SymInt? window_size_left", "SymInt? window_size_right", "num_splits"):
+        assert argument.rpartition(" ")[2] in schema
+    assert re.search(r"-> \(Tensor output, Tensor softmax_logsumexp", schema)
+
+
+def test_varlen_without_a_gpu_says_what_it_wants():
+    shape = KVShape(1, 1, 8, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"wants a CUDA device and float16 or bfloat16, got cpu and torch.bfloat16"):
+        VarlenBackend().new_memory(shape, 1 << 20)
+
+
+# -- memory of the device runs short
+
+
+def _failing_forward(model, monkeypatch, is_too_much):
+    """Raises what torch raises when a device has no memory for a step."""
+    forward = type(model).forward
+    sizes = []
+
+    def wrapped(self, step):
+        sizes.append(step.blocks.num_tokens)
+        if is_too_much(sizes):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return forward(self, step)
+
+    monkeypatch.setattr(type(model), "forward", wrapped)
+    return sizes
+
+
+def test_step_that_does_not_fit_on_the_device_is_tried_again_smaller_and_no_answer_changes(monkeypatch):
+    prompts = test_engine.shared_prompts()
+    params = SamplingParams(max_tokens=6)
+    wanted = test_engine.token_ids(test_engine.engine(max_num_seqs=4).generate(prompts, params))
+    engine = test_engine.engine(max_num_seqs=4)
+    sizes = _failing_forward(engine.model, monkeypatch, lambda sizes: sizes[-1] > 60)
+    assert test_engine.token_ids(engine.generate(prompts, params)) == wanted
+    assert engine.stats.num_shrunk_steps == sum(size > 60 for size in sizes) > 0
+
+
+def test_steps_that_cannot_be_smaller_take_memory_from_the_pool(monkeypatch):
+    prompts = test_engine.shared_prompts()
+    params = SamplingParams(max_tokens=6)
+    wanted = test_engine.token_ids(test_engine.engine(max_num_seqs=4).generate(prompts, params))
+    tokens = 600
+    engine = test_engine.engine(
+        max_num_seqs=4,
+        max_num_batched_tokens=4,
+        kv_cache_memory_bytes=tokens * tiny_tree_model().kv_shape.bytes_per_token,
+    )
+    _failing_forward(engine.model, monkeypatch, lambda sizes: engine.cache.budget_tokens > 300)
+    assert test_engine.token_ids(engine.generate(prompts, params)) == wanted
+    assert 200 < engine.cache.budget_tokens <= 300
+    assert engine.cache.tensors[0].shape[1] == engine.cache.budget_tokens
+
+
+def test_device_without_memory_for_anything_ends_the_engine(monkeypatch):
+    engine = test_engine.engine()
+    _failing_forward(engine.model, monkeypatch, lambda sizes: True)
+    with pytest.raises(torch.OutOfMemoryError, match="a step of .* tokens does not fit"):
+        engine.generate(test_engine.shared_prompts(), SamplingParams(max_tokens=2))

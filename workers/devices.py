@@ -1,0 +1,81 @@
+"""Where an engine computes: its device, what runs attention there, and how much memory keys and values may have.
+
+Knows torch's devices; no model, no Ray.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+
+from attention.cpu import CpuBackend
+from attention.kv_memory import KVShape
+from attention.reference import ReferenceBackend
+from attention.step import Backend
+from attention.varlen import FLASH_DTYPES, VarlenBackend
+from workers.memory import KV_SHARE, free_memory_bytes
+from workers.model_source import ModelRefused
+
+Device = Literal["auto", "cpu", "cuda"]
+BackendName = Literal["auto", "cpu", "reference", "varlen"]
+GPU_KV_SHARE = 0.85  # of a GPU, weights included; the rest is for what a step computes
+RESERVED_SHARE = 0.9  # of what is free on a GPU, at most
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+BACKENDS: dict[str, Callable[[Sequence[torch.device]], Backend]] = {
+    "cpu": lambda _: CpuBackend(),
+    "reference": lambda _: ReferenceBackend(),
+    "varlen": lambda layer_devices: VarlenBackend(layer_devices=layer_devices),
+}
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is a GPU if this process sees one. Raises ModelRefused if `cuda` was asked for and there is none."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise ModelRefused(f"device must be auto, cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ModelRefused(
+            "a GPU was asked for, and torch sees none in this process: is a CUDA build of torch installed, and does "
+            "CUDA_VISIBLE_DEVICES name a device?"
+        )
+    is_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device("cpu")
+
+
+def resolve_dtype(dtype: str, device: torch.device | None = None) -> torch.dtype:
+    """`auto` is bf16 where the hardware computes it, else fp16 on a GPU and fp32 on a CPU. `device`: what `auto` is.
+
+    Raises ModelRefused for fp16 on a CPU, and for fp32 on a GPU, whose attention kernels do not compute it.
+    """
+    device = device or resolve_device("auto")
+    if dtype == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    if dtype not in DTYPES:
+        raise ModelRefused(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
+    if device.type == "cpu" and dtype == "float16":
+        raise ModelRefused("dtype float16 is slow and unsafe on a CPU; use bfloat16 or float32")
+    if device.type == "cuda" and DTYPES[dtype] not in FLASH_DTYPES:
+        raise ModelRefused(f"dtype {dtype} is not computed by the attention kernels of GPUs; use bfloat16 or float16")
+    return DTYPES[dtype]
+
+
+def make_backend(name: str, shape: KVShape, layer_devices: Sequence[torch.device]) -> Backend:
+    """`auto` is varlen on a GPU, else cpu."""
+    if name == "auto":
+        name = "varlen" if shape.device.type == "cuda" else "cpu"
+    return BACKENDS[name](layer_devices)
+
+
+def kv_memory_bytes(device: torch.device, share: float | None) -> tuple[int, str]:
+    """What keys and values may take now, and how that is explained. `share`: of a CPU's free memory, or of all of a
+    GPU's, in which weights are counted; None is the default of each."""
+    if device.type != "cuda":
+        share = KV_SHARE if share is None else share
+        return int(share * free_memory_bytes()), f"{share:.0%} of what is free"
+    share = GPU_KV_SHARE if share is None else share
+    free, total = torch.cuda.mem_get_info(device)
+    own = int(share * total) - torch.cuda.memory_reserved(device)
+    return max(0, min(own, int(RESERVED_SHARE * free))), f"{share:.0%} of the GPU without the model's weights"
