@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from attention.extents import Extents
 from attention.kv_memory import TAIL_CAPACITIES, KVMemory, KVMemoryExceeded, KVShape, NodeMemory, Tail, next_capacity

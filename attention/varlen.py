@@ -46,7 +46,8 @@ def cuda_kernel() -> Kernel:
 
     def kernel(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         # One split: the order of a sum must not depend on the batch, and other kernels are not chosen behind our back.
-        return varlen_attn(*args, return_aux=AuxRequest(lse=True), num_splits=1, **kwargs)
+        out, lse = varlen_attn(*args, return_aux=AuxRequest(lse=True), num_splits=1, **kwargs)
+        return out, lse
 
     return kernel
 
@@ -233,8 +234,7 @@ def _slots(blocks: StepBlocks, own: Sequence[tuple[int, Extent]], tails: Sequenc
 
 def _tiled(blocks: np.ndarray) -> np.ndarray:
     """`[N, 4]`, cut to at most QUERY_TILE queries and KEY_TILE keys each, query tiles in order."""
-    cut = _cut(_cut(blocks, 0, QUERY_TILE), 2, KEY_TILE)
-    return cut
+    return _cut(_cut(blocks, 0, QUERY_TILE), 2, KEY_TILE)
 
 
 def _cut(blocks: np.ndarray, column: int, size: int) -> np.ndarray:

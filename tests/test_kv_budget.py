@@ -11,7 +11,7 @@ from attention.segments import Segment
 from pipeline.config import WorkersConfig
 from pipeline.job import prepare
 from pipeline.pool import workers_a_node
-from workers import devices, memory
+from workers import devices, engine_core, memory
 from workers.engine import Engine, EngineConfig
 from workers.row_errors import RowErrorCode
 from workers.sampling import SamplingParams

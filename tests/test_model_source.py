@@ -7,8 +7,8 @@ import torch
 from tiny_models import oracle_logits, tiny_model, tiny_tokenizer
 
 from attention.segments import Segment
-from workers.engine import Engine, EngineConfig
 from workers.devices import resolve_dtype
+from workers.engine import Engine, EngineConfig
 from workers.model import load_model
 from workers.model_facts import inspect_model
 from workers.model_source import ModelRefused, file_digest, locate, safetensors_directory, weights_identity

@@ -201,11 +201,12 @@ def test_steps_that_cannot_be_smaller_take_memory_from_the_pool(monkeypatch):
     _failing_forward(engine.model, monkeypatch, lambda sizes: engine.cache.budget_tokens > 300)
     assert test_engine.token_ids(engine.generate(prompts, params)) == wanted
     assert 200 < engine.cache.budget_tokens <= 300
+    assert isinstance(engine.cache, kv_pool.KVPool)
     assert engine.cache.tensors[0].shape[1] == engine.cache.budget_tokens
 
 
 def test_device_without_memory_for_anything_ends_the_engine(monkeypatch):
     engine = test_engine.engine()
     _failing_forward(engine.model, monkeypatch, lambda sizes: True)
-    with pytest.raises(torch.OutOfMemoryError, match="a step of .* tokens does not fit"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"a step of .* tokens does not fit"):
         engine.generate(test_engine.shared_prompts(), SamplingParams(max_tokens=2))

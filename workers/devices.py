@@ -3,6 +3,7 @@
 Knows torch's devices; no model, no Ray.
 """
 
+import gc
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -76,6 +77,8 @@ def kv_memory_bytes(device: torch.device, share: float | None) -> tuple[int, str
         share = KV_SHARE if share is None else share
         return int(share * free_memory_bytes()), f"{share:.0%} of what is free"
     share = GPU_KV_SHARE if share is None else share
+    gc.collect()  # an engine that nobody has any more
     free, total = torch.cuda.mem_get_info(device)
-    own = int(share * total) - torch.cuda.memory_reserved(device)
-    return max(0, min(own, int(RESERVED_SHARE * free))), f"{share:.0%} of the GPU without the model's weights"
+    used = torch.cuda.memory_allocated(device)
+    free += torch.cuda.memory_reserved(device) - used  # kept by torch, and ours
+    return max(0, min(int(share * total) - used, int(RESERVED_SHARE * free))), f"{share:.0%} of the GPU, less weights"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from workers import echo, support
 from workers.adapter_record import AdapterRecord, load_record
-from workers.devices import resolve_device, resolve_dtype
+from workers.devices import resolve_dtype
 from workers.model import checked_config
 from workers.model_source import ModelRefused, file_digest, locate, safetensors_directory, weights_identity
 

@@ -22,8 +22,8 @@ import torch
 
 from attention.segments import Segment, canonical_segments
 from jobs.bench.score import linear_rate, machine
-from workers.memory import keep_freed_memory
 from workers.devices import DTYPES
+from workers.memory import keep_freed_memory
 from workers.model import checked_config, load_weights
 from workers.model_source import locate, safetensors_directory
 from workers.training_batches import TrainingExample, forward_passes

@@ -21,7 +21,7 @@ from random import Random
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-NUM_TRAIN, NUM_TEST = 2112, 1000
+NUM_TRAIN, NUM_TEST = 8448, 1000
 ORDERS = {"lookup": ("numbers_first", "numbers_last"), "word": ("question_first", "question_last")}
 NAMES = (
     "Ada", "Ben", "Cara", "Dan", "Eva", "Finn", "Gina", "Hugo", "Ida", "Jack", "Kim", "Leo", "Mia", "Ned", "Olga",
@@ -32,7 +32,7 @@ NUM_PAIRS = 6  # with eight, no arm learns anything in as many steps
 LETTERS = "ABCD"
 KINDS = ("easy", "challenge")
 PAPER_TASKS = ("arc_easy", "arc_challenge", "openbookqa", "boolq")
-NUM_PAPER_TRAIN, NUM_PAPER_TEST = 480, 300  # of each of the four
+NUM_PAPER_TRAIN, NUM_PAPER_TEST = 1056, 300  # of each of the four
 AS_PUBLISHED = "as_published"  # the paper's tasks have one order
 
 
@@ -62,9 +62,11 @@ def lookup_items(seed: str, count: int) -> Iterator[Item]:
 
 
 def word_items(seed: str, count: int, sentences: Sequence[str], vocabulary: Sequence[str]) -> Iterator[Item]:
-    """`vocabulary`: what words that do not occur are drawn from."""
+    """`vocabulary`: what words that do not occur are drawn from. Sentences are asked about again, if they are fewer."""
     random = Random(f"word/{seed}")
-    for sentence in random.sample(list(sentences), count):
+    rounds = -(-count // len(sentences))
+    drawn = [sentence for _ in range(rounds) for sentence in random.sample(list(sentences), len(sentences))]
+    for sentence in drawn[:count]:
         own = sorted(set(words_of(sentence)))
         right = random.choice(own)
         wrong = random.sample([word for word in vocabulary if word not in own], 3)
@@ -118,8 +120,7 @@ def write_tasks(data: Path | None, folder: Path) -> dict[str, tuple[str, ...]]:
         by_part = {part: sentences_in([data / f"arc_{kind}-{part}.jsonl" for kind in KINDS]) for part in _COUNTS}
         vocabulary = sorted({word for sentence in by_part["train"] for word in words_of(sentence)})
         items["word"] = {
-            part: list(word_items(part, min(count, len(by_part[part])), by_part[part], vocabulary))
-            for part, count in _COUNTS.items()
+            part: list(word_items(part, count, by_part[part], vocabulary)) for part, count in _COUNTS.items()
         }
         for part, count in (("train", NUM_PAPER_TRAIN), ("test", NUM_PAPER_TEST)):
             files = {name: (data / f"{name}-{part}.jsonl").read_text(encoding="utf-8") for name in PAPER_TASKS}

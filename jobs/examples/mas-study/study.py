@@ -10,19 +10,16 @@ training that was killed goes on. Knows folders and the command line of segue.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from make_tasks import write_tasks
-from ruamel.yaml import YAML
-
-from jobs.evaluate import evaluate
-from jobs.judge import judging_of
-from workers.model_source import locate, safetensors_directory
 
 HERE = Path(__file__).parent
 OUT = HERE / "out"
@@ -50,20 +47,32 @@ class Arm:
 
 def main() -> None:
     args = _arguments()
-    study = YAML(typ="safe", pure=True).load((HERE / "study.yaml").read_text(encoding="utf-8"))
+    study = load_study()
     orders = write_tasks(args.data, OUT / "tasks")
     if args.data is None:
         print("no --data: the tasks word and paper need real questions and are left out", file=sys.stderr)
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else []
-    for arm, part in _arms(study, orders):
+    for arm, part in arms(study, orders):
         if args.only in (None, arm.task) and not any(_is_of(result, arm) for result in results):
             print(f"{arm.task} {arm.order} {arm.arm} seed {arm.seed}", file=sys.stderr)
             results.append(_result(arm, part, study["model"]))
-            lines = ",\n".join(map(json.dumps, results))
-            RESULTS.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+            write_results(results)
 
 
-def _arms(study: dict[str, Any], orders: dict[str, tuple[str, ...]]) -> Iterator[tuple[Arm, dict[str, Any]]]:
+def load_study() -> dict[str, Any]:
+    """Every setting."""
+    from ruamel.yaml import YAML
+
+    return YAML(typ="safe", pure=True).load((HERE / "study.yaml").read_text(encoding="utf-8"))
+
+
+def write_results(results: Sequence[dict[str, Any]]) -> None:
+    """A line a training."""
+    lines = ",\n".join(map(json.dumps, results))
+    RESULTS.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
+def arms(study: dict[str, Any], orders: dict[str, tuple[str, ...]]) -> Iterator[tuple[Arm, dict[str, Any]]]:
     """With the part of the study they belong to. Seeds first: a third of the time trains every combination once."""
     for seed in study["seeds"]:
         for part in (study["order"], study["paper"]):
@@ -78,7 +87,7 @@ def _result(arm: Arm, part: dict[str, Any], model: str) -> dict[str, Any]:
     settings = part["arms"][arm.arm]
     shared = {"mask": settings["mask"], "prompt": part["prompt"] | settings.get("prompt", {})}
     if "merged_adapter" in settings:
-        model = _merged(model, HERE / settings["merged_adapter"])
+        model = merged(model, HERE / settings["merged_adapter"])
     finetune = {
         "name": "mas-study",
         "model": {"source": model},
@@ -107,19 +116,22 @@ def _result(arm: Arm, part: dict[str, Any], model: str) -> dict[str, Any]:
     return asdict(arm) | {name: trained[name] for name in TOLD} | {"eval_losses": curve, "right": right}
 
 
-def _merged(model: str, adapter: Path) -> str:
+def merged(model: str, adapter: Path) -> str:
     """A folder with model and adapter in one, made once: for an arm that starts from a model that knows the mask."""
     target = OUT / "merged"
     if not target.is_dir():
         from peft import PeftModel
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        from workers.model_source import locate, safetensors_directory
+
         directory = safetensors_directory(locate(model))
-        scratch = OUT / ".merged"
+        scratch = OUT / f".merged-{os.getpid()}"
         base = AutoModelForCausalLM.from_pretrained(directory, dtype="float32")
         PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(scratch)
         AutoTokenizer.from_pretrained(directory).save_pretrained(scratch)
-        scratch.rename(target)
+        with suppress(OSError):  # another process was first
+            scratch.rename(target)
     return str(target)
 
 
@@ -127,6 +139,9 @@ def _right(arm: Arm, name: str, job: dict[str, Any], part: dict[str, Any]) -> di
     """Runs a test. By kind of item, whether each is right: `1` or `0`, in the order of the test file."""
     output = {"path": str(arm.folder / name), "columns": part.get("columns", [])}
     _segue("run", arm.folder / f"{name}.yaml", job | {"output": output})
+    from jobs.evaluate import evaluate
+    from jobs.judge import judging_of
+
     preset = "commonsense" if job["task"] == "generate" else None
     by = "kind" if "kind" in output["columns"] else None
     _, rows = evaluate(output["path"], judging_of(by=by, label=None, regex=None, preset=preset, ignore_case=False))
