@@ -8,6 +8,7 @@ at its best batch size over the same prompts, and where a step's time goes. Need
 """
 
 import argparse
+import copy
 import json
 import random
 import statistics
@@ -39,7 +40,7 @@ SHAPE = {  # of Llama-3.2-1B
     "eos_token_id": 2,
 }
 NUM_SYSTEM, NUM_OWN, NUM_NEW = 1000, (30, 110), 32
-TOLERANCE = 0.03  # of the logits' norm, bf16
+MARGIN = 1.25  # rounding differs; more is an error
 
 
 def main() -> None:
@@ -91,16 +92,29 @@ def _prompts(num_rows: int) -> list[list[Segment]]:
     ]
 
 
-def _check(own: Any, prompts: Sequence[Sequence[Segment]]) -> float:
-    """The largest difference of causal logits, as a share of their norm. Raises AssertionError if it is too large."""
+def _check(own: Any, prompts: Sequence[Sequence[Segment]]) -> dict[str, float]:
+    """How far causal logits in bf16 are from fp32, as shares of their norm: ours, and transformers' own.
+
+    Raises AssertionError if ours are farther off by more than MARGIN.
+    """
     own.set_attn_implementation("eager")
-    with torch.no_grad():
-        ids = [torch.tensor([[t for s in prompt for t in s.token_ids]], device=CUDA) for prompt in prompts]
-        wanted = torch.stack([own(each, use_cache=False).logits[0, -1].float() for each in ids])
-    got = Engine(tree_model(own, echo_tokenizer()), EngineConfig(mask="causal")).logits(prompts)
-    error = float(((got - wanted).norm(dim=1) / wanted.norm(dim=1)).max())
-    assert error < TOLERANCE, f"logits differ by {error:.1%} of their norm"
-    return error
+    ids = [torch.tensor([[t for s in prompt for t in s.token_ids]], device=CUDA) for prompt in prompts]
+
+    def logits(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return torch.stack([model(each, use_cache=False).logits[0, -1].float() for each in ids])
+
+    precise = copy.deepcopy(own).float()
+    wanted = logits(precise)
+    del precise
+    theirs = logits(own)
+    ours = Engine(tree_model(own, echo_tokenizer()), EngineConfig(mask="causal")).logits(prompts)
+    errors = {
+        name: float(((got - wanted).norm(dim=1) / wanted.norm(dim=1)).max())
+        for name, got in (("segue", ours), ("transformers", theirs))
+    }
+    assert errors["segue"] < MARGIN * errors["transformers"], errors
+    return errors
 
 
 def _segue(model: TreeModel, prompts: Sequence[Any], mask: Any, ceilings: dict[str, Any]) -> dict[str, Any]:

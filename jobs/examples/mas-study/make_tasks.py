@@ -32,7 +32,7 @@ NUM_PAIRS = 6  # with eight, no arm learns anything in as many steps
 LETTERS = "ABCD"
 KINDS = ("easy", "challenge")
 PAPER_TASKS = ("arc_easy", "arc_challenge", "openbookqa", "boolq")
-NUM_PAPER_TRAIN, NUM_PAPER_TEST = 1056, 300  # of each of the four
+NUM_PAPER_TRAIN, NUM_PAPER_TEST = 2112, 300  # of each of the four, or what there is
 AS_PUBLISHED = "as_published"  # the paper's tasks have one order
 
 
@@ -97,7 +97,7 @@ def sentences_in(files: Sequence[Path]) -> list[str]:
 def paper_rows(lines: Sequence[str], count: int, name: str) -> list[dict[str, object]]:
     """Some lines of a file in LLM-Adapters' format; all that the text offers as answers are the choices."""
     rows = []
-    for line in Random(f"paper/{name}").sample(list(lines), count):
+    for line in Random(f"paper/{name}").sample(list(lines), min(count, len(lines))):
         given = json.loads(line)
         offered = given["instruction"].rpartition("Answer format: ")[2].split("/")
         rows.append(
