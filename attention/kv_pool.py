@@ -40,18 +40,27 @@ class Extent:
 
 
 class KVPool(KVMemory):
-    """All layers' pools, allocated at once. `layer_devices`: where each layer computes; by default the shape's."""
+    """All layers' pools, allocated at once. `layer_devices`: where each layer computes; by default the shape's.
+
+    A pool has one place more than it hands out, `scratch`, for what nobody reads.
+    """
 
     def __init__(self, shape: KVShape, budget_bytes: int, layer_devices: Sequence[torch.device] | None = None) -> None:
         budget_bytes = min(budget_bytes, MAX_POOL_TOKENS * shape.bytes_per_token)
         super().__init__(shape, budget_bytes)
-        size = (2, self.budget_tokens, shape.num_kv_heads, shape.head_dim)
+        size = (2, self.budget_tokens + 1, shape.num_kv_heads, shape.head_dim)
         devices = layer_devices or [shape.device] * shape.num_layers
-        self.tensors = [torch.zeros(size, dtype=shape.dtype, device=device) for device in devices]  # [2, P, Hkv, D]
+        self.tensors = [torch.zeros(size, dtype=shape.dtype, device=device) for device in devices]  # [2, P + 1, Hkv, D]
         self.num_compactions = 0
+        self.generation = 0  # of the tensors: a smaller pool has other ones
         self._extents = Extents(self.budget_tokens)
         self._nodes: dict[Extent, None] = {}
         self._tails: dict[int, Tail] = {}  # by id
+
+    @property
+    def scratch(self) -> int:
+        """The place that is nobody's."""
+        return self._extents.size
 
     def allocate_node(self, num_tokens: int) -> Extent:
         extent = Extent(self, self._allocate(num_tokens), num_tokens)
@@ -129,11 +138,12 @@ class KVPool(KVMemory):
         index = torch.from_numpy(places)
         for layer, tensor in enumerate(self.tensors):
             kept = tensor.index_select(1, index.to(tensor.device))
-            if size == tensor.shape[1]:
+            if size + 1 == tensor.shape[1]:
                 tensor[:, : len(places)] = kept
                 continue
+            self.generation += 1
             self.tensors[layer] = tensor = tensor.new_zeros(2, 0)  # the old one goes before the new one comes
-            smaller = kept.new_zeros(2, size, *kept.shape[2:])
+            smaller = kept.new_zeros(2, size + 1, *kept.shape[2:])
             smaller[:, : len(places)] = kept
             self.tensors[layer] = smaller
         self._extents = Extents(size)

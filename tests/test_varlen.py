@@ -137,6 +137,41 @@ def test_varlen_with_wrong_metadata_fails_its_tests(name, monkeypatch):
         _check_random_trees()
 
 
+# -- padded steps, which CUDA graphs replay
+
+
+@pytest.mark.parametrize(
+    "sampling", [SamplingParams(max_tokens=20, ignore_eos=True), SamplingParams(max_tokens=9, n=3, temperature=0.9)]
+)
+def test_padded_decoding_gives_the_answers_of_exact_steps(sampling):
+    prompts = test_engine.shared_prompts(13)
+    wanted = test_engine.token_ids(test_engine.engine().generate(prompts, sampling))
+    engine = test_engine.engine(decode_graphs=True, max_num_seqs=5)
+    assert test_engine.token_ids(engine.generate(prompts, sampling)) == wanted
+    assert engine.graphs is not None
+    assert 0 < engine.graphs.num_captures < engine.stats.num_steps
+
+
+def test_padded_decoding_survives_a_pool_that_shrinks(monkeypatch):
+    prompts, sampling = test_engine.shared_prompts(6), SamplingParams(max_tokens=8, ignore_eos=True)
+    wanted = test_engine.token_ids(test_engine.engine().generate(prompts, sampling))
+    tokens = 800 * tiny_tree_model().kv_shape.bytes_per_token
+    engine = test_engine.engine(decode_graphs=True, max_num_seqs=4, kv_cache_memory_bytes=tokens)
+    steps = []
+    plan_step = engine.scheduler.plan_step
+
+    def shrinking():
+        steps.append(None)
+        if len(steps) == 5:
+            assert engine.scheduler.shrink_memory(tokens // 2)
+        return plan_step()
+
+    monkeypatch.setattr(engine.scheduler, "plan_step", shrinking)
+    assert test_engine.token_ids(engine.generate(prompts, sampling)) == wanted
+    assert isinstance(engine.cache, kv_pool.KVPool)
+    assert engine.cache.generation > 0
+
+
 # -- what the installed torch says
 
 
@@ -202,7 +237,7 @@ def test_steps_that_cannot_be_smaller_take_memory_from_the_pool(monkeypatch):
     assert test_engine.token_ids(engine.generate(prompts, params)) == wanted
     assert 200 < engine.cache.budget_tokens <= 300
     assert isinstance(engine.cache, kv_pool.KVPool)
-    assert engine.cache.tensors[0].shape[1] == engine.cache.budget_tokens
+    assert engine.cache.tensors[0].shape[1] == engine.cache.budget_tokens + 1
 
 
 def test_device_without_memory_for_anything_ends_the_engine(monkeypatch):

@@ -12,10 +12,14 @@ import torch
 from torch import Tensor
 
 from attention.blocks import DecodeQuery, StepBlocks, blocks_of
+from attention.kv_memory import Tail
+from attention.kv_pool import KVPool
 from attention.segments import canonical_segments
 from attention.step import TreeStep
 from attention.tree import SegmentTree
+from attention.varlen import VarlenBackend
 from workers.coalescing import RequestCoalescer
+from workers.decode_graphs import DecodeGraphs
 from workers.devices import BackendName, kv_memory_bytes, make_backend
 from workers.generate import Finisher
 from workers.model import TreeModel
@@ -46,6 +50,7 @@ class EngineConfig:
     kv_memory_share: float | None = None  # see workers.devices.kv_memory_bytes
     enable_prefix_caching: bool = True
     backend: BackendName = "auto"
+    decode_graphs: bool = False  # CUDA graphs for steps of generating rows alone; a capture for each size that comes up
 
 
 class _ForwardOutOfMemory(Exception):
@@ -67,6 +72,7 @@ class EngineCore:
         kv_bytes = self.config.kv_cache_memory_bytes or self._measured_kv_bytes()
         self.backend = make_backend(self.config.backend, model.kv_shape, model.layer_devices)
         self.cache = self.backend.new_memory(model.kv_shape, kv_bytes)
+        self.graphs = self._decode_graphs() if self.config.decode_graphs else None
         self._least_kv_bytes = int(kv_bytes * LEAST_KV_SHARE)
         self.scheduler = Scheduler(
             self.tree,
@@ -80,6 +86,13 @@ class EngineCore:
         self._coalescer = RequestCoalescer()
         self._num_added = 0
         self._refused: list[RequestOutput] = []
+
+    def _decode_graphs(self) -> DecodeGraphs:
+        if not isinstance(self.backend, VarlenBackend) or not isinstance(self.cache, KVPool):
+            raise ValueError("decode_graphs wants the backend varlen")
+        if len({*self.model.layer_devices}) > 1:
+            raise ValueError("decode_graphs wants all layers on one device")
+        return DecodeGraphs(self.model, self.cache, self.backend.kernel)
 
     def _measured_kv_bytes(self) -> int:
         """A share of what is free now. Raises MemoryError if rows would fail for it that are nothing special."""
@@ -175,7 +188,7 @@ class EngineCore:
         hidden = torch.empty(0)
         if blocks.num_tokens:
             tails = [sample.tail for sample in plan.decoding if sample.tail is not None]
-            hidden = self._forward(TreeStep(blocks, tails, self.cache, self.backend))
+            hidden = self._forward(blocks, tails)
             _keep_node_ends(blocks, hidden)
             for tail in tails:
                 tail.length += 1
@@ -184,12 +197,14 @@ class EngineCore:
         self.stats.num_scored_positions += num_states
         return (hidden[torch.tensor(blocks.decode_index, device=hidden.device)] if decode else hidden[:0]), scores
 
-    def _forward(self, step: TreeStep) -> Tensor:
+    def _forward(self, blocks: StepBlocks, tails: Sequence[Tail]) -> Tensor:
         """Raises _ForwardOutOfMemory: then nothing is computed, and nothing is lost."""
         try:
-            return self.model.forward(step)
+            if self.graphs is not None and not blocks.self_blocks:
+                return self.graphs.forward(blocks, tails)
+            return self.model.forward(TreeStep(blocks, tails, self.cache, self.backend))
         except torch.OutOfMemoryError as error:
-            raise _ForwardOutOfMemory(step.blocks.num_tokens, str(error)) from None
+            raise _ForwardOutOfMemory(blocks.num_tokens, str(error)) from None
 
     def _make_smaller(self, error: "_ForwardOutOfMemory") -> None:
         """After a step for which the device had no memory: smaller steps, and if they cannot be, less KV memory.

@@ -18,7 +18,7 @@ from attention.blocks import blocks_of
 from attention.kv_memory import KVShape
 from attention.residency import Residency
 from attention.segments import Segment
-from attention.step import TreeStep
+from attention.step import StepRun, TreeStep
 from attention.tree import SegmentTree
 from workers import support
 from workers.devices import make_backend, resolve_device, resolve_dtype
@@ -35,7 +35,7 @@ def tree_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    segue_step: TreeStep | None = None,
+    segue_step: StepRun | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature; query `[1, H, T, D]` -> `[1, T, H, D]`."""
@@ -43,7 +43,8 @@ def tree_attention(
         raise ModelRefused(f"{type(module).__name__} does not pass extra arguments to its attention")
     check_attention_call(module, attention_mask, kwargs)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    return segue_step.attend(int(module.layer_idx), query, key, value, scale), None  # type: ignore[arg-type]
+    out = segue_step.attend(int(module.layer_idx), query[0], key[0], value[0], scale)  # type: ignore[arg-type]
+    return out.unsqueeze(0), None
 
 
 def check_attention_call(module: nn.Module, attention_mask: Tensor | None, kwargs: Mapping[str, Any]) -> None:
@@ -79,13 +80,15 @@ class TreeModel:
     def forward(self, step: TreeStep) -> Tensor:
         """The final hidden states of a step's tokens, `[T, E]`, after the last norm. Writes its keys and values."""
         device = self.kv_shape.device
-        output = self.model.get_decoder()(
-            input_ids=torch.tensor([step.blocks.token_ids], device=device),
-            position_ids=torch.tensor([step.blocks.position_ids], device=device),
-            use_cache=False,
-            segue_step=step,
-        )
-        step.finish()
+        ids = torch.tensor([step.blocks.token_ids], device=device)
+        positions = torch.tensor([step.blocks.position_ids], device=device)
+        hidden = self.hidden(ids, positions, step.run)
+        step.run.finish()
+        return hidden
+
+    def hidden(self, ids: Tensor, positions: Tensor, run: StepRun) -> Tensor:
+        """ids and positions `[1, T]` -> `[T, E]`, with `run` as the attention of every layer."""
+        output = self.model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False, segue_step=run)
         return output.last_hidden_state[0]
 
     @torch.inference_mode()
