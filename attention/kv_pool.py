@@ -10,6 +10,7 @@ Shapes: `P` tokens of the pool, `Hkv` key heads, `D` head width. Knows no tree a
 """
 
 from collections.abc import Sequence
+from weakref import ref
 
 import numpy as np
 import torch
@@ -26,17 +27,23 @@ class Extent:
     __slots__ = ("_pool", "length", "start")
 
     def __init__(self, pool: "KVPool", start: int, length: int) -> None:
-        self._pool = pool
+        self._pool = ref(pool)  # nodes are cycles, and must not hold gigabytes until somebody looks for these
         self.start = start
         self.length = length
 
     @property
     def num_bytes(self) -> int:
-        return self._pool.bytes_for(self.length)
+        return self._own_pool().bytes_for(self.length)
 
     def split(self, num_tokens: int) -> tuple["Extent", "Extent"]:
         """Both halves stay where they are."""
-        return self._pool.split(self, num_tokens)
+        return self._own_pool().split(self, num_tokens)
+
+    def _own_pool(self) -> "KVPool":
+        pool = self._pool()
+        if pool is None:
+            raise ReferenceError("the pool of these keys and values is gone")
+        return pool
 
 
 class KVPool(KVMemory):

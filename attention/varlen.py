@@ -18,6 +18,7 @@ Shapes: `T` packed tokens, `H = Hkv * G` query heads, `D` head width, `N` sequen
 once for each block that it is in), `M` most parts of a token.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -41,15 +42,41 @@ Kernel = Callable[..., tuple[Tensor, Tensor]]
 
 @cache
 def cuda_kernel() -> Kernel:
-    """torch's own; the log-sum-exp beside the output."""
+    """torch's own; the log-sum-exp beside the output.
+
+    One split: the order of a sum must not depend on the batch, and other kernels are not chosen behind our back.
+    """
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
+    if "seqused_k" not in inspect.signature(varlen_attn).parameters:
+        return _older_kernel
+
     def kernel(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        # One split: the order of a sum must not depend on the batch, and other kernels are not chosen behind our back.
         out, lse = varlen_attn(*args, return_aux=AuxRequest(lse=True), num_splits=1, **kwargs)
         return out, lse
 
     return kernel
+
+
+def _older_kernel(
+    *args: Any,
+    scale: float,
+    seqused_k: Tensor,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,  # it finds out
+) -> tuple[Tensor, Tensor]:
+    """What torch 2.13's varlen_attn calls, for images with torch 2.11 or 2.12, which have the kernel, and no public
+    name for keys that begin anywhere."""
+    return torch.ops.aten._flash_attention_forward(
+        *args,
+        0.0,
+        window_size == (-1, 0),
+        False,
+        scale=scale,
+        window_size_left=window_size[0],
+        window_size_right=window_size[1],
+        seqused_k=seqused_k,
+    )[:2]
 
 
 class VarlenBackend:
@@ -188,8 +215,9 @@ class DecodeBucket:
         """Raises ValueError for a step that computes nodes."""
         if len(plan.causal.queries):
             raise ValueError("a step with nodes to compute is none of decoding rows alone")
-        sizes = (plan.num_tokens, len(plan.dense.seqused_k), len(plan.dense.queries))
-        return cls(*map(_rounded, sizes), plan.parts.shape[1] + plan.parts.shape[1] % 2)
+        rows, sequences, queries = plan.num_tokens, len(plan.dense.seqused_k), len(plan.dense.queries)
+        parts = plan.parts.shape[1] + plan.parts.shape[1] % 2
+        return cls(_rounded(rows), _rounded(sequences), _rounded(queries), parts)
 
 
 def _rounded(number: int) -> int:

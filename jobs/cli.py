@@ -15,6 +15,7 @@ import typer
 
 from jobs.options import (
     AsJson,
+    Card,
     JobFile,
     Limit,
     Output,
@@ -101,26 +102,33 @@ def plan(
     overrides: Overrides = None,
     limit: Limit = None,
     output: Output = None,
+    card: Card = None,
     json_only: AsJson = False,
     quiet: Quiet = False,
     require_auth: RequireAuth = False,
 ) -> None:
     """Render, tokenise and order all prompts; show the tree they share; stop before any model runs."""
     with _exit_codes():
-        from jobs.show import show_plan
+        from jobs.show import show_memory, show_plan
+        from pipeline.capacity import capacity, card_of
         from pipeline.job import prepare
         from pipeline.run import plan_job
 
+        wanted = card_of(card)
         ready = prepare(job, overrides_of(overrides, limit, output))
         manifest = plan_job(ready, _silent if quiet else _say)
         if not json_only:
             show_plan(manifest, ready)
+        memory = capacity(ready, manifest, wanted) if wanted else None
+        if memory is not None and not json_only:
+            show_memory(memory)
         _json(
             {
                 "output": ready.config.output.path,
                 "rows": manifest.num_rows,
                 "units": len(manifest.units),
                 **manifest.stats,
+                **({"memory_plan": asdict(memory)} if memory else {}),
             }
         )
 

@@ -11,6 +11,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. sampling_params.max_tokens=64"),
 ]
+Card = Annotated[str | None, typer.Option(help="also what memory and limits would be on this GPU, e.g. H100-80GB")]
 Limit = Annotated[int | None, typer.Option(help="only the first rows of the input; short for --set input.limit=N")]
 Output = Annotated[str | None, typer.Option(help="write here; short for --set output.path=FOLDER")]
 AsJson = Annotated[bool, typer.Option("--json", help="only the JSON line on stdout")]

@@ -16,6 +16,7 @@ from pipeline.output import sample_rows, task_of
 from pipeline.results import RESULT_COLUMNS
 from pipeline.summary import RunSummary
 from pipeline.verify import Verification
+from workers.memory_plan import GB, MemoryPlan
 from workers.scoring import Task
 
 MAX_CELL_CHARS = 160
@@ -43,6 +44,20 @@ def show_plan(manifest: Manifest, job: ReadyJob) -> None:
     _print_undeclared(out, stats["undeclared"])
     longest = ", ".join(f"{tokens:,} ({row})" for tokens, row in stats["longest"][:3])
     out.print(f"longest prompts, in tokens: {longest or 'none'}; limit {job.max_model_len:,}")
+
+
+def show_memory(plan: MemoryPlan) -> None:
+    """A card's memory and limits."""
+    out = _console()
+    out.print(
+        f"on one {plan.card}: {plan.weight_bytes / GB:,.1f} GB of weights, {plan.kv_bytes / GB:,.1f} GB or "
+        f"{plan.kv_tokens:,} tokens of keys and values, {plan.rows_in_flight:,} rows in flight"
+    )
+    out.print(
+        f"its limits: {plan.prefill_tokens_per_second:,.0f} prompt tokens/s, a decode step in "
+        f"{1e3 * plan.decode_step_seconds:.2f} ms or {plan.decode_tokens_per_second:,.0f} tokens/s; "
+        f"at these the whole plan takes {plan.seconds:,.0f} s"
+    )
 
 
 def _print_shared(out: Console, nodes: Sequence[dict[str, Any]], what: str) -> None:

@@ -180,6 +180,11 @@ def num_cluster_gpus() -> float:
     return float(ray.cluster_resources().get("GPU", 0))
 
 
+def max_node_gpus() -> float:
+    """GPUs of the node that has most."""
+    return max([0.0, *(float(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"])])
+
+
 def max_node_cpus() -> int:
     """CPUs of the largest node, at least one: what a single worker can get."""
     return max(1, *(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]))

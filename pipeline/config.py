@@ -161,6 +161,8 @@ class WorkersConfig(Section):
     min_size: PositiveInt = 1
     max_size: PositiveInt = 1
     num_gpus: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"  # a worker; auto: one if the cluster has any
+    accelerator_type: Annotated[str, Field(min_length=1)] | None = None  # of its GPUs, as Ray calls it: H100, A100, L4
+    tensor_parallel_size: PositiveInt = 1  # more is refused; num_gpus above 1 puts a model's layers on several GPUs
     units_in_flight: PositiveInt = 4  # units a worker holds at once
     max_num_seqs: PositiveInt | None = None  # rows a step
     max_num_batched_tokens: PositiveInt | None = None  # tokens a step
@@ -171,6 +173,17 @@ class WorkersConfig(Section):
 
     @model_validator(mode="after")
     def _check_sizes(self) -> "WorkersConfig":
+        if self.num_gpus != "auto" and self.num_gpus > 1 and self.num_gpus != int(self.num_gpus):
+            raise PydanticCustomError(
+                "gpus", "num_gpus must be a whole number, or a part of one GPU, got {got}", {"got": self.num_gpus}
+            )
+        if self.tensor_parallel_size > 1:
+            raise PydanticCustomError(
+                "tensor_parallel",
+                "tensor parallelism is not available, got tensor_parallel_size {got}: num_gpus above 1 puts a model's "
+                "layers on several GPUs of one worker",
+                {"got": self.tensor_parallel_size},
+            )
         if self.max_size < self.min_size:
             raise PydanticCustomError(
                 "sizes",

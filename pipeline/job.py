@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pipeline import cluster
 from pipeline.checks import CheckedJob, check_draft, input_identity
 from pipeline.config import JobConfig
 from pipeline.config_file import JobDraft, read_job
@@ -25,8 +26,9 @@ from pipeline.shards import PROTOCOL
 from pipeline.store import Store, open_store
 from pipeline.unit_worker import WorkerSpec
 from workers.adapter_record import AdapterRecord
+from workers.devices import num_gpus_here
 from workers.echo import is_echo
-from workers.memory import KV_SHARE, free_memory_bytes
+from workers.memory import GPU_KV_SHARE, KV_SHARE, free_memory_bytes
 from workers.model_facts import ModelFacts, inspect_model
 from workers.model_source import ModelRefused
 from workers.pairs import PairEncoder
@@ -87,13 +89,14 @@ class ReadyJob:
             scoring=self.config.scoring_template(),
         )
 
-    def worker_spec(self, threads: int, workers_a_node: int = 1) -> WorkerSpec:
-        """For the pool's actors."""
+    def worker_spec(self, threads: int, workers_a_node: int = 1, num_gpus: float = 0.0) -> WorkerSpec:
+        """For the pool's actors. Those with a GPU, or a part of one, have no CPU to fall back on."""
         workers = self.config.workers
         given = workers.model_dump(
             include={"max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes", "enable_prefix_caching"},
             exclude_none=True,
         )
+        share = GPU_KV_SHARE * min(1.0, num_gpus) if num_gpus else KV_SHARE / workers_a_node
         return WorkerSpec(
             output=self.config.output.path,
             fingerprint=fingerprint(self.fields),
@@ -106,8 +109,10 @@ class ReadyJob:
             params=self.config.sampling_params,
             has_row_params=self.has_row_params,
             max_model_len=self.max_model_len,
-            engine={**given, "seed": self.config.seed, "kv_memory_share": KV_SHARE / workers_a_node},
+            engine={**given, "seed": self.config.seed, "kv_memory_share": share},
             threads=threads,
+            device="cuda" if num_gpus else "cpu",
+            device_map="auto" if num_gpus > 1 else None,
         )
 
 
@@ -130,10 +135,12 @@ def prepared(draft: JobDraft, others: Sequence[Problem] = (), *, runs_here: bool
     if draft.config:
         _checking_process(draft.config.limits.row_memory_bytes).begin()  # it loads while the model is looked at
     facts, problems = _look_at_model(draft.config) if draft.config else (None, [])
+    if draft.config and cluster.is_local():
+        problems += _check_gpus(draft.config)
     if runs_here and draft.config and facts:
         problems += _check_fits(draft.config, facts)
     problems = [*others, *problems]
-    checked = check_draft(draft, others=problems)
+    checked = check_draft(draft, has_gpu=num_gpus_here() > 0, others=problems)
     if facts is None:
         raise JobRefused(problems)
     mask = facts.adapter_mask or "causal" if checked.config.mask == "auto" else checked.config.mask
@@ -226,12 +233,11 @@ def today() -> str:
 def _look_at_model(config: JobConfig) -> tuple[ModelFacts | None, list[Problem]]:
     model = config.model
     problems = []
-    if config.workers.num_gpus not in ("auto", 0.0):
-        wanted = "auto or 0: GPU workers are not available in this version"
-        problems.append(Problem("workers.num_gpus", str(config.workers.num_gpus), wanted))
     try:
         source, adapter = local_source(model.source), model.adapter and local_source(model.adapter, "model.adapter")
-        facts = inspect_model(source, dtype=model.dtype, adapter=adapter, revision=model.revision)
+        facts = inspect_model(
+            source, dtype=model.dtype, adapter=adapter, revision=model.revision, on_gpu=_is_on_gpu(config)
+        )
     except ModelRefused as refused:
         return None, [*problems, Problem("model", "", str(refused))]
     wanted_length = config.limits.max_model_len
@@ -241,8 +247,24 @@ def _look_at_model(config: JobConfig) -> tuple[ModelFacts | None, list[Problem]]
     return facts, problems
 
 
+def _is_on_gpu(config: JobConfig) -> bool | None:
+    """Whether workers compute on GPUs; None if that is for the cluster to tell."""
+    return None if config.workers.num_gpus == "auto" else config.workers.num_gpus > 0
+
+
+def _check_gpus(config: JobConfig) -> list[Problem]:
+    """Whether this machine has as many as a worker wants."""
+    if config.workers.num_gpus == "auto" or config.workers.num_gpus <= (there := num_gpus_here()):
+        return []
+    wanted = f"auto, 0, or at most the {there} that torch sees on this machine"
+    hint = "a cluster in RAY_ADDRESS, or a CUDA build of torch"
+    return [Problem("workers.num_gpus", f"{config.workers.num_gpus:g}", wanted, hint)]
+
+
 def _check_fits(config: JobConfig, facts: ModelFacts) -> list[Problem]:
     """Whether the weights of the fewest workers fit into what this machine has free."""
+    if _is_on_gpu(config) or (_is_on_gpu(config) is None and num_gpus_here()):
+        return []  # a GPU's memory is another
     workers, free = config.workers.min_size, free_memory_bytes()
     if workers * facts.weight_bytes <= free:
         return []

@@ -21,6 +21,7 @@ from pipeline.manifest import Manifest
 from pipeline.pool import reserved_cpus, run_units, threads_of, workers_a_node
 from pipeline.progress import ProgressDisplay, Say, Totals
 from pipeline.quarantine import Quarantine
+from pipeline.reservation import Reservation, check_gpus, gpus_of
 from pipeline.roster import Roster
 from pipeline.store import OutputStorageError
 from pipeline.summary import is_over_limit
@@ -56,7 +57,12 @@ class Passes:
         self._workers = job.config.workers
         self._threads = threads_of(self._workers)
         smallest = reserved_cpus(self._threads, is_planning=job.checked.num_windows > 1)
-        self._spec = job.worker_spec(self._threads, workers_a_node(self._workers, smallest))
+        num_gpus = gpus_of(self._workers)
+        warning = check_gpus(num_gpus, cluster.max_node_gpus(), is_local=cluster.is_local())
+        if warning is not None:
+            say(warning)
+        self._reservation = Reservation(smallest, num_gpus, self._workers.accelerator_type)
+        self._spec = job.worker_spec(self._threads, workers_a_node(self._workers, smallest), num_gpus)
         self._tally = tally
         self._interrupt = interrupt
         self._say = say
@@ -68,7 +74,8 @@ class Passes:
         """Compute what is missing of what is planned. Raises what a unit failed for, and WorkersFailed if workers die
         of every unit."""
         self._manifest = manifest
-        self._num_cpus = reserved_cpus(self._threads, is_planning=not manifest.is_complete)
+        num_cpus = reserved_cpus(self._threads, is_planning=not manifest.is_complete)
+        self._reservation = self._reservation.with_cpus(num_cpus)
         missing = self._missing()
         while missing and self.may_go_on:
             left = self._round(missing)
@@ -99,7 +106,7 @@ class Passes:
         lost: Exception | None = None
         with self._watched(units) as (roster, watchdog):
             try:
-                pool = self._workers, self._spec, roster, self._num_cpus
+                pool = self._workers, self._spec, roster, self._reservation
                 for receipt in run_units(units, *pool, units_in_flight=units_in_flight):
                     self._take(receipt, roster)
             except ray.exceptions.RayError as error:  # no pool could be made
@@ -135,7 +142,7 @@ class Passes:
     def _quarantined(self, units: Sequence[UnitSpec]) -> Iterator[tuple[Quarantine, Any]]:
         with (
             self._watched(units) as (roster, watchdog),
-            closing(Quarantine(self._spec, roster, watchdog, self._num_cpus, self._may_convict)) as quarantine,
+            closing(Quarantine(self._spec, roster, watchdog, self._reservation, self._may_convict)) as quarantine,
         ):
             try:
                 yield quarantine, roster

@@ -15,6 +15,7 @@ from ray.util.annotations import RayDeprecationWarning
 
 from pipeline import cluster
 from pipeline.config import WorkersConfig
+from pipeline.reservation import Reservation
 from pipeline.unit_worker import Receipt, UnitWorker, WorkerSpec
 from pipeline.units import UnitSpec
 
@@ -45,7 +46,7 @@ def run_units(
     workers: WorkersConfig,
     spec: WorkerSpec,
     roster: Any,
-    num_cpus: float,
+    reservation: Reservation,
     *,
     units_in_flight: int,
 ) -> Iterator[Receipt]:
@@ -57,7 +58,7 @@ def run_units(
     rows.context.max_errored_blocks = -1  # of this dataset: what is missing is plan minus listing, whatever Ray drops
     cluster.wait_for_ever(rows)
     pool = _pool(workers, len(units), units_in_flight)
-    receipts = _through_pool(rows, pool, spec, roster, num_cpus)
+    receipts = _through_pool(rows, pool, spec, roster, reservation)
     for batch in receipts.iter_batches(batch_size=1, prefetch_batches=0):
         yield Receipt(**json.loads(str(batch["receipt"][0])))
 
@@ -71,7 +72,9 @@ def _pool(workers: WorkersConfig, num_units: int, units_in_flight: int) -> Actor
     )
 
 
-def _through_pool(rows: Dataset, pool: ActorPoolStrategy, spec: WorkerSpec, roster: Any, num_cpus: float) -> Dataset:
+def _through_pool(
+    rows: Dataset, pool: ActorPoolStrategy, spec: WorkerSpec, roster: Any, reservation: Reservation
+) -> Dataset:
     with warnings.catch_warnings():
         # Ray 2.60 has no other way to bound retries; the arguments go in 2.64.
         warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", RayDeprecationWarning)
@@ -80,7 +83,7 @@ def _through_pool(rows: Dataset, pool: ActorPoolStrategy, spec: WorkerSpec, rost
             batch_size=1,
             compute=pool,
             fn_constructor_args=(spec, roster),
-            num_cpus=num_cpus,
+            **reservation.options(),
             max_restarts=-1,  # the watchdog bounds them
             max_task_retries=0,
         )

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import ray
 import ray.exceptions
 
+from pipeline.reservation import Reservation
 from pipeline.unit_worker import Receipt, UnitWorker, WorkerSpec
 from pipeline.units import UnitSpec
 from pipeline.watchdog import Watchdog
@@ -33,13 +34,13 @@ class Quarantine:
         spec: WorkerSpec,
         roster: Any,
         watchdog: Watchdog,
-        num_cpus: float,
+        reservation: Reservation,
         may_go_on: Callable[[UnitSpec, int], bool],
     ) -> None:
         self._spec = spec
         self._roster = roster
         self._watchdog = watchdog
-        self._num_cpus = num_cpus
+        self._reservation = reservation
         self._may_go_on = may_go_on
         self._worker: Any = None
         self._num_failures = 0  # said by processes before their end, and seen here
@@ -97,7 +98,7 @@ class Quarantine:
     def _there(self) -> Any:
         """The worker, a new one if the last has died."""
         if self._worker is None:
-            options = {"num_cpus": self._num_cpus, "max_restarts": 0, "max_task_retries": 0}
+            options = {**self._reservation.options(), "max_restarts": 0, "max_task_retries": 0}
             self._worker = ray.remote(UnitWorker).options(**options).remote(self._spec, self._roster)
         return self._worker
 

@@ -24,6 +24,7 @@ from pipeline.scores import score_schema, score_values
 from pipeline.shards import PROTOCOL, ForeignShard, ShardFooter, commit_shard, serialize_shard
 from pipeline.store import OutputStorageError, open_store
 from pipeline.units import PASSED, PlannedRow, UnitDamaged, UnitSpec, load_unit, planned_rows
+from workers.device_names import Device
 from workers.echo import EchoEngine, is_echo
 from workers.loop import EngineLoop, EngineRow, EngineStopped, RowEngine
 from workers.request import GenerationRequest, RequestOutput
@@ -53,6 +54,8 @@ class WorkerSpec:
     max_model_len: int
     engine: dict[str, Any] = field(default_factory=dict)  # EngineConfig fields
     threads: int | None = None
+    device: Device = "auto"
+    device_map: str | None = None  # auto: layers on all the GPUs that the worker has
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +210,14 @@ def make_engine(spec: WorkerSpec) -> RowEngine:
     options: dict[str, Any] = {"mask": spec.mask, "max_model_len": spec.max_model_len, **spec.engine}
     source, adapter = local_source(spec.source), spec.adapter and local_source(spec.adapter)
     return Engine.from_pretrained(
-        source, dtype=spec.dtype, adapter=adapter, check_adapter=False, revision=spec.revision, **options
+        source,
+        dtype=spec.dtype,
+        adapter=adapter,
+        check_adapter=False,
+        revision=spec.revision,
+        device=spec.device,
+        device_map=spec.device_map,
+        **options,
     )
 
 

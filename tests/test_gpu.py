@@ -3,7 +3,6 @@
 The kernel against its emulation, and everything above it against the CPU.
 """
 
-import inspect
 import itertools
 import random
 from typing import Any
@@ -32,38 +31,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 CUDA = torch.device("cuda", 0)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _kernel():
-    """A torch older than what Segue wants has the same kernel without `seqused_k` in its public function."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    with pytest.MonkeyPatch.context() as patch:
-        if "seqused_k" not in inspect.signature(varlen_attn).parameters:
-            patch.setattr(varlen, "cuda_kernel", lambda: older_torch_kernel)
-        yield
-
-
-def older_torch_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, seqused_k=None, **kwargs):
-    """The call that torch 2.13's varlen_attn makes."""
-    window = kwargs.get("window_size", (-1, -1))
-    return torch.ops.aten._flash_attention_forward(
-        query,
-        key,
-        value,
-        cu_seq_q,
-        cu_seq_k,
-        max_q,
-        max_k,
-        0.0,
-        window == (-1, 0),
-        False,
-        scale=scale,
-        window_size_left=window[0],
-        window_size_right=window[1],
-        seqused_k=seqused_k,
-    )[:2]
 
 
 @pytest.mark.parametrize("heads", [(6, 6), (6, 2)])
@@ -112,7 +79,7 @@ class OnCard(VarlenBackend):
     """Takes the tests' fp32 numbers from the CPU, computes in fp16 on the card, and brings them back."""
 
     def new_memory(self, shape, budget_bytes):
-        on_card = KVShape(shape.num_layers, shape.num_kv_heads, shape.head_dim, torch.float16, CUDA)
+        on_card: Any = KVShape(shape.num_layers, shape.num_kv_heads, shape.head_dim, torch.float16, CUDA)
         return super().new_memory(on_card, budget_bytes)
 
     def begin(self, blocks, tails, memory):
@@ -120,8 +87,8 @@ class OnCard(VarlenBackend):
         attend = run.attend
 
         def moved(layer, query, key, value, scale):
-            there = [each.half().to(CUDA) for each in (query, key, value)]
-            return attend(layer, *there, scale).float().cpu()
+            query, key, value = (each.half().to(CUDA) for each in (query, key, value))
+            return attend(layer, query, key, value, scale).float().cpu()
 
         run.attend = moved
         return run

@@ -1,14 +1,21 @@
 """A pool of keys and values: what a node or a tail holds stays its own, wherever it is moved to."""
 
+import gc
 import random
+from weakref import ref
 
 import pytest
+import test_engine
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from varlen_emulation import emulated_kernel
 
 from attention.kv_memory import KVMemoryExceeded, KVShape
 from attention.kv_pool import Extent, KVPool
+from attention.varlen import VarlenBackend
+from workers import devices
+from workers.sampling import SamplingParams
 
 SHAPE = KVShape(2, 1, 2, torch.float32)
 TOKENS = 400
@@ -130,6 +137,22 @@ def test_pool_whose_extents_are_not_told_that_they_moved_fails_the_test_above(mo
     monkeypatch.setattr(KVPool, "_compact", without_telling)
     with pytest.raises(Exception):  # noqa: B017, PT011  (hypothesis may find several ways to fail)
         test_pool_keeps_what_nodes_and_tails_hold_through_cuts_moves_and_growth()
+
+
+def test_pool_of_an_engine_that_nobody_has_is_freed_at_once(monkeypatch):
+    """On a GPU it is most of the memory, and the next engine wants it."""
+    monkeypatch.setitem(devices.BACKENDS, "cpu", lambda _: VarlenBackend(emulated_kernel))
+    engine = test_engine.engine()
+    engine.generate(test_engine.shared_prompts(4), SamplingParams(max_tokens=3))
+    assert isinstance(engine.cache, KVPool)
+    tensor = ref(engine.cache.tensors[0])
+    gc.collect()
+    gc.disable()
+    try:
+        del engine
+        assert tensor() is None
+    finally:
+        gc.enable()
 
 
 def test_pool_takes_back_only_what_it_gave():

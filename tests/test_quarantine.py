@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.quarantine import Outcome, Quarantine
+from pipeline.reservation import Reservation
 from pipeline.units import UnitSpec
 from workers.row_errors import RowError, RowErrorCode
 
@@ -18,7 +19,7 @@ class Simulated(Quarantine):
 
     def __init__(self, poison: set[int], together: set[int], accidents: set[int]) -> None:
         nothing: Any = None
-        super().__init__(nothing, nothing, nothing, 1, lambda unit, count: True)
+        super().__init__(nothing, nothing, nothing, Reservation(1), lambda unit, count: True)
         self.poison, self.together, self.accidents = poison, together, accidents
         self.deaths_alone: dict[int, int] = {}
         self.num_calls = self.num_deaths = 0

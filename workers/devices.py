@@ -14,12 +14,10 @@ from attention.kv_memory import KVShape
 from attention.reference import ReferenceBackend
 from attention.step import Backend
 from attention.varlen import FLASH_DTYPES, VarlenBackend
-from workers.memory import KV_SHARE, free_memory_bytes
+from workers.memory import GPU_KV_SHARE, KV_SHARE, free_memory_bytes
 from workers.model_source import ModelRefused
 
-Device = Literal["auto", "cpu", "cuda"]
 BackendName = Literal["auto", "cpu", "reference", "varlen"]
-GPU_KV_SHARE = 0.85  # of a GPU, weights included; the rest is for what a step computes
 RESERVED_SHARE = 0.9  # of what is free on a GPU, at most
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -50,6 +48,8 @@ def resolve_dtype(dtype: str, device: torch.device | None = None) -> torch.dtype
     Raises ModelRefused for fp16 on a CPU, and for fp32 on a GPU, whose attention kernels do not compute it.
     """
     device = device or resolve_device("auto")
+    if device.type == "cuda" and dtype == "auto" and not torch.cuda.is_available():
+        return torch.bfloat16  # of GPUs elsewhere; those that cannot are eight years old
     if dtype == "auto":
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
@@ -70,15 +70,26 @@ def make_backend(name: str, shape: KVShape, layer_devices: Sequence[torch.device
     return BACKENDS[name](layer_devices)
 
 
-def kv_memory_bytes(device: torch.device, share: float | None) -> tuple[int, str]:
-    """What keys and values may take now, and how that is explained. `share`: of a CPU's free memory, or of all of a
-    GPU's, in which weights are counted; None is the default of each."""
-    if device.type != "cuda":
+def num_gpus_here() -> int:
+    """GPUs that this process sees."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def kv_memory_bytes(layer_devices: Sequence[torch.device], share: float | None) -> tuple[int, str]:
+    """What keys and values of all layers may take now, and how that is explained. `share`: of a CPU's free memory, or
+    of all of a GPU's, in which weights are counted; None is the default of each."""
+    if layer_devices[0].type != "cuda":
         share = KV_SHARE if share is None else share
         return int(share * free_memory_bytes()), f"{share:.0%} of what is free"
     share = GPU_KV_SHARE if share is None else share
+    # Each device holds the keys of its own layers.
+    found = min(_free_on(each, share) * len(layer_devices) // layer_devices.count(each) for each in {*layer_devices})
+    return found, f"{share:.0%} of the GPU, less weights"
+
+
+def _free_on(device: torch.device, share: float) -> int:
     gc.collect()  # an engine that nobody has any more
     free, total = torch.cuda.mem_get_info(device)
     used = torch.cuda.memory_allocated(device)
     free += torch.cuda.memory_reserved(device) - used  # kept by torch, and ours
-    return max(0, min(int(share * total) - used, int(RESERVED_SHARE * free))), f"{share:.0%} of the GPU, less weights"
+    return max(0, min(int(share * total) - used, int(RESERVED_SHARE * free)))

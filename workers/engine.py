@@ -19,7 +19,7 @@ from torch import Tensor
 from attention.segments import Segment, canonical_segments
 from workers.adapter_record import AdapterRecord, load_record
 from workers.coalescing import RequestCoalescer
-from workers.devices import Device
+from workers.device_names import Device, DeviceMap
 from workers.engine_core import EngineConfig, EngineCore, last_hidden
 from workers.model import TreeModel, load_model
 from workers.model_source import ModelRefused
@@ -57,18 +57,22 @@ class Engine(EngineCore):
         check_adapter: bool = True,
         revision: str | None = None,
         device: Device = "auto",
+        device_map: DeviceMap = None,
         **config: Any,
     ) -> "Engine":
         """Load a model (see `workers.model_source` for what a source may be).
 
         `mask="auto"` is what the adapter was trained with, else causal. Raises ModelRefused with the reason, another
-        mask than the adapter's among them unless `check_adapter` is False. `device="auto"` is a GPU if there is one.
+        mask than the adapter's among them unless `check_adapter` is False. `device="auto"` is a GPU if there is one;
+        `device_map="auto"` puts a model's layers on all of them.
         """
         record = (load_record(Path(adapter)) if adapter else None) or AdapterRecord()
         resolved = record.mask or "causal" if mask == "auto" else mask
         if check_adapter:
             _check_adapter(record, AdapterRecord(mask=resolved))
-        model = load_model(source, dtype=dtype, adapter=adapter, revision=revision, device=device)
+        model = load_model(
+            source, dtype=dtype, adapter=adapter, revision=revision, device=device, device_map=device_map
+        )
         engine = cls(model, EngineConfig(mask=resolved, **config))
         engine._adapter = record if check_adapter else AdapterRecord()
         return engine

@@ -96,7 +96,7 @@ class EngineCore:
 
     def _measured_kv_bytes(self) -> int:
         """A share of what is free now. Raises MemoryError if rows would fail for it that are nothing special."""
-        share, explained = kv_memory_bytes(self.model.kv_shape.device, self.config.kv_memory_share)
+        share, explained = kv_memory_bytes(self.model.layer_devices, self.config.kv_memory_share)
         wanted = min(self.max_model_len * self.model.kv_shape.bytes_per_token, ENOUGH_KV_BYTES)
         if share < wanted:
             raise MemoryError(

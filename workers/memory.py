@@ -14,6 +14,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 LARGEST_MMAP_THRESHOLD = 32 << 20  # that glibc takes
 NEVER = -1
 KV_SHARE = 0.4  # of free memory, for keys and values; the rest is for what a step computes, and for others
+GPU_KV_SHARE = 0.85  # of a GPU, weights included; the rest is for what a step computes
 
 OWN_GROUPS = Path("/proc/self/cgroup")
 CGROUPS = Path("/sys/fs/cgroup")

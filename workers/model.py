@@ -6,6 +6,7 @@ is registered as one more of transformers' implementations, with no mask functio
 Shapes: `T` packed tokens, `N` selected tokens, `V` vocabulary, `E` hidden width.
 """
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from attention.segments import Segment
 from attention.step import StepRun, TreeStep
 from attention.tree import SegmentTree
 from workers import support
+from workers.device_names import DeviceMap
 from workers.devices import make_backend, resolve_device, resolve_dtype
 from workers.model_source import ModelRefused, locate, safetensors_directory
 
@@ -69,8 +71,7 @@ class TreeModel:
     @property
     def layer_devices(self) -> list[torch.device]:
         """Where each layer's attention runs: one device, unless a model is larger than that."""
-        layers = self.model.get_decoder().layers
-        return [next(layer.parameters()).device for layer in layers]
+        return [_device_of(layer) for layer in self.model.get_decoder().layers]
 
     @property
     def vocab_size(self) -> int:
@@ -104,17 +105,21 @@ def load_model(
     adapter: str | None = None,
     revision: str | None = None,
     device: str = "auto",
+    device_map: DeviceMap = None,
 ) -> TreeModel:
-    """Load, check and probe. Raises ModelRefused with the reason."""
+    """Load, check and probe. `device_map` is for a model larger than a device: where its layers go.
+
+    Raises ModelRefused with the reason.
+    """
     directory = safetensors_directory(locate(source, revision))
     torch_device = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, torch_device)
     config, tokenizer = checked_config(directory)
     # An adapter is merged in fp32 and rounded once.
-    model = load_weights(directory, config, torch.float32 if adapter else torch_dtype)
+    model = load_weights(directory, config, torch.float32 if adapter else torch_dtype, device_map)
     if adapter:
         model = merge_adapter(model, adapter).to(torch_dtype)
-    return tree_model(model.to(torch_device), tokenizer)
+    return tree_model(model if device_map else model.to(torch_device), tokenizer)
 
 
 def vocabulary_logits(model: Any, hidden: Tensor) -> Tensor:
@@ -125,7 +130,8 @@ def vocabulary_logits(model: Any, hidden: Tensor) -> Tensor:
     if scale != 1.0:
         logits = logits * scale
     cap = getattr(config, "final_logit_softcapping", None)
-    return torch.tanh(logits / cap) * cap if cap else logits
+    logits = torch.tanh(logits / cap) * cap if cap else logits
+    return logits.to(hidden.device)  # the head may be elsewhere
 
 
 def checked_config(directory: Path) -> tuple[Any, Any]:
@@ -159,8 +165,10 @@ def tree_model(model: Any, tokenizer: Any) -> TreeModel:
     return loaded
 
 
-def load_weights(directory: Path, config: Any, dtype: torch.dtype) -> Any:
-    """The transformers model of a checked directory, with its own eager attention."""
+def load_weights(directory: Path, config: Any, dtype: torch.dtype, device_map: DeviceMap = None) -> Any:
+    """The transformers model of a checked directory, with its own eager attention. Raises ModelRefused."""
+    if device_map is not None and importlib.util.find_spec("accelerate") is None:
+        raise ModelRefused("a model on several devices needs the accelerate package: pip install 'segue[gpu]'")
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -172,6 +180,7 @@ def load_weights(directory: Path, config: Any, dtype: torch.dtype) -> Any:
         local_files_only=True,
         use_safetensors=True,
         attn_implementation="eager",
+        device_map=device_map,
     )
 
 
@@ -194,11 +203,23 @@ def _register_attention() -> None:
 
 def _kv_shape(model: Any) -> KVShape:
     config = model.config.get_text_config()
-    num_heads = int(config.num_attention_heads)
-    head_dim = getattr(config, "head_dim", None) or int(config.hidden_size) // num_heads
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
     parameter = next(model.parameters())
-    return KVShape(int(config.num_hidden_layers), int(num_kv_heads), int(head_dim), parameter.dtype, parameter.device)
+    return KVShape(
+        int(config.num_hidden_layers),
+        support.num_kv_heads(config),
+        support.head_dim(config),
+        parameter.dtype,
+        _device_of(model.get_decoder().layers[0]),
+    )
+
+
+def _device_of(layer: nn.Module) -> torch.device:
+    """Where it computes. accelerate may keep its weights elsewhere until then."""
+    hook: Any = getattr(layer, "_hf_hook", None)
+    where = getattr(hook, "execution_device", None)
+    if where is None:
+        return next(layer.parameters()).device
+    return torch.device("cuda", where) if isinstance(where, int) else torch.device(where)
 
 
 def eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:

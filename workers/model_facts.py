@@ -5,6 +5,9 @@ Raises ModelRefused for everything that would fail later on the workers, as far 
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from workers import echo, support
 from workers.adapter_record import AdapterRecord, load_record
@@ -24,7 +27,9 @@ class ModelFacts:
     dtype: str  # resolved: float32, bfloat16 or float16
     max_model_len: int  # tokens of prompt and answer
     window: int | None  # the sliding window that limits it, if one does
+    num_weights: int = 0
     weight_bytes: int = 0  # in memory, in this dtype
+    kv_bytes_per_token: int = 0
 
     @property
     def adapter_mask(self) -> str | None:
@@ -32,14 +37,20 @@ class ModelFacts:
         return self.adapter_record.mask if self.adapter_record else None
 
 
-def inspect_model(source: str, *, dtype: str, adapter: str | None, revision: str | None) -> ModelFacts:
-    """Find, convert if needed, and check a model. `source: echo` has no weights and no limits."""
+def inspect_model(
+    source: str, *, dtype: str, adapter: str | None, revision: str | None, on_gpu: bool | None = None
+) -> ModelFacts:
+    """Find, convert if needed, and check a model. `source: echo` has no weights and no limits.
+
+    `on_gpu`: whether it will compute on GPUs, maybe of other machines; None is as on this one.
+    """
     if echo.is_echo(source):
         return ModelFacts(echo.SOURCE, None, None, None, "float32", echo.MAX_MODEL_LEN, None)
     files = locate(source, revision)
     directory = safetensors_directory(files)
     config, _ = checked_config(directory)
-    resolved = resolve_dtype(dtype)
+    resolved = resolve_dtype(dtype, None if on_gpu is None else torch.device("cuda" if on_gpu else "cpu"))
+    num_weights = support.num_weights(directory)
     return ModelFacts(
         identity=weights_identity(files),
         commit=files.commit,
@@ -48,8 +59,16 @@ def inspect_model(source: str, *, dtype: str, adapter: str | None, revision: str
         dtype=str(resolved).removeprefix("torch."),
         max_model_len=support.max_model_len(config),
         window=support.sliding_window(config),
-        weight_bytes=support.num_weights(directory) * resolved.itemsize,
+        num_weights=num_weights,
+        weight_bytes=num_weights * resolved.itemsize,
+        kv_bytes_per_token=kv_bytes_per_token(config, resolved.itemsize),
     )
+
+
+def kv_bytes_per_token(config: Any, bytes_per_number: int) -> int:
+    """Of all layers."""
+    text = config.get_text_config()
+    return 2 * int(text.num_hidden_layers) * support.num_kv_heads(text) * support.head_dim(text) * bytes_per_number
 
 
 def _adapter_identity(adapter: Path) -> str:

@@ -111,6 +111,16 @@ def check_weights_match(directory: Path, config: Any) -> None:
                 )
 
 
+def head_dim(config: Any) -> int:
+    """Width of a head."""
+    return int(getattr(config, "head_dim", None) or int(config.hidden_size) // int(config.num_attention_heads))
+
+
+def num_kv_heads(config: Any) -> int:
+    """Key heads of a layer."""
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
 def num_weights(directory: Path) -> int:
     """How many numbers the safetensors files of a checked directory hold, by their headers."""
     from safetensors import safe_open

@@ -21,7 +21,7 @@ from random import Random
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-NUM_TRAIN, NUM_TEST = 8448, 1000
+NUM_TRAIN, NUM_TEST = 2112, 1000
 ORDERS = {"lookup": ("numbers_first", "numbers_last"), "word": ("question_first", "question_last")}
 NAMES = (
     "Ada", "Ben", "Cara", "Dan", "Eva", "Finn", "Gina", "Hugo", "Ida", "Jack", "Kim", "Leo", "Mia", "Ned", "Olga",
@@ -32,7 +32,7 @@ NUM_PAIRS = 6  # with eight, no arm learns anything in as many steps
 LETTERS = "ABCD"
 KINDS = ("easy", "challenge")
 PAPER_TASKS = ("arc_easy", "arc_challenge", "openbookqa", "boolq")
-NUM_PAPER_TRAIN, NUM_PAPER_TEST = 2112, 300  # of each of the four, or what there is
+NUM_PAPER_TRAIN, NUM_PAPER_TEST = 480, 300  # of each of the four, or what there is
 AS_PUBLISHED = "as_published"  # the paper's tasks have one order
 
 
