@@ -1,10 +1,11 @@
 # Set-up, demo and checks. The first command makes a virtual environment in .venv; later ones find it as it is.
 #
 #   make demo         360 support tickets through a small model, two workers, answers in jobs/examples/triage/out/
-#   make test         everything that must hold: format, lint, types, arrows, tests, kills; two files at a time
+#   make test         everything that must hold: format, lint, types, arrows, tests, kills; three files at a time
 #   make test-commands  every command of the README, which takes minutes of its own
 #   make chaos        an hour and a half of faults: every step of the commit protocol, 60 kills, S3 servers of other makes
 #   make fuzz         thousands of job files, rows and Parquet files that nobody thought of
+#   make test-gpu     what only a card can tell; make bench-gpu: its throughput and limits. Both without Ray
 #   make test-fast    what make test runs, without the tests marked slow or chaos
 
 VENV := .venv
@@ -14,7 +15,7 @@ PIP := $(BIN)/python -m pip install -qq --constraint constraints.txt
 # Named, so that pip takes the build that is offered for CPUs; its newest build would bring CUDA along.
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo setup check test test-fast test-commands chaos fuzz format
+.PHONY: demo setup check test test-fast test-commands chaos fuzz format test-gpu bench-gpu
 .DEFAULT_GOAL := test
 
 setup: $(READY)
@@ -44,10 +45,10 @@ check: $(READY)
 	$(BIN)/lint-imports
 
 # Tests wait for processes as much as they compute.
-TWO_AT_A_TIME := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+SEVERAL_AT_A_TIME := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 
 test: check
-	$(TWO_AT_A_TIME) -m "not commands and not long"
+	$(SEVERAL_AT_A_TIME) -m "not commands and not long"
 
 chaos: $(READY)
 	@$(PIP) --no-build-isolation --editable '.[dev,stores]'
@@ -59,11 +60,18 @@ chaos: $(READY)
 fuzz: $(READY)
 	SEGUE_HYPOTHESIS=fuzz $(BIN)/python -m pytest -m fuzz --timeout=7200
 
+# On a machine with a card and a CUDA build of torch in the Python that PYTHON names; nothing is installed.
+test-gpu:
+	PYTHONPATH=.:tests $(or $(PYTHON),python3) -m pytest tests/test_gpu.py --noconftest -p no:cacheprovider
+
+bench-gpu:
+	PYTHONPATH=. $(or $(PYTHON),python3) -m jobs.bench.gpu
+
 test-commands: $(READY)
 	$(BIN)/python -m pytest -m commands
 
 test-fast: check
-	$(TWO_AT_A_TIME) -m "not slow and not chaos and not commands and not long"
+	$(SEVERAL_AT_A_TIME) -m "not slow and not chaos and not commands and not long"
 
 format: $(READY)
 	$(BIN)/ruff format

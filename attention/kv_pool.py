@@ -57,7 +57,7 @@ class KVPool(KVMemory):
         super().__init__(shape, budget_bytes)
         size = (2, self.budget_tokens + 1, shape.num_kv_heads, shape.head_dim)
         devices = layer_devices or [shape.device] * shape.num_layers
-        self.tensors = [torch.zeros(size, dtype=shape.dtype, device=device) for device in devices]  # [2, P + 1, Hkv, D]
+        self.tensors = [torch.empty(size, dtype=shape.dtype, device=device) for device in devices]  # [2, P + 1, Hkv, D]
         self.num_compactions = 0
         self.generation = 0  # of the tensors: a smaller pool has other ones
         self._extents = Extents(self.budget_tokens)
@@ -149,8 +149,8 @@ class KVPool(KVMemory):
                 tensor[:, : len(places)] = kept
                 continue
             self.generation += 1
-            self.tensors[layer] = tensor = tensor.new_zeros(2, 0)  # the old one goes before the new one comes
-            smaller = kept.new_zeros(2, size + 1, *kept.shape[2:])
+            self.tensors[layer] = tensor = tensor.new_empty(2, 0)  # the old one goes before the new one comes
+            smaller = kept.new_empty(2, size + 1, *kept.shape[2:])
             smaller[:, : len(places)] = kept
             self.tensors[layer] = smaller
         self._extents = Extents(size)

@@ -195,7 +195,14 @@ def _training_spec(config: FinetuneConfig, job: ReadyJob, held_out: frozenset[st
             base_identity=job.facts.identity[:IDENTITY_DIGITS],
         ),
         threads=config.workers.threads,
+        device=_device_of(config),
     )
+
+
+def _device_of(config: FinetuneConfig) -> str:
+    """Of a training in one process, what it finds or is told; several share nothing but CPUs."""
+    gpus, is_alone = config.workers.num_gpus, config.workers.max_size == 1
+    return "cuda" if gpus not in ("auto", 0) else "auto" if gpus == "auto" and is_alone else "cpu"
 
 
 def _held_out_files(config: FinetuneConfig) -> tuple[frozenset[str] | None, list[Problem]]:
@@ -233,6 +240,9 @@ def _problems(config: FinetuneConfig) -> list[Problem]:
     if config.model.adapter is not None:
         wanted = "it left out: an adapter is trained on the model itself"
         problems.append(Problem("model.adapter", "an adapter", wanted))
+    if config.workers.num_gpus not in ("auto", 0) and config.workers.max_size > 1:
+        wanted = "auto or 0: a training in several processes uses CPUs"
+        problems.append(Problem("workers.num_gpus", f"{config.workers.num_gpus:g}", wanted))
     if not is_local(config.output.path):
         problems.append(Problem("output.path", shown(config.output.path), "a local folder: checkpoints are kept in it"))
     if config.evaluation.path is not None:

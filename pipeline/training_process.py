@@ -57,6 +57,7 @@ class TrainingSpec:
     answer_end_id: int
     record: AdapterRecord
     threads: int | None
+    device: str = "cpu"
 
 
 def check_data(spec: TrainingSpec) -> TrainingData:
@@ -94,7 +95,12 @@ def train_process(
     store = LocalStore(spec.output)
     data = data or check_data(spec)
     model = TrainingModel.from_pretrained(
-        local_source(spec.source), spec.lora, dtype=DTYPES[spec.dtype], revision=spec.revision, seed=spec.seed
+        local_source(spec.source),
+        spec.lora,
+        dtype=DTYPES[spec.dtype],
+        revision=spec.revision,
+        seed=spec.seed,
+        device=spec.device,
     )
     trainer = Trainer(model, data.examples, data.held_out, spec.training, seed=spec.seed, ranks=ranks)
     checkpoints = Checkpoints(store.root / CHECKPOINTS)

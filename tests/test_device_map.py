@@ -2,16 +2,15 @@
 
 from typing import Any
 
+import accelerate
 import pytest
 import torch
-from accelerate import dispatch_model
 from test_models import PROMPTS
 from tiny_models import tiny_model, tiny_tokenizer, tiny_tree_model
-from varlen_emulation import emulated_kernel
+from varlen_emulation import EmulatedBackend
 
 from attention.kv_memory import KVShape
 from attention.kv_pool import KVPool
-from attention.varlen import VarlenBackend
 from workers import devices
 from workers.engine import Engine, EngineConfig
 from workers.model import load_model, tree_model
@@ -31,13 +30,14 @@ SPLIT = {
 @pytest.fixture(params=["cpu", "varlen"])
 def each_backend(request, monkeypatch):
     if request.param == "varlen":
-        monkeypatch.setitem(devices.BACKENDS, "cpu", lambda layers: VarlenBackend(emulated_kernel, layers))
+        monkeypatch.setitem(devices.BACKENDS, "cpu", EmulatedBackend)
 
 
 @pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("mask", ["segment", "causal"])
 def test_split_model_gives_the_answers_of_the_whole(mask, tmp_path):
-    split: Any = dispatch_model(tiny_model("llama"), SPLIT, main_device="cpu", offload_dir=tmp_path)
+    dispatch: Any = accelerate.dispatch_model
+    split = dispatch(tiny_model("llama"), SPLIT, main_device="cpu", offload_dir=tmp_path)
     assert next(split.model.layers[1].parameters()).device.type == "meta"  # so the hooks are at work
     model = tree_model(split, tiny_tokenizer())
     assert model.layer_devices == [torch.device("cpu")] * 3

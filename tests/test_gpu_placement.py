@@ -85,7 +85,7 @@ def _devices_of(workers: int, wanted: Reservation, monkeypatch) -> Counter[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_workers", [1, 2, 4])
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 4])
 def test_workers_of_a_pool_get_a_gpu_each(num_workers, joined, monkeypatch):
     found = _devices_of(num_workers, Reservation(1, 1.0), monkeypatch)
     assert len(found) == num_workers

@@ -7,7 +7,7 @@ import torch
 from chains import chains
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from varlen_emulation import emulated_kernel
+from varlen_emulation import EmulatedBackend
 
 from attention.blocks import DecodeQuery, blocks_of
 from attention.cpu import CpuBackend, flash
@@ -19,13 +19,12 @@ from attention.residency import Residency
 from attention.segments import Segment, canonical_segments
 from attention.step import TreeStep
 from attention.tree import SegmentTree
-from attention.varlen import VarlenBackend
 from attention.visibility import block_sequence_ids, visible
 
 H, HKV, D, SCALE = 4, 2, 8, 0.37
 SHAPE = KVShape(1, HKV, D, torch.float32)
 TOLERANCE = 1e-5
-BACKENDS = [CpuBackend(), ReferenceBackend(), VarlenBackend(emulated_kernel)]
+BACKENDS = [CpuBackend(), ReferenceBackend(), EmulatedBackend()]
 NAMES = ["cpu", "reference", "varlen"]
 
 

@@ -6,10 +6,17 @@ aligned at the bottom right; the log-sum-exp is natural, `[H, T]`, and +inf over
 """
 
 import inspect
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.attention import varlen
+
+from attention.kv_memory import KVShape
+from attention.kv_pool import KVPool
+from attention.varlen import VarlenBackend
+
+MAX_POOL_BYTES = 64 << 20
 
 PARAMETERS = inspect.signature(varlen.varlen_attn).parameters
 
@@ -18,6 +25,19 @@ def emulated_kernel(*args, **kwargs) -> tuple[Tensor, Tensor]:
     """What `attention.varlen.cuda_kernel` returns. Raises TypeError for arguments that the installed torch has not."""
     inspect.signature(varlen.varlen_attn).bind(*args, num_splits=1, **kwargs)
     return emulated_varlen_attn(*args, **kwargs)
+
+
+class EmulatedBackend(VarlenBackend):
+    """On a CPU, in a pool that is small, since it is allocated at once, and full of what must never count."""
+
+    def __init__(self, layer_devices: Sequence[torch.device] | None = None) -> None:
+        super().__init__(emulated_kernel, layer_devices)
+
+    def new_memory(self, shape: KVShape, budget_bytes: int) -> KVPool:
+        pool = super().new_memory(shape, min(budget_bytes, MAX_POOL_BYTES))
+        for tensor in pool.tensors:
+            tensor.fill_(torch.nan)
+        return pool
 
 
 def emulated_varlen_attn(
@@ -47,25 +67,27 @@ def emulated_varlen_attn(
     out = torch.full_like(query, torch.nan)  # what no sequence covers is garbage
     lse = query.new_full((query.shape[1], len(query)), torch.nan, dtype=torch.float32)
     borders_q, borders_k = cu_seq_q.tolist(), cu_seq_k.tolist()
+    used = seqused_k.tolist() if seqused_k is not None else None
+    grouped = query.unflatten(1, (-1, groups)).permute(1, 2, 0, 3)  # [Hkv, G, Tq, D]
     for index in range(num_sequences):
         first, last = borders_q[index], borders_q[index + 1]
         start = borders_k[index]
-        length = int(seqused_k[index]) if seqused_k is not None else borders_k[index + 1] - start
+        length = used[index] if used is not None else borders_k[index + 1] - start
         if last - first > max_q or length > max_k:
             raise ValueError(f"sequence {index} has {last - first} queries and {length} keys, told {max_q}, {max_k}")
         if start < 0 or start + length > len(key):
             raise ValueError(f"sequence {index} reads keys {start} to {start + length} of {len(key)}: illegal memory")
-        q = query[first:last].transpose(0, 1).double()  # [H, q, D]
-        k, v = (part[start : start + length].transpose(0, 1).double() for part in (key, value))
-        k, v = k.repeat_interleave(groups, dim=0), v.repeat_interleave(groups, dim=0)
-        scores = q @ k.transpose(1, 2) * scale
+        if first == last:
+            continue
+        k, v = (part[start : start + length].transpose(0, 1)[:, None].float() for part in (key, value))
+        scores = grouped[:, :, first:last].float() @ k.transpose(2, 3) * scale  # [Hkv, G, q, k]
         if window_size == (-1, 0):
             is_later = torch.ones(last - first, length, dtype=torch.bool).triu_(length - (last - first) + 1)
             scores = scores.masked_fill(is_later, -torch.inf)
         weights = scores.softmax(dim=-1).nan_to_num()  # over no keys: zeros
-        out[first:last] = (weights @ v).transpose(0, 1).to(out.dtype)
-        total = scores.logsumexp(dim=-1)
-        lse[:, first:last] = torch.where(total == -torch.inf, torch.inf, total).float()
+        out[first:last] = (weights @ v).flatten(0, 1).transpose(0, 1).to(out.dtype)
+        total = scores.logsumexp(dim=-1).flatten(0, 1)
+        lse[:, first:last] = torch.where(total == -torch.inf, torch.inf, total)
     return out, lse
 
 
