@@ -65,7 +65,7 @@ test-gpu:
 	PYTHONPATH=.:tests $(or $(PYTHON),python3) -m pytest tests/test_gpu.py --noconftest -p no:cacheprovider
 
 bench-gpu:
-	PYTHONPATH=. $(or $(PYTHON),python3) -m jobs.bench.gpu
+	PYTHONPATH=. $(or $(PYTHON),python3) -m jobs.bench.gpu --record
 
 test-commands: $(READY)
 	$(BIN)/python -m pytest -m commands

@@ -248,6 +248,22 @@ def errors(
 
 
 @app.command()
+def status(
+    output: Annotated[str, typer.Argument(metavar="OUT", help="an output folder, finished or not")],
+    json_only: AsJson = False,
+) -> None:
+    """How far a job is, from its output folder alone: the cluster may be gone, and the job file too."""
+    with _exit_codes():
+        from jobs.show import show_status
+        from pipeline.status import status_of
+
+        found = status_of(output)
+        if not json_only:
+            show_status(found)
+        _json(asdict(found) | {"share_done": round(found.share_done, 4)})
+
+
+@app.command()
 def verify(
     output: Annotated[str, typer.Argument(metavar="OUT", help="an output folder, finished or not")],
     json_only: AsJson = False,

@@ -14,6 +14,7 @@ from pipeline.job import ReadyJob
 from pipeline.manifest import Manifest
 from pipeline.output import sample_rows, task_of
 from pipeline.results import RESULT_COLUMNS
+from pipeline.status import JobStatus
 from pipeline.summary import RunSummary
 from pipeline.verify import Verification
 from workers.memory_plan import GB, MemoryPlan
@@ -125,6 +126,25 @@ def show_summary(summary: RunSummary) -> None:
         out.print(
             f"this run: {summary.rows_this_run:,} rows in {summary.seconds:.1f} s, {summary.rows_per_second:.1f} rows/s"
         )
+
+
+def show_status(found: JobStatus) -> None:
+    """How far, who is at it, and what to type next."""
+    out = _console()
+    out.print(f"{plain(found.name)}: {found.status}, {found.share_done:.1%}, in {plain(found.output)}")
+    if found.training is not None:
+        told = ", ".join(f"{name} {value}" for name, value in found.training.items())
+        out.print(f"training: {plain(told) or 'no step yet'}")
+    else:
+        more = "" if found.is_planned else "; more of the input is still to be planned"
+        out.print(f"{found.rows_done:,} of {found.rows:,} rows in {found.units_done:,} of {found.units:,} shards{more}")
+        out.print(f"row errors: {', '.join(f'{n} {code}' for code, n in found.errors.items()) or 'none'}")
+        out.print(f"tokens: {found.tokens_computed:,} computed, {found.tokens_generated:,} generated")
+    for run in found.runs:
+        out.print(f"at work: process {run['pid']} on {plain(str(run['host']))}")
+    if found.status == "stopped":
+        command = "finetune" if found.training is not None else "run"
+        out.print(f"nobody is at work on it: the same `segue {command} JOB.yaml` goes on where it stopped")
 
 
 def show_errors(rows: Sequence[dict[str, Any]], total: int) -> None:

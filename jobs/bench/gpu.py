@@ -26,6 +26,7 @@ from workers.model import TreeModel, tree_model
 from workers.sampling import SamplingParams
 
 CUDA = torch.device("cuda", 0)
+RESULTS = Path(__file__).with_name("RESULTS.md")
 SHAPE = {  # of Llama-3.2-1B
     "hidden_size": 2048,
     "intermediate_size": 8192,
@@ -67,7 +68,24 @@ def main() -> None:
         (args.out / "gpu.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     for line in found.pop("profile"):
         print(line)
+    if args.record:
+        _record(found)
     print(json.dumps({"bench": "gpu", "rows": args.rows, **found}))
+
+
+def _record(found: dict[str, Any]) -> None:
+    """A line under the last of RESULTS.md, whose last section is of cards."""
+    causal, segment, graphs = found["causal"], found["segment"], found["segment_graphs"]
+    line = (
+        f"\n{found['card']}, torch {found['torch']}, {time.strftime('%Y-%m-%d')}: causal "
+        f"{causal['rows_per_second']:.1f} rows/s ({found['times_transformers']:.1f} times transformers), segment mask "
+        f"{segment['rows_per_second']:.1f}, with decode graphs {graphs['rows_per_second']:.1f}; prefill "
+        f"{segment['prefill_tokens_per_second']:,.0f} tokens/s, {segment['prefill_share_of_limit']:.0%} of the card's "
+        f"matrix rate; a decode step {segment['decode_step_ms']:.1f} ms, with graphs {graphs['decode_step_ms']:.1f}, "
+        f"{graphs['decode_share_of_limit']:.0%} of its bandwidth.\n"
+    )
+    with RESULTS.open("a", encoding="utf-8") as file:
+        file.write(line)
 
 
 def _ceilings() -> dict[str, float]:
@@ -231,6 +249,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="throughput and limits of a card")
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--record", action="store_true", help="append a line to RESULTS.md")
     parser.add_argument("--peer-batches", type=int, nargs="+", default=[64, 128])
     return parser.parse_args()
 
