@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from attention.kv_memory import TAIL_CAPACITIES, KVMemory, KVShape, NodeMemory, Tail, next_capacity
+from attention.kv_memory import TAIL_CAPACITIES, KVMemory, KVShape, Tail, next_capacity
+from attention.node_memory import NodeMemory
 
 
 class NodeKV:

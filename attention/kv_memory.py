@@ -6,9 +6,10 @@ that moves to a larger place when it is full. Knows no tensor's layout, no tree 
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol, Self
 
 import torch
+
+from attention.node_memory import NodeMemory
 
 CPU = torch.device("cpu")
 TAIL_CAPACITIES = (16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)  # tokens; a full tail moves to the next
@@ -31,15 +32,6 @@ class KVShape:
     @property
     def bytes_per_token(self) -> int:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
-
-
-class NodeMemory(Protocol):
-    """Keys and values of a node's consecutive tokens."""
-
-    @property
-    def num_bytes(self) -> int: ...
-
-    def split(self, num_tokens: int) -> tuple[Self, Self]: ...
 
 
 @dataclass(eq=False, slots=True)

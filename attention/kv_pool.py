@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from attention.extents import Extents
-from attention.kv_memory import TAIL_CAPACITIES, KVMemory, KVMemoryExceeded, KVShape, NodeMemory, Tail, next_capacity
+from attention.kv_memory import TAIL_CAPACITIES, KVMemory, KVMemoryExceeded, KVShape, Tail, next_capacity
+from attention.node_memory import NodeMemory
 
 MAX_POOL_TOKENS = 2**31 - 1  # kernels count in 32 bits
 

@@ -12,18 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, Self
 
+from attention.node_memory import NodeMemory
 from attention.segments import Segment
 
 KEY_BYTES = 16
-
-
-class SplittableKV(Protocol):
-    """What a node needs of its keys and values: to be cut in two at a token, and counted."""
-
-    @property
-    def num_bytes(self) -> int: ...
-
-    def split(self, num_tokens: int) -> tuple[Self, Self]: ...
 
 
 class SplittableScores(Protocol):
@@ -60,7 +52,7 @@ class Node:
     num_scoring: int = 0  # rows that want the log-probabilities of its tokens
     is_listed: bool = True  # found by later prompts; False for a token computed again for its logits
     is_computed: bool = False
-    kv: SplittableKV | None = None
+    kv: NodeMemory | None = None
     last_hidden: object | None = None  # final hidden state of the last token, for the logits after it
     scores: SplittableScores | None = None  # of its own tokens, if a row wanted them when it was computed
 

@@ -141,7 +141,7 @@ def show_status(found: JobStatus) -> None:
         out.print(f"row errors: {', '.join(f'{n} {code}' for code, n in found.errors.items()) or 'none'}")
         out.print(f"tokens: {found.tokens_computed:,} computed, {found.tokens_generated:,} generated")
     for run in found.runs:
-        out.print(f"at work: process {run['pid']} on {plain(str(run['host']))}")
+        out.print(f"at work: process {plain(str(run['pid']))} on {plain(str(run['host']))}")
     if found.status == "stopped":
         command = "finetune" if found.training is not None else "run"
         out.print(f"nobody is at work on it: the same `segue {command} JOB.yaml` goes on where it stopped")

@@ -3,9 +3,8 @@
 from pipeline.job import ReadyJob
 from pipeline.manifest import Manifest
 from pipeline.problems import JobRefused, Problem, shown
+from workers.engine_core import EngineConfig
 from workers.memory_plan import CARDS, Card, MemoryPlan, ModelSize, Workload, memory_plan
-
-DEFAULT_NUM_SEQS = 64  # of an engine
 
 
 def card_of(name: str | None) -> Card | None:
@@ -24,7 +23,7 @@ def capacity(job: ReadyJob, manifest: Manifest, card: Card) -> MemoryPlan:
         num_rows=manifest.num_rows,
         tokens_distinct=manifest.stats["tokens_distinct"],
         max_tokens=job.config.sampling_params.max_tokens if job.config.task == "generate" else 0,
-        max_num_seqs=job.config.workers.max_num_seqs or DEFAULT_NUM_SEQS,
+        max_num_seqs=job.config.workers.max_num_seqs or EngineConfig().max_num_seqs,
     )
     try:
         return memory_plan(card, ModelSize(facts.num_weights, facts.weight_bytes, facts.kv_bytes_per_token), work)

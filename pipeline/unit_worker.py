@@ -24,7 +24,7 @@ from pipeline.scores import score_schema, score_values
 from pipeline.shards import PROTOCOL, ForeignShard, ShardFooter, commit_shard, serialize_shard
 from pipeline.store import OutputStorageError, open_store
 from pipeline.units import PASSED, PlannedRow, UnitDamaged, UnitSpec, load_unit, planned_rows
-from workers.device_names import Device
+from workers.device_names import Device, DeviceMap
 from workers.echo import EchoEngine, is_echo
 from workers.loop import EngineLoop, EngineRow, EngineStopped, RowEngine
 from workers.request import GenerationRequest, RequestOutput
@@ -55,7 +55,7 @@ class WorkerSpec:
     engine: dict[str, Any] = field(default_factory=dict)  # EngineConfig fields
     threads: int | None = None
     device: Device = "auto"
-    device_map: str | None = None  # auto: layers on all the GPUs that the worker has
+    device_map: DeviceMap = None  # auto: layers on all the GPUs that the worker has
 
 
 @dataclass(frozen=True, slots=True)

@@ -141,6 +141,8 @@ output: {path: out}
         ("limits: {max_error_rate: 1.1}", "limits.max_error_rate", "1.1"),
         ("limits: {max_error_rate: .inf}", "limits.max_error_rate", "finite"),
         ("workers: {num_gpus: two}", "workers.num_gpus", "'auto' or a number"),
+        ("workers: {num_gpus: 1.5}", "workers", "a whole number, or a part of one GPU, got 1.5"),
+        ("workers: {tensor_parallel_size: 2}", "workers", "tensor parallelism is not available, got"),
         ("workers: {num_gpus: -1}", "workers.num_gpus", "greater than or equal to 0"),
         ("workers: {min_size: 3}", "workers", "at least min_size (3), got 1"),
         ("prompt: {format: chta}", "prompt.format", "'chat'"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_models import PROMPTS
 from tiny_models import tiny_model, tiny_tokenizer, tiny_tree_model
+from transformers import AutoModelForCausalLM
 from varlen_emulation import EmulatedBackend
 
 from attention.kv_memory import KVShape
@@ -51,12 +52,19 @@ def test_split_model_gives_the_answers_of_the_whole(mask, tmp_path):
     assert parts.loglikelihood(pairs) == whole.loglikelihood(pairs)
 
 
-def test_model_is_loaded_onto_the_devices_of_a_map(tmp_path):
+def test_model_is_loaded_onto_the_devices_of_a_map(tmp_path, monkeypatch):
+    """Which is transformers' work, so it has to be told."""
+    told = []
+    load = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *a, **k: told.append(k["device_map"]) or load(*a, **k)
+    )
     tiny_model("llama").save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     model = load_model(str(tmp_path), dtype="float32", device="cpu", device_map={"": "cpu"})
     assert model.layer_devices == [torch.device("cpu")] * 3
     assert Engine(model).logits(PROMPTS).shape[0] == len(PROMPTS)
+    assert told == [{"": "cpu"}]
 
 
 def test_pool_lies_where_its_layers_compute():

@@ -228,6 +228,8 @@ def test_every_problem_of_a_job_is_told_at_once(tmp_path, monkeypatch):
     assert "input.limit: got a value, wanted it left out" in text
     assert "model.adapter: got an adapter" in text
     assert "workers.max_num_seqs: got a value, wanted it left out" in text
+    with pytest.raises(JobRefused, match=r"workers.num_gpus: got 1, wanted auto or 0: a training in several processes"):
+        prepare_finetune(path, ["workers.num_gpus=1", "workers.max_size=2"])
     with pytest.raises(JobRefused, match=r"lora.rank: got an unknown key"):
         prepare_finetune(path, ["lora.rank=3"])
     with pytest.raises(JobRefused, match=r"training.learning_rate: .*greater than 0"):

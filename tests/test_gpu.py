@@ -14,7 +14,7 @@ import torch
 from tiny_models import KINDS, oracle_logits, oracle_model, tiny_model, tiny_tokenizer
 from varlen_emulation import emulated_varlen_attn
 
-from attention import varlen
+from attention import varlen, varlen_plan
 from attention.kv_memory import KVShape
 from attention.segments import Segment
 from attention.varlen import VarlenBackend
@@ -62,8 +62,8 @@ def test_kernel_equals_its_emulation(heads, window):
 @pytest.mark.parametrize("tiles", [(128, 2048), (4, 6)], ids=["usual_tiles", "small_tiles"])
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_tree_attention_on_the_card_equals_dense_reference(bidirectional, tiles, monkeypatch):
-    monkeypatch.setattr(varlen, "QUERY_TILE", tiles[0])
-    monkeypatch.setattr(varlen, "KEY_TILE", tiles[1])
+    monkeypatch.setattr(varlen_plan, "QUERY_TILE", tiles[0])
+    monkeypatch.setattr(varlen_plan, "KEY_TILE", tiles[1])
     monkeypatch.setattr(test_tree_attention, "TOLERANCE", 5e-3)
     test_tree_attention.test_tree_attention_of_long_nodes_deep_trees_and_many_queries_equals_dense_reference(
         OnCard(), bidirectional

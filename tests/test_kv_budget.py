@@ -85,5 +85,13 @@ def test_workers_of_a_node_share_its_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.cluster.max_node_cpus", lambda: 16)
     cases: dict[tuple[float, int], int] = {(4, 8): 4, (4, 2): 2, (32, 3): 1, (0.5, 40): 32}  # CPUs of a worker, workers
     job = prepare(write_job(write_input(tmp_path)))
+    whole, half, two = (job.worker_spec(1, num_gpus=number) for number in (1.0, 0.5, 2.0))
+    assert half.engine["kv_memory_share"] == whole.engine["kv_memory_share"] / 2 == two.engine["kv_memory_share"] / 2
+    assert [(spec.device, spec.device_map) for spec in (job.worker_spec(1), whole, half, two)] == [
+        ("cpu", None),
+        ("cuda", None),
+        ("cuda", None),
+        ("cuda", "auto"),
+    ]
     assert job.worker_spec(1, 4).engine["kv_memory_share"] == job.worker_spec(1).engine["kv_memory_share"] / 4
     assert {(cpus, size): workers_a_node(WorkersConfig(max_size=size), cpus) for cpus, size in cases} == cases

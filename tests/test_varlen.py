@@ -13,11 +13,12 @@ from tiny_models import KINDS, oracle_logits, oracle_model, tiny_tree_model
 from torch.nn.attention import varlen
 from varlen_emulation import EmulatedBackend
 
-from attention import kv_pool
+from attention import kv_pool, varlen_plan
 from attention import varlen as subject
 from attention.kv_memory import KVShape
 from attention.segments import Segment
-from attention.varlen import KEY_TILE, QUERY_TILE, VarlenBackend
+from attention.varlen import VarlenBackend
+from attention.varlen_plan import KEY_TILE, QUERY_TILE
 from workers import devices
 from workers.engine import Engine, EngineConfig
 from workers.model import load_model
@@ -75,7 +76,7 @@ def test_real_model_over_varlen_gives_the_logits_and_answers_of_the_dense_refere
 
 
 def test_long_nodes_are_cut_into_tiles_of_queries_and_keys():
-    got = subject._tiled(np.array([[3, QUERY_TILE + 5, 100, KEY_TILE + 1], [200, 1, 7, 2]]))
+    got = varlen_plan._tiled(np.array([[3, QUERY_TILE + 5, 100, KEY_TILE + 1], [200, 1, 7, 2]]))
     assert got.tolist() == [
         [3, QUERY_TILE, 100, KEY_TILE],
         [3, QUERY_TILE, 100 + KEY_TILE, 1],
@@ -86,7 +87,7 @@ def test_long_nodes_are_cut_into_tiles_of_queries_and_keys():
 
 
 def test_long_causal_squares_are_cut_into_tiles_over_all_keys_before():
-    got = subject._tiled_causal(np.array([[3, 2 * QUERY_TILE + 5, 100]]))
+    got = varlen_plan._tiled_causal(np.array([[3, 2 * QUERY_TILE + 5, 100]]))
     assert got.tolist() == [
         [3, QUERY_TILE, 100, QUERY_TILE],
         [3 + QUERY_TILE, QUERY_TILE, 100, 2 * QUERY_TILE],
@@ -96,8 +97,8 @@ def test_long_causal_squares_are_cut_into_tiles_over_all_keys_before():
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(subject, "QUERY_TILE", 4)
-    monkeypatch.setattr(subject, "KEY_TILE", 6)
+    monkeypatch.setattr(varlen_plan, "QUERY_TILE", 4)
+    monkeypatch.setattr(varlen_plan, "KEY_TILE", 6)
 
 
 def _check_random_trees():
@@ -115,7 +116,7 @@ def test_varlen_of_many_tiles_equals_dense_reference(small_tiles):
 
 def _shifted(name, change):
     """Sequences with one of their arrays changed."""
-    made = subject.Sequences.of.__func__
+    made = varlen_plan.Sequences.of.__func__
 
     def of(cls, blocks):
         sequences = made(cls, blocks)
@@ -126,18 +127,18 @@ def _shifted(name, change):
 
 
 MUTATIONS = {
-    "seqused_k is one too few": (subject.Sequences, "of", _shifted("seqused_k", lambda a: np.maximum(a - 1, 1))),
-    "seqused_k is one too many": (subject.Sequences, "of", _shifted("seqused_k", lambda a: a + 1)),
-    "keys begin one too late": (subject.Sequences, "of", _shifted("starts_k", lambda a: a + 1)),
+    "seqused_k is one too few": (varlen_plan.Sequences, "of", _shifted("seqused_k", lambda a: np.maximum(a - 1, 1))),
+    "seqused_k is one too many": (varlen_plan.Sequences, "of", _shifted("seqused_k", lambda a: a + 1)),
+    "keys begin one too late": (varlen_plan.Sequences, "of", _shifted("starts_k", lambda a: a + 1)),
     "the log-sum-exp is of base 2": (
         subject,
         "_merged",
         lambda parts, out, lse, _merged=subject._merged: _merged(parts, out, lse * 1.4427),
     ),
     "new keys go to another token's place": (
-        subject,
+        varlen_plan,
         "_slots",
-        lambda *args, _slots=subject._slots: np.roll(_slots(*args), 1),
+        lambda *args, _slots=varlen_plan._slots: np.roll(_slots(*args), 1),
     ),
     "a tail that moved is read where it was": (kv_pool.KVPool, "grow_tail", None),
 }

@@ -14,7 +14,9 @@ from torch import Tensor
 from attention.blocks import StepBlocks
 from attention.kv_memory import Tail
 from attention.kv_pool import KVPool
-from attention.varlen import DecodeBucket, Kernel, PaddedDecode, VarlenPlan
+from attention.padded_decode import DecodeBucket, PaddedDecode
+from attention.varlen import Kernel
+from attention.varlen_plan import VarlenPlan
 from workers.model import TreeModel
 
 MAX_GRAPHS = 48  # the one longest unused goes
@@ -37,7 +39,7 @@ class DecodeGraphs:
         if self._generation != self._pool.generation:  # its tensors are gone
             self._graphs.clear()
             self._generation = self._pool.generation
-        plan = VarlenPlan(blocks, tails)
+        plan = VarlenPlan.of(blocks, tails)
         bucket = DecodeBucket.of(plan)
         graph = self._graphs.pop(bucket, None)
         if graph is None:

@@ -27,7 +27,6 @@ from typing import Any
 HERE = Path(__file__).parent
 HELD_OUT = 0.04
 KV_BYTES = 2 << 30  # of each process
-ANSWER = re.compile(r"(?:solution|answer|ending|option)\d|true|false")  # of the paper's tasks
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -56,6 +55,7 @@ def _encoded(folder: Path, prompt: dict[str, Any], model: str) -> dict[str, Any]
 
     import pyarrow.parquet as pq
 
+    from jobs.judge import PRESETS
     from workers.model_source import locate, safetensors_directory
     from workers.pairs import PairEncoder
     from workers.prompt_encoder import PromptEncoder
@@ -82,6 +82,7 @@ def _encoded(folder: Path, prompt: dict[str, Any], model: str) -> dict[str, Any]
                 item |= {"label": read.label, "kind": row.get("kind", "all"), "answer": row.get("answer")}
             found[part].append(item)
     found["answer_end_id"] = [encoder.answer_end_id()]
+    found["answer_regex"] = [PRESETS["commonsense"][0]]
     return found
 
 
@@ -205,7 +206,7 @@ def _result(arm: Any, part: dict[str, Any], items: dict[str, Any], args: argpars
         right["generated"] = {}
         params_ = SamplingParams(**part["generate"])
         for test, output in zip(tests, engine.generate([_segments(t) for t in tests], params_), strict=True):
-            found = ANSWER.search(output.outputs[0].text)
+            found = re.search(items["answer_regex"][0], output.outputs[0].text)
             _note(right["generated"], test["kind"], found is not None and found[0] == test["answer"])
     progress = trainer.progress
     return {
