@@ -105,6 +105,11 @@ def test_worker_of_two_gpus_gets_two(joined, monkeypatch):
 
 
 @pytest.mark.slow
+def test_pool_with_fewer_gpus_than_workers_goes_on_with_those_it_gets(joined, monkeypatch):
+    assert len(_devices_of(2, Reservation(1, 4.0), monkeypatch)) == 1
+
+
+@pytest.mark.slow
 def test_auto_is_a_gpu_where_the_cluster_has_any(joined):
     assert gpus_of(WorkersConfig()) == 1.0
     assert gpus_of(WorkersConfig(num_gpus=0)) == 0.0

@@ -57,6 +57,14 @@ def test_status_of_a_run_at_work_and_done(tmp_path):
     assert (done.status, done.rows_done, done.share_done, done.runs) == ("done", NUM_ROWS, 1.0, [])
 
 
+def test_status_of_an_output_that_lost_a_shard_counts_what_is_there(tmp_path):
+    output = finished_output(tmp_path, [b"x", b"y"], [None, None])
+    (shard,) = output.glob("*.parquet")
+    shard.unlink()
+    found = status_of(str(output))
+    assert (found.rows, found.rows_done, found.units_done, found.share_done) == (2, 0, 0, 0.0)
+
+
 def test_status_of_a_training_is_its_last_step(tmp_path):
     output = finished_output(tmp_path, [b"x"], [None])
     manifest = output / "_job" / "manifest.json"

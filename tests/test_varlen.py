@@ -264,6 +264,28 @@ def test_steps_that_cannot_be_smaller_take_memory_from_the_pool(monkeypatch):
     assert engine.cache.tensors[0].shape[1] == engine.cache.budget_tokens + 1
 
 
+def test_rows_give_way_when_the_pool_becomes_too_small_for_them(monkeypatch):
+    prompts, sampling = test_engine.shared_prompts(6), SamplingParams(max_tokens=8, ignore_eos=True)
+    wanted = test_engine.token_ids(test_engine.engine().generate(prompts, sampling))
+    tokens = tiny_tree_model().kv_shape.bytes_per_token
+    engine = test_engine.engine(max_num_seqs=6, kv_cache_memory_bytes=400 * tokens)
+    plan_step = engine.scheduler.plan_step
+
+    def shrinking():
+        if engine.stats.num_steps == 3:
+            assert engine.cache.allocated_bytes > 180 * tokens
+            assert engine.scheduler.shrink_memory(180 * tokens)
+            assert engine.cache.allocated_bytes <= engine.cache.budget_bytes == 180 * tokens
+        if engine.stats.num_steps == 5:
+            assert not engine.scheduler.shrink_memory(20 * tokens)
+            assert engine.cache.budget_tokens == 180
+        return plan_step()
+
+    monkeypatch.setattr(engine.scheduler, "plan_step", shrinking)
+    assert test_engine.token_ids(engine.generate(prompts, sampling)) == wanted
+    assert engine.scheduler.num_preemptions > 0
+
+
 def test_device_without_memory_for_anything_ends_the_engine(monkeypatch):
     engine = test_engine.engine()
     _failing_forward(engine.model, monkeypatch, lambda sizes: True)

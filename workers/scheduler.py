@@ -227,7 +227,7 @@ class Scheduler:
             self._fail(self._take_waiting(sample))
 
     def shrink_memory(self, budget_bytes: int) -> bool:
-        """Have less KV memory from now on; the latest rows give way. False if it cannot be less."""
+        """Have less KV memory from now on; the latest rows give way. False if the earliest alone needs more."""
         before = self.cache.budget_bytes
         self.cache.trim()
         self.cache.budget_bytes = budget_bytes
