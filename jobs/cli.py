@@ -5,14 +5,12 @@ the error limit; 4 workers cannot work; 5 storage; 130 and 143 interrupted, drai
 """
 
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
+from jobs.ending import exit_codes, print_json, say, silent
 from jobs.options import (
     AsJson,
     Card,
@@ -26,7 +24,6 @@ from jobs.options import (
     overrides_of,
 )
 
-REFUSED, WORKERS, STORAGE = 2, 4, 5
 SHOWN_ERRORS = 5
 
 app = typer.Typer(
@@ -47,7 +44,7 @@ def run(
     require_auth: RequireAuth = False,
 ) -> None:
     """Plan the job if needed, run what is missing, and complete its output folder."""
-    with _exit_codes():
+    with exit_codes():
         from jobs.show import show_answers, show_summary
         from pipeline.cluster import is_local
         from pipeline.job import prepare
@@ -55,12 +52,12 @@ def run(
 
         ready = prepare(job, overrides_of(overrides, limit, output), runs_here=is_local())
         if ready.warns_of_unadapted_mask:
-            _say("warning: mask segment on a model that was not adapted to it: expect worse answers, often garbage")
-        summary = run_job(ready, _silent if quiet else _say, quiet=quiet)
+            say("warning: mask segment on a model that was not adapted to it: expect worse answers, often garbage")
+        summary = run_job(ready, silent if quiet else say, quiet=quiet)
         if not json_only:
             show_answers(ready.config.output.path, show)
             show_summary(summary)
-        _json(asdict(summary))
+        print_json(asdict(summary))
     raise typer.Exit(summary.exit_code)
 
 
@@ -74,7 +71,7 @@ def retry(
     require_auth: RequireAuth = False,
 ) -> None:
     """Answer the rows that have an error in OUT, by the same job with what --set changes, into another folder."""
-    with _exit_codes():
+    with exit_codes():
         import os
         import tempfile
 
@@ -89,10 +86,10 @@ def retry(
             with open(path, "w", encoding="utf-8") as file:
                 json.dump(retry_job(absolute(done), absolute(output)), file)  # JSON is YAML
             ready = prepare(path, overrides or [], runs_here=is_local())
-        summary = run_job(ready, _silent if quiet else _say, quiet=quiet)
+        summary = run_job(ready, silent if quiet else say, quiet=quiet)
         if not json_only:
             show_summary(summary)
-        _json(asdict(summary))
+        print_json(asdict(summary))
     raise typer.Exit(summary.exit_code)
 
 
@@ -108,7 +105,7 @@ def plan(
     require_auth: RequireAuth = False,
 ) -> None:
     """Render, tokenise and order all prompts; show the tree they share; stop before any model runs."""
-    with _exit_codes():
+    with exit_codes():
         from jobs.show import show_memory, show_plan
         from pipeline.capacity import capacity, card_of
         from pipeline.job import prepare
@@ -116,13 +113,13 @@ def plan(
 
         wanted = card_of(card)
         ready = prepare(job, overrides_of(overrides, limit, output))
-        manifest = plan_job(ready, _silent if quiet else _say)
+        manifest = plan_job(ready, silent if quiet else say)
         if not json_only:
             show_plan(manifest, ready)
         memory = capacity(ready, manifest, wanted) if wanted else None
         if memory is not None and not json_only:
             show_memory(memory)
-        _json(
+        print_json(
             {
                 "output": ready.config.output.path,
                 "rows": manifest.num_rows,
@@ -140,7 +137,7 @@ def validate(job: JobFile, overrides: Overrides = None, limit: Limit = None, out
 
     Of a job for `segue run`, or for `segue finetune`.
     """
-    with _exit_codes():
+    with exit_codes():
         from pipeline.cluster import check_reachable, is_local
         from pipeline.completeness import check_unused
         from pipeline.finetune import is_training, prepare_finetune
@@ -157,13 +154,13 @@ def validate(job: JobFile, overrides: Overrides = None, limit: Limit = None, out
             check_unused(ready.store)
         rows = ready.checked.num_rows
         num_files = len(ready.checked.inputs)
-        _say(f"{job}: valid ({rows:,} rows in {num_files} files, mask {ready.mask}, dtype {ready.facts.dtype})")
+        say(f"{job}: valid ({rows:,} rows in {num_files} files, mask {ready.mask}, dtype {ready.facts.dtype})")
         sample = ready.sample
         if sample.errors:
-            _say(f"warning: {len(sample.errors)} of {sample.num_rows} rows that were tried have an error:")
+            say(f"warning: {len(sample.errors)} of {sample.num_rows} rows that were tried have an error:")
             for error in sample.errors[:SHOWN_ERRORS]:
-                _say(f"  {error}")
-        _json(
+                say(f"  {error}")
+        print_json(
             {
                 "valid": True,
                 "rows": rows,
@@ -184,7 +181,7 @@ def attention(
     picture: Annotated[str, typer.Option(help="the PNG to write")] = "attention.png",
 ) -> None:
     """A picture of who looks at whom in one row's prompt, under the causal and the segment mask."""
-    with _exit_codes():
+    with exit_codes():
         from jobs.attention_picture import draw_attention
         from jobs.pictures import check_can_draw
         from pipeline.job import prepare
@@ -192,7 +189,7 @@ def attention(
         check_can_draw(picture)
 
         found = draw_attention(prepare(job, overrides_of(overrides, None, None)), row, layer, picture)
-        _json(found)
+        print_json(found)
 
 
 @app.command()
@@ -214,7 +211,7 @@ def finetune(
     require_auth: RequireAuth = False,
 ) -> None:
     """Train an adapter for the segment mask (or the causal one), going on where a run before has stopped."""
-    with _exit_codes():
+    with exit_codes():
         from jobs.loss_curve import draw_loss_curve
         from jobs.pictures import check_can_draw
         from jobs.show_training import TrainingDisplay, show_training
@@ -222,11 +219,11 @@ def finetune(
 
         check_can_draw()
         ready = prepare_finetune(job, overrides_of(overrides, limit, output))
-        summary = run_finetune(ready, _silent if quiet else _say, TrainingDisplay(quiet=quiet))
+        summary = run_finetune(ready, silent if quiet else say, TrainingDisplay(quiet=quiet))
         picture = draw_loss_curve(summary.output)
         if not json_only:
             show_training(summary, picture)
-        _json(asdict(summary) | {"loss_curve": picture})
+        print_json(asdict(summary) | {"loss_curve": picture})
     raise typer.Exit(summary.exit_code)
 
 
@@ -237,14 +234,14 @@ def errors(
     json_only: AsJson = False,
 ) -> None:
     """The rows that have an error, and how many of each kind. The README has what the kinds mean."""
-    with _exit_codes():
+    with exit_codes():
         from jobs.show import show_errors
         from pipeline.output import error_counts, error_rows
 
         counts = error_counts(output)
         if not json_only:
             show_errors(error_rows(output, limit), sum(counts.values()))
-        _json({"output": output, "errors": counts})
+        print_json({"output": output, "errors": counts})
 
 
 @app.command()
@@ -253,14 +250,14 @@ def status(
     json_only: AsJson = False,
 ) -> None:
     """How far a job is, from its output folder alone: the cluster may be gone, and the job file too."""
-    with _exit_codes():
+    with exit_codes():
         from jobs.show import show_status
         from pipeline.status import status_of
 
         found = status_of(output)
         if not json_only:
             show_status(found)
-        _json(asdict(found) | {"share_done": round(found.share_done, 4)})
+        print_json(asdict(found) | {"share_done": round(found.share_done, 4)})
 
 
 @app.command()
@@ -272,14 +269,14 @@ def verify(
 
     Exit codes: 0 sound, 3 not complete yet, 5 damaged.
     """
-    with _exit_codes():
+    with exit_codes():
         from jobs.show import show_verification
         from pipeline.verify import verify as verified
 
         found = verified(output)
         if not json_only:
             show_verification(found)
-        _json(asdict(found))
+        print_json(asdict(found))
     raise typer.Exit(found.exit_code)
 
 
@@ -295,7 +292,7 @@ def evaluate(
     json_only: AsJson = False,
 ) -> None:
     """How often finished outputs are right, with 95% intervals; two of them compared."""
-    with _exit_codes():
+    with exit_codes():
         from jobs.evaluate import compare, evaluation_json
         from jobs.evaluate import evaluate as evaluated
         from jobs.judge import judging_of
@@ -312,49 +309,7 @@ def evaluate(
         result = evaluation_json(found)
         if second is not None:
             result |= {"other": evaluation_json(second), "paired": [asdict(pairing) for pairing in pairings]}
-        _json(result)
-
-
-@contextmanager
-def _exit_codes() -> Iterator[None]:
-    """Expected failures as one line each and their exit code; a bug keeps its traceback."""
-    from pipeline.cluster import ClusterUnavailable, WorkersFailed
-    from pipeline.limited import ChildUnready
-    from pipeline.manifest import ForeignOutput
-    from pipeline.problems import JobRefused
-    from pipeline.rows import InputChanged, InputUnreadable
-    from pipeline.shards import ForeignShard
-    from pipeline.store import OutputStorageError
-    from workers.model_source import ModelRefused
-    from workers.train import TrainingDiverged
-
-    try:
-        yield
-    except (JobRefused, ForeignOutput, ForeignShard, InputChanged, ModelRefused) as error:
-        _fail(error, REFUSED)
-    except (WorkersFailed, ClusterUnavailable, ChildUnready, TrainingDiverged) as error:
-        _fail(error, WORKERS)
-    except (OutputStorageError, InputUnreadable) as error:
-        _fail(error, STORAGE)
-
-
-def _fail(error: Exception, code: int) -> None:
-    _say(str(error))
-    raise typer.Exit(code) from None
-
-
-def _say(line: str) -> None:
-    """To a person. What libraries put into the messages of their errors is not ours to choose."""
-    from pipeline.problems import redact
-
-    print(redact(line), file=sys.stderr, flush=True)
-
-
-_silent: Callable[[str], None] = lambda line: None  # noqa: E731
-
-
-def _json(value: object) -> None:
-    print(json.dumps(value, default=str), flush=True)
+        print_json(result)
 
 
 def main() -> None:

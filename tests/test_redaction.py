@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from jobs import cli
+from jobs.ending import say
 from pipeline.object_store import ObjectStore
 from pipeline.problems import redact
 from pipeline.remote import TALKATIVE, open_remote
@@ -30,7 +30,7 @@ def test_redact_blanks_credentials_and_nothing_else(text, wanted):
 
 
 def test_commands_print_no_credentials_that_errors_have_in_them(capsys):
-    cli._say("cannot read https://user:hunter2@host/a")
+    say("cannot read https://user:hunter2@host/a")
     assert capsys.readouterr().err == "cannot read https://***@host/a\n"
 
 
