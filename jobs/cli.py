@@ -23,6 +23,7 @@ from jobs.options import (
     absolute,
     overrides_of,
 )
+from jobs.submit import cancel, logs, submit
 
 SHOWN_ERRORS = 5
 
@@ -310,6 +311,10 @@ def evaluate(
         if second is not None:
             result |= {"other": evaluation_json(second), "paired": [asdict(pairing) for pairing in pairings]}
         print_json(result)
+
+
+for command in (submit, logs, cancel):
+    app.command()(command)
 
 
 def main() -> None:

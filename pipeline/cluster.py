@@ -89,7 +89,8 @@ def _start(num_cpus: int | None) -> None:
         # Ray's own handler, in place while it starts, exits with the bare number of the signal.
         raise SystemExit(128 + signal.SIGTERM) from None
     finally:
-        os.chdir(here)
+        with suppress(FileNotFoundError):  # Ray (2.60) may unpack a submitted job's folder again, in another's place
+            os.chdir(here)
 
 
 def is_local() -> bool:

@@ -1,0 +1,114 @@
+#!/usr/bin/env bash
+# A Ray cluster of several nodes on this machine, with a token: to try out what a job does on a cluster.
+#
+#   infra/local/cluster.sh up [FOLDER] [NODES] [CPUS]    a head without work, and NODES nodes (2) of CPUS each (1)
+#   . FOLDER/env                                         the address and the token, for segue submit
+#   infra/local/cluster.sh kill FOLDER NODE              a node vanishes without a word, as a preempted machine does
+#   infra/local/cluster.sh down [FOLDER]                 ends what `up` has started, and nothing else
+#
+# FOLDER (default: .cluster) gets the token, the numbers of the processes and Ray's logs. Its ports are open on all
+# interfaces, as Ray's always are: the token protects them.
+set -euo pipefail
+
+action=${1:-}
+folder=${2:-.cluster}
+nodes=${3:-2} # of kill: which
+cpus=${4:-1}
+
+say() { echo "$*" >&2; }
+
+free_port() {
+    python - <<'PYTHON'
+import socket
+
+with socket.socket() as found:
+    found.bind(("127.0.0.1", 0))
+    print(found.getsockname()[1])
+PYTHON
+}
+
+# start NAME COMMAND...: in a session of its own, so that it can be ended with all that it starts.
+start() {
+    local name=$1
+    shift
+    setsid "$@" >"$folder/$name.log" 2>&1 </dev/null &
+    echo $! >"$folder/$name.pid"
+}
+
+wait_for() {
+    local what=$1
+    shift
+    for _ in $(seq 120); do
+        if "$@" >/dev/null 2>&1; then
+            return
+        fi
+        sleep 1
+    done
+    say "$what did not come up; see $folder/*.log"
+    exit 1
+}
+
+num_alive() {
+    ray list nodes --address "$RAY_API_SERVER_ADDRESS" --filter state=ALIVE --format json |
+        python -c 'import json, sys; print(len(json.load(sys.stdin)))'
+}
+
+has_nodes() { [ "$(num_alive)" -gt "$1" ]; }
+
+up() {
+    umask 077
+    mkdir -p "$folder"
+    folder=$(cd "$folder" && pwd)
+    if ls "$folder"/*.pid >/dev/null 2>&1; then
+        say "$folder has a cluster; end it first: $0 down $folder"
+        exit 1
+    fi
+    python -c 'import secrets; print(secrets.token_hex(32), end="")' >"$folder/token"
+    local port dashboard
+    port=$(free_port)
+    dashboard=$(free_port)
+    cat >"$folder/env" <<ENV
+export RAY_AUTH_MODE=token
+export RAY_AUTH_TOKEN_PATH="$folder/token"
+export RAY_API_SERVER_ADDRESS=http://127.0.0.1:$dashboard
+ENV
+    # shellcheck source=/dev/null
+    . "$folder/env"
+    export RAY_JOB_STOP_WAIT_TIME_S=30 # a cancelled job writes its last note
+    export RAY_USAGE_STATS_ENABLED=0
+    start head ray start --head --block --port="$port" --num-cpus=0 --num-gpus=0 --temp-dir="$(mktemp -d)" \
+        --node-ip-address=127.0.0.1 --dashboard-host=127.0.0.1 --dashboard-port="$dashboard" \
+        --disable-usage-stats
+    wait_for "the head" ray job list --address "$RAY_API_SERVER_ADDRESS"
+    for node in $(seq "$nodes"); do
+        start "node-$node" ray start --block --address="127.0.0.1:$port" --num-cpus="$cpus" --num-gpus=0 \
+            --node-ip-address=127.0.0.1 --disable-usage-stats
+        wait_for "node $node" has_nodes "$node" # one after the other: together they may take each other's ports
+    done
+    say "up: . $folder/env"
+}
+
+vanish() {
+    pkill -KILL -s "$(cat "$folder/node-$1.pid")"
+    rm -f "$folder/node-$1.pid"
+    say "killed: node $1"
+}
+
+down() {
+    for file in "$folder"/node-*.pid "$folder"/head.pid; do
+        [ -e "$file" ] || continue
+        kill -TERM -- "-$(cat "$file")" 2>/dev/null || true
+        rm -f "$file"
+    done
+    say "down: $folder"
+}
+
+case $action in
+up) up ;;
+kill) vanish "${3:?which node}" ;;
+down) down ;;
+*)
+    sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+    ;;
+esac

@@ -1,0 +1,106 @@
+"""A job file as a cluster gets it: one file, the job as it was understood here, prompts' files read and relative paths
+absolute; on demand this installation's code beside it.
+
+Knows job files; nothing of clusters, planning or running.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.cluster import one_line
+from pipeline.config import JobConfig, scheme_of
+from pipeline.config_file import read_job
+from pipeline.finetune import is_training
+from pipeline.finetune_config import FinetuneConfig
+from pipeline.manifest import code_version
+from pipeline.problems import JobRefused, Problem, shown
+from pipeline.yaml_file import read_yaml
+
+JOB_FILE = "job.json"
+PACKAGES = ("attention", "workers", "pipeline", "jobs")
+DIGEST_DIGITS = 8
+_SECRET = re.compile(r"(?i)secret|token|passw|credential|private|access_key|api_?key")
+
+
+@dataclass(frozen=True, slots=True)
+class SubmittedJob:
+    """A job file as a cluster gets it."""
+
+    name: str
+    output: str
+    command: str  # of segue: run or finetune
+    content: bytes  # the job file, JSON
+    local_paths: tuple[str, ...] = ()  # that every node must find at the same place
+
+    @property
+    def submission_id(self) -> str:
+        """Of its first attempt: equal jobs have equal ones."""
+        return f"segue-{self.name}-{hashlib.sha256(self.content).hexdigest()[:DIGEST_DIGITS]}"
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What everybody sees who may look at the queue."""
+        return {"segue_job": self.name, "segue_output": self.output, "segue_version": code_version()}
+
+
+def read_submitted(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> SubmittedJob:
+    """A job file for `segue run` or `segue finetune`. Whether data and model are there is for the cluster to see, which
+    may reach what this machine does not.
+
+    Raises JobRefused with every problem of the file.
+    """
+    trains = is_training(path)
+    draft = read_job(path, overrides, FinetuneConfig if trains else JobConfig)
+    if draft.config is None:
+        raise JobRefused(draft.problems)
+    config = draft.config
+    content = json.dumps(config.model_dump(mode="json", exclude_unset=True), indent=1, ensure_ascii=False)
+    places = (*config.input.path, config.output.path, config.model.source, config.model.adapter or "")
+    local = tuple(place for place in places if os.path.isabs(place) and not scheme_of(place))
+    return SubmittedJob(
+        config.name, config.output.path, "finetune" if trains else "run", content.encode("utf-8"), local
+    )
+
+
+def read_runtime_env(path: str | None) -> dict[str, Any]:
+    """A Ray runtime environment from a YAML file. Raises JobRefused for secrets, which Ray shows to everybody, and for
+    a working directory, which is the job file's."""
+    if path is None:
+        return {}
+    try:
+        document = read_yaml(Path(path).read_text(encoding="utf-8"), Path(path).name)
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobRefused([Problem("", one_line(str(error)), "a readable YAML file", where=path)]) from None
+    env = document.value
+    problems = list(document.problems)
+    if not isinstance(env, dict):
+        problems.append(Problem("", shown(env), "a mapping such as pip: or py_modules:", where=path))
+        raise JobRefused(problems)
+    if "working_dir" in env:
+        problems.append(Problem("working_dir", "one", "none: it holds the job file, and py_modules is for code"))
+    variables = env.get("env_vars")
+    for name in variables if isinstance(variables, dict) else ():
+        if _SECRET.search(str(name)):
+            hint = "Ray shows them to all who see its dashboard: give nodes a role or a mounted file"
+            problems.append(Problem("env_vars", repr(name), "no secrets", hint, where=path))
+    if problems:
+        raise JobRefused(problems)
+    return env
+
+
+def copied_packages(target: Path) -> list[str]:
+    """Our code alone, without data and caches: the four packages, as folders."""
+    here = Path(__file__).parent.parent
+    for name in PACKAGES:
+        for file in sorted((here / name).rglob("*.py")):
+            copy = target / file.relative_to(here)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+    return [str(target / name) for name in PACKAGES]
