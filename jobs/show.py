@@ -131,6 +131,18 @@ def show_summary(summary: RunSummary) -> None:
 def show_status(found: JobStatus) -> None:
     """How far, who is at it, and what to type next."""
     out = _console()
+    if found.status == "planning":
+        out.print(f"planning: nothing is in {plain(found.output)} yet")
+    else:
+        _show_progress(out, found)
+    for run in found.runs:
+        out.print(f"at work: process {plain(str(run['pid']))} on {plain(str(run['host']))}")
+    if found.status == "stopped":
+        command = "finetune" if found.training is not None else "run"
+        out.print(f"nobody is at work on it: the same `segue {command} JOB.yaml` goes on where it stopped")
+
+
+def _show_progress(out: Console, found: JobStatus) -> None:
     out.print(f"{plain(found.name)}: {found.status}, {found.share_done:.1%}, in {plain(found.output)}")
     if found.training is not None:
         told = ", ".join(f"{name} {value}" for name, value in found.training.items())
@@ -140,11 +152,6 @@ def show_status(found: JobStatus) -> None:
         out.print(f"{found.rows_done:,} of {found.rows:,} rows in {found.units_done:,} of {found.units:,} shards{more}")
         out.print(f"row errors: {', '.join(f'{n} {code}' for code, n in found.errors.items()) or 'none'}")
         out.print(f"tokens: {found.tokens_computed:,} computed, {found.tokens_generated:,} generated")
-    for run in found.runs:
-        out.print(f"at work: process {plain(str(run['pid']))} on {plain(str(run['host']))}")
-    if found.status == "stopped":
-        command = "finetune" if found.training is not None else "run"
-        out.print(f"nobody is at work on it: the same `segue {command} JOB.yaml` goes on where it stopped")
 
 
 def show_errors(rows: Sequence[dict[str, Any]], total: int) -> None:

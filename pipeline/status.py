@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.listing import is_local
-from pipeline.manifest import SUCCESS, Manifest
+from pipeline.manifest import SUCCESS, Manifest, load_manifest
 from pipeline.output import manifest_of
-from pipeline.presence import runs_at_work
+from pipeline.presence import RunNote, runs_at_work
 from pipeline.store import Store, open_store
 from pipeline.summary import committed_footers, count_rows
 from pipeline.training_process import METRICS, read_metrics
@@ -25,7 +25,7 @@ class JobStatus:
     output: str
     name: str
     task: str
-    status: str  # done | running | stopped: not done, and nobody is at work
+    status: str  # done | running | planning: its first plan is being made | stopped: not done, and nobody is at work
     rows: int = 0  # planned
     rows_done: int = 0
     units: int = 0
@@ -49,17 +49,24 @@ class JobStatus:
 
 def status_of(output: str) -> JobStatus:
     """Raises ForeignOutput for what is no output folder, ForeignShard, OutputStorageError."""
-    manifest, store = manifest_of(output), open_store(output)
-    notes = runs_at_work(store).values()
+    store = open_store(output)
+    notes = list(runs_at_work(store).values())
+    if notes and load_manifest(store) is None:
+        return JobStatus(output, name="", task="", status="planning", is_planned=False, runs=_told(notes))
+    manifest = manifest_of(output)
     found = JobStatus(output, manifest.name, str(manifest.fields.get("task", "generate")), _word(store, bool(notes)))
     found.rows, found.units, found.is_planned = manifest.num_rows, len(manifest.units), manifest.is_complete
     found.tokens_requested = int(manifest.stats.get("tokens_requested", 0))
-    found.runs = [{"host": note.host, "pid": note.pid, "started": note.started} for note in notes]
+    found.runs = _told(notes)
     if found.task == TRAINING:
         found.training = _training(output)
     else:
         _count(found, store, manifest)
     return found
+
+
+def _told(notes: list[RunNote]) -> list[dict[str, object]]:
+    return [{"host": note.host, "pid": note.pid, "started": note.started} for note in notes]
 
 
 def _word(store: Store, is_at_work: bool) -> str:

@@ -36,6 +36,20 @@ def test_status_names_who_is_at_work(tmp_path):
     assert status_of(str(output)).status == "stopped"
 
 
+def test_status_before_there_is_a_plan_says_that_it_is_being_made(tmp_path):
+    note = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.time(), "renewed": time.time()}
+    (tmp_path / FOLDER).mkdir(parents=True)
+    (tmp_path / FOLDER / "a.json").write_text(json.dumps(note))
+    code, out, _ = segue("status", tmp_path)
+    assert code == 0
+    assert f"at work: process {os.getpid()}" in out
+    assert json.loads(out.splitlines()[-1])["status"] == "planning"
+    (tmp_path / FOLDER / "a.json").write_text(json.dumps(note | {"has_ended": True}))
+    code, _, err = segue("status", tmp_path)
+    assert code == 2
+    assert "is not an output folder of Segue" in err
+
+
 def test_status_of_what_is_no_output_is_refused(tmp_path):
     code, _, err = segue("status", tmp_path)
     assert code == 2

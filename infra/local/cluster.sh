@@ -3,6 +3,7 @@
 #
 #   infra/local/cluster.sh up [FOLDER] [NODES] [CPUS]    a head without work, and NODES nodes (2) of CPUS each (1)
 #   . FOLDER/env                                         the address and the token, for segue submit
+#   infra/local/cluster.sh add FOLDER NODE [CPUS]        another node; NODE is its number
 #   infra/local/cluster.sh kill FOLDER NODE              a node vanishes without a word, as a preempted machine does
 #   infra/local/cluster.sh down [FOLDER]                 ends what `up` has started, and nothing else
 #
@@ -12,7 +13,7 @@ set -euo pipefail
 
 action=${1:-}
 folder=${2:-.cluster}
-nodes=${3:-2} # of kill: which
+nodes=${3:-2} # of add and kill: which
 cpus=${4:-1}
 
 say() { echo "$*" >&2; }
@@ -48,12 +49,21 @@ wait_for() {
     exit 1
 }
 
-num_alive() {
-    ray list nodes --address "$RAY_API_SERVER_ADDRESS" --filter state=ALIVE --format json |
-        python -c 'import json, sys; print(len(json.load(sys.stdin)))'
+has_node() { grep -q "Ray runtime started" "$folder/node-$1.log"; }
+
+join() {
+    start "node-$1" ray start --block --address="127.0.0.1:$(cat "$folder/port")" --num-cpus="$cpus" --num-gpus=0 \
+        --node-ip-address=127.0.0.1 --disable-usage-stats
+    wait_for "node $1" has_node "$1"
 }
 
-has_nodes() { [ "$(num_alive)" -gt "$1" ]; }
+add() {
+    folder=$(cd "$folder" && pwd)
+    # shellcheck source=/dev/null
+    . "$folder/env"
+    join "$1"
+    say "added: node $1"
+}
 
 up() {
     umask 077
@@ -80,10 +90,9 @@ ENV
         --node-ip-address=127.0.0.1 --dashboard-host=127.0.0.1 --dashboard-port="$dashboard" \
         --disable-usage-stats
     wait_for "the head" ray job list --address "$RAY_API_SERVER_ADDRESS"
+    echo "$port" >"$folder/port"
     for node in $(seq "$nodes"); do
-        start "node-$node" ray start --block --address="127.0.0.1:$port" --num-cpus="$cpus" --num-gpus=0 \
-            --node-ip-address=127.0.0.1 --disable-usage-stats
-        wait_for "node $node" has_nodes "$node" # one after the other: together they may take each other's ports
+        join "$node" # one after the other: together they may take each other's ports
     done
     say "up: . $folder/env"
 }
@@ -105,10 +114,11 @@ down() {
 
 case $action in
 up) up ;;
+add) add "${3:?which node}" ;;
 kill) vanish "${3:?which node}" ;;
 down) down ;;
 *)
-    sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,11s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac
