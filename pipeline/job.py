@@ -98,6 +98,7 @@ class ReadyJob:
         )
         share = GPU_KV_SHARE * min(1.0, num_gpus) if num_gpus else KV_SHARE / workers_a_node
         return WorkerSpec(
+            name=self.config.name,
             output=self.config.output.path,
             fingerprint=fingerprint(self.fields),
             source=self.config.model.source,

@@ -18,6 +18,7 @@ from pipeline.completeness import missing_units
 from pipeline.interrupt import Interrupt
 from pipeline.job import ReadyJob
 from pipeline.manifest import Manifest
+from pipeline.metrics import RunMetrics
 from pipeline.pool import reserved_cpus, run_units, threads_of, workers_a_node
 from pipeline.progress import ProgressDisplay, Say, Totals
 from pipeline.quarantine import Quarantine
@@ -64,6 +65,7 @@ class Passes:
         self._reservation = Reservation(smallest, num_gpus, self._workers.accelerator_type)
         self._spec = job.worker_spec(self._threads, workers_a_node(self._workers, smallest), num_gpus)
         self._tally = tally
+        self._metrics = RunMetrics(job.config.name)
         self._interrupt = interrupt
         self._say = say
         self._quiet = quiet
@@ -74,6 +76,8 @@ class Passes:
         """Compute what is missing of what is planned. Raises what a unit failed for, and WorkersFailed if workers die
         of every unit."""
         self._manifest = manifest
+        tokens = int(manifest.stats["tokens_requested"])
+        self._metrics.planned(rows=manifest.num_rows, units=len(manifest.units), tokens=tokens)
         num_cpus = reserved_cpus(self._threads, is_planning=not manifest.is_complete)
         self._reservation = self._reservation.with_cpus(num_cpus)
         missing = self._missing()
@@ -174,6 +178,14 @@ class Passes:
 
     def _take(self, receipt: Receipt, roster: Any) -> None:
         self._tally.add(receipt)
+        self._metrics.unit(
+            receipt.status,
+            rows=receipt.num_rows,
+            errors=receipt.errors,
+            requested=receipt.num_input_tokens,
+            computed=receipt.num_computed_tokens,
+            generated=receipt.num_generated_tokens,
+        )
         failure = receipt.exception
         self._failure = self._failure or failure
         if failure is not None or self._is_over_limit():

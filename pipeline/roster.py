@@ -16,6 +16,7 @@ import ray
 import ray.exceptions
 
 from pipeline.cluster import one_line
+from pipeline.metrics import EngineMetrics
 from workers.stats import EngineStats
 
 REPORT_SECONDS = 0.5
@@ -67,7 +68,7 @@ class Roster:
 
     def __init__(self) -> None:
         self._entries: dict[str, _Entry] = {}
-        self._counters: dict[WorkerProcess, dict[str, int]] = {}
+        self._counters: dict[WorkerProcess, dict[str, float]] = {}
         self._started: float | None = None
         self._draining = False
         self._health = Health()
@@ -79,7 +80,7 @@ class Roster:
         self._entries[process.actor_id] = _Entry(process, time.monotonic())
         return self._draining
 
-    def report(self, process: WorkerProcess, stats: dict[str, int]) -> bool:
+    def report(self, process: WorkerProcess, stats: dict[str, float]) -> bool:
         """Its counters, now that its model is loaded; True if it should stop."""
         self._counters[process] = stats
         self._started = self._started or time.monotonic()
@@ -112,8 +113,9 @@ class Roster:
 class Reporter:
     """A worker's end: sends counters now and then, and does not wait for an answer while there is work."""
 
-    def __init__(self, roster: Any, on_drain: Callable[[], None]) -> None:
+    def __init__(self, roster: Any, on_drain: Callable[[], None], metrics: EngineMetrics) -> None:
         self._roster = roster
+        self._metrics = metrics
         self._process = WorkerProcess.own()
         self._on_drain = on_drain
         self._pending: Any = None
@@ -126,6 +128,7 @@ class Reporter:
         if self._pending is not None and not self._collect():
             return
         self._sent = time.monotonic()
+        self._metrics(stats)
         self._pending = self._roster.report.remote(self._process, asdict(stats))
 
     def announce(self) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.cluster import WorkersFailed, one_line
+from pipeline.metrics import EngineMetrics
 from pipeline.remote_models import local_source
 from pipeline.results import error_value, result_row, result_schema, result_table
 from pipeline.roster import Reporter
@@ -41,6 +42,7 @@ _FAILURES: tuple[type[Exception], ...] = (UnitDamaged, ForeignShard, OutputStora
 class WorkerSpec:
     """What a worker must know; no secret, no handle."""
 
+    name: str  # of the job
     output: str
     fingerprint: str
     source: str  # of the model, or echo
@@ -86,7 +88,9 @@ class UnitWorker:
         self._spec = spec
         self._store = open_store(spec.output)
         self._drain_timer: threading.Timer | None = None
-        self._reporter = Reporter(roster, self._drain) if roster is not None else None
+        self._reporter = None
+        if roster is not None:
+            self._reporter = Reporter(roster, self._drain, EngineMetrics(spec.name))
         self._loop: EngineLoop | None = None
         if self._reporter is None:
             self._loop = EngineLoop(lambda: make_engine(spec))

@@ -90,6 +90,7 @@ class EchoEngine:
         """Answer up to ROWS_PER_STEP rows."""
         time.sleep(self.seconds_per_step)
         self.stats.num_steps += 1
+        self.stats.num_waiting = max(0, len(self._queue) - ROWS_PER_STEP)
         return [self._answer(*self._queue.popleft()) for _ in range(min(len(self._queue), ROWS_PER_STEP))]
 
     def _answer(self, request_id: Hashable, row: GenerationRequest | ScoringRequest) -> RequestOutput:

@@ -176,6 +176,7 @@ class EngineCore:
         self.stats.num_errors += sum(output.error is not None for output in done)
         self.stats.num_finished_rows += len(done)
         self.stats.num_finished_tokens += sum(output.num_prompt_tokens for output in done)
+        self._look()
         return done
 
     def _compute(self, plan: StepPlan) -> tuple[Tensor, list[TokenScore]]:
@@ -296,6 +297,11 @@ class EngineCore:
         self.stats.num_computed_tokens += sum(len(node) for node in plan.new_nodes)
         self.stats.num_preemptions = self.scheduler.num_preemptions
         self.stats.max_kv_bytes = max(self.stats.max_kv_bytes, self.cache.allocated_bytes)
+
+    def _look(self) -> None:
+        """At the engine's state, for those who watch."""
+        self.stats.num_running, self.stats.num_waiting = self.scheduler.num_active, len(self.scheduler.waiting)
+        self.stats.kv_bytes, self.stats.kv_capacity_bytes = self.cache.allocated_bytes, self.cache.budget_bytes
 
 
 def _continuation(request: Request) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ contract (`add`, `step`, `has_work`, `stats`), which `workers/echo.py` also fulf
 """
 
 import threading
+import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
@@ -85,7 +86,9 @@ class EngineLoop:
             while not self._stopping.is_set():
                 self._take(engine, wait=not engine.has_work)
                 if engine.has_work:
+                    started = time.perf_counter()
                     self._deliver(engine.step())
+                    engine.stats.step_seconds += time.perf_counter() - started
                 if self._on_step is not None:
                     self._on_step(engine.stats)
             self._fail_all(EngineStopped("the engine was stopped"))

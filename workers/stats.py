@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class EngineStats:
-    """Counters since the engine was made."""
+    """Counters since the engine was made, and at the end its state after the last step."""
 
     num_steps: int = 0
+    step_seconds: float = 0.0  # spent in them, by whoever drives the engine
     num_prompt_tokens: int = 0  # requested: the sum of all prompts
     num_computed_tokens: int = 0  # prompt tokens that went through the model
     num_generated_tokens: int = 0
@@ -19,3 +20,7 @@ class EngineStats:
     num_preemptions: int = 0
     num_shrunk_steps: int = 0  # tried again smaller, since the device had no memory for them
     max_kv_bytes: int = 0
+    num_running: int = 0  # samples that hold memory
+    num_waiting: int = 0  # rows that have not begun
+    kv_bytes: int = 0  # in use
+    kv_capacity_bytes: int = 0

@@ -7,7 +7,7 @@
 #   infra/local/cluster.sh kill FOLDER NODE              a node vanishes without a word, as a preempted machine does
 #   infra/local/cluster.sh down [FOLDER]                 ends what `up` has started, and nothing else
 #
-# FOLDER (default: .cluster) gets the token, the numbers of the processes and Ray's logs. Its ports are open on all
+# FOLDER (default: .cluster) gets the token, the numbers of the processes and what they say. Its ports are open on all
 # interfaces, as Ray's always are: the token protects them.
 set -euo pipefail
 
@@ -86,9 +86,11 @@ ENV
     . "$folder/env"
     export RAY_JOB_STOP_WAIT_TIME_S=30 # a cancelled job writes its last note
     export RAY_USAGE_STATS_ENABLED=0
-    start head ray start --head --block --port="$port" --num-cpus=0 --num-gpus=0 --temp-dir="$(mktemp -d)" \
+    # Not in $folder: a socket's path has at most 107 characters. It holds prom_metrics_service_discovery.json.
+    mktemp -d >"$folder/temp"
+    start head ray start --head --block --port="$port" --num-cpus=0 --num-gpus=0 --temp-dir="$(cat "$folder/temp")" \
         --node-ip-address=127.0.0.1 --dashboard-host=127.0.0.1 --dashboard-port="$dashboard" \
-        --disable-usage-stats
+        --metrics-export-port="$(free_port)" --disable-usage-stats
     wait_for "the head" ray job list --address "$RAY_API_SERVER_ADDRESS"
     echo "$port" >"$folder/port"
     for node in $(seq "$nodes"); do
@@ -109,6 +111,7 @@ down() {
         kill -TERM -- "-$(cat "$file")" 2>/dev/null || true
         rm -f "$file"
     done
+    if [ -e "$folder/temp" ]; then rm -rf "$(cat "$folder/temp")"; fi
     say "down: $folder"
 }
 
