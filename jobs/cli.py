@@ -262,6 +262,31 @@ def status(
 
 
 @app.command()
+def report(
+    output: Annotated[str, typer.Argument(metavar="OUT", help="an output folder, finished or not")],
+    page: Annotated[str, typer.Option("--html", metavar="FILE", help="the page to write")] = "report.html",
+    samples: Annotated[int, typer.Option(help="rows to show, drawn by lot; 0 keeps texts of rows out", min=0)] = 8,
+    hourly_price: Annotated[
+        float | None, typer.Option(help="of one worker: its GPUs, or its share of a machine")
+    ] = None,
+) -> None:
+    """One HTML page of what a job did: rows, errors, tokens, what rows share, throughput, answers, samples, cost."""
+    with exit_codes():
+        from jobs.report import write_report
+        from pipeline.problems import JobRefused, Problem
+        from pipeline.profile import profile_of
+
+        found = profile_of(output, samples)
+        try:
+            write_report(found, page, hourly_price)
+        except OSError as error:
+            got = error.strerror or str(error)
+            raise JobRefused([Problem("--html", got, "a file that can be written", where=page)]) from None
+        say(f"{page}: {found.status.rows_done:,} of {found.status.rows:,} rows, {found.status.status}")
+        print_json({"report": absolute(page), "output": output, "rows": found.status.rows_done})
+
+
+@app.command()
 def verify(
     output: Annotated[str, typer.Argument(metavar="OUT", help="an output folder, finished or not")],
     json_only: AsJson = False,

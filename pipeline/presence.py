@@ -45,6 +45,11 @@ def runs_at_work(store: Store) -> dict[str, RunNote]:
     return {name: note for name, note in _notes(store) if note.is_at_work}
 
 
+def times_at_work(store: Store) -> list[tuple[float, float]]:
+    """(begin, end so far) of every run, by its own clock, in order. Raises OutputStorageError."""
+    return sorted((note.started, max(note.started, note.renewed)) for _, note in _notes(store))
+
+
 class Presence:
     """Says for the time of the block that this run is at work, and tells `say` once of every other that is."""
 

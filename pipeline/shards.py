@@ -37,6 +37,7 @@ class ShardFooter:
     num_input_tokens: int  # prompt tokens of answered rows, as requested
     num_computed_tokens: int  # of these, what went through the model
     num_generated_tokens: int
+    finished: float = 0.0  # seconds since 1970, by its worker's clock; 0 if it was not told
 
 
 def serialize_shard(table: pa.Table, footer: ShardFooter) -> bytes:

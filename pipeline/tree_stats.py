@@ -6,7 +6,7 @@ Holds one path of the tree at a time, so memory does not grow with the rows. Kno
 import heapq
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from attention.segments import Segment, num_tokens
@@ -27,6 +27,7 @@ class SharedNode:
     start: int  # position of the first token
     bidirectional: bool
     first_row: str  # src_path:src_row of the first row that has it
+    first_request: int  # its place in depth-first order: a node's requests are the `num_rows` from there on
 
 
 @dataclass(slots=True)
@@ -52,6 +53,7 @@ class _Open:
     bidirectional: bool
     num_rows: int
     first_row: str
+    first_request: int
 
 
 class TreeCounter:
@@ -66,6 +68,7 @@ class TreeCounter:
         self._undeclared = UndeclaredPrefixes(min_undeclared_tokens, TOP_NODES)
         self._crossings: list[int] = []  # for each position of the path, the unit borders it has crossed
         self._border_pending = False
+        self._num_ordered = 0  # requests in depth-first order so far
 
     def add(self, segments: tuple[Segment, ...], row: str) -> int:
         """Count a request; returns the tokens it adds to those before it."""
@@ -74,7 +77,8 @@ class TreeCounter:
         self._close(common)
         for part in self._open:
             part.num_rows += 1
-        self._open += _parts_beyond(segments, common, row)
+        self._open += _parts_beyond(segments, common, row, self._num_ordered)
+        self._num_ordered += 1
         del self._crossings[common:]
         if self._border_pending:
             self._cross(common)
@@ -122,15 +126,18 @@ class TreeCounter:
             if part.num_rows > 1:
                 length = part.stop - start
                 saved = (part.num_rows - 1) * length
-                node = SharedNode(saved, part.num_rows, length, start, part.bidirectional, part.first_row)
-                _keep_largest(self._top, node, TOP_NODES)
+                where = part.bidirectional, part.first_row, part.first_request
+                _keep_largest(self._top, SharedNode(saved, part.num_rows, length, start, *where), TOP_NODES)
             if part.start < common:
-                self._open.append(_Open(part.start, common, part.bidirectional, part.num_rows, part.first_row))
+                self._open.append(replace(part, stop=common))
                 return
 
 
 def merge_stats(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Totals of two plans that share nothing, as JSON has them."""
+    """Totals of two plans that share nothing, as JSON has them; the other's requests come after the first's."""
+    after = int(one["num_requests"])
+    moved = [node | {"first_request": node["first_request"] + after} for node in other["top_shared"]]
+    other = {**other, "top_shared": moved}
     kept = {
         "top_shared": (TOP_NODES, lambda node: node["tokens_saved"]),
         "undeclared": (TOP_NODES, lambda prefix: prefix["tokens_lost"]),
@@ -155,12 +162,12 @@ def common_tokens(one: Sequence[Segment], other: Sequence[Segment]) -> int:
     return shared
 
 
-def _parts_beyond(segments: Sequence[Segment], common: int, row: str) -> list[_Open]:
+def _parts_beyond(segments: Sequence[Segment], common: int, row: str, request: int) -> list[_Open]:
     parts, start = [], 0
     for segment in segments:
         stop = start + len(segment)
         if stop > common:
-            parts.append(_Open(max(start, common), stop, segment.bidirectional, 1, row))
+            parts.append(_Open(max(start, common), stop, segment.bidirectional, 1, row, request))
         start = stop
     return parts
 

@@ -8,6 +8,7 @@ plan is part of a receipt; after one inside the engine the process ends, since w
 import asyncio
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -250,4 +251,5 @@ def _footer(
         num_input_tokens=sum(output.num_prompt_tokens for output in answered),
         num_computed_tokens=sum(output.num_prompt_tokens - output.num_cached_tokens for output in answered),
         num_generated_tokens=sum(len(sample.token_ids) for output in answered for sample in output.outputs),
+        finished=round(time.time(), 3),
     )

@@ -57,6 +57,11 @@ def test_tree_stats_shared_nodes_equal_the_trees(data, mask):
     shared = [node for node in tree_of(rows) if node.num_rows > 1]
     assert found == {(node.num_rows, len(node), node.start, node.bidirectional) for node in shared}
     assert sum(node.tokens_saved for node in count(rows).top_shared) == sum(len(n) * (n.num_rows - 1) for n in shared)
+    for node in count(rows).top_shared:
+        own = range(node.first_request, node.first_request + node.num_rows)
+        end = node.start + node.num_tokens
+        beside = [common_tokens(rows[node.first_request], row) >= end for row in rows]
+        assert [number for number, has_it in enumerate(beside) if has_it] == list(own)
 
 
 @settings(max_examples=60)
