@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from jobs.batch import batch
 from jobs.ending import exit_codes, print_json, say, silent
 from jobs.options import (
     AsJson,
@@ -338,7 +339,7 @@ def evaluate(
         print_json(result)
 
 
-for command in (submit, logs, cancel):
+for command in (batch, submit, logs, cancel):
     app.command()(command)
 
 

@@ -94,7 +94,8 @@ def test_report_has_what_ran_and_how_it_went(page, output):
     profile = profile_of(str(output), 0)
     assert profile.manifest.fingerprint in text
     assert f"ray {manifest['versions']['ray']}" in text
-    assert {kind.code: kind.count for kind in profile.errors} == {"EMPTY_PROMPT": 1, "NULL_PROMPT": 1, "PROMPT_TOO_LONG": 1}
+    counts = {kind.code: kind.count for kind in profile.errors}
+    assert counts == {"EMPTY_PROMPT": 1, "NULL_PROMPT": 1, "PROMPT_TOO_LONG": 1}
     for kind in profile.errors:
         assert kind.code in text
         assert all(row["message"] in text for row in kind.examples)

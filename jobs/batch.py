@@ -1,0 +1,69 @@
+"""The command for OpenAI's batch files: the same file as one would upload, against a model of one's own."""
+
+import json
+import os
+import time
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from jobs.ending import exit_codes, print_json, say, silent
+from jobs.options import AsJson, Overrides, Quiet, RequireAuth, absolute
+
+MAX_TOKENS = 4096
+DONE = ("done", "already_complete", "too_many_errors")
+
+
+def batch(
+    requests: Annotated[str, typer.Argument(metavar="REQUESTS.jsonl", help="one request a line, as for /v1/batches")],
+    model: Annotated[str, typer.Option(help="a folder, a hub id, s3://, a .gguf file, package://NAME/FILE")],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="RESULTS.jsonl", help="the answers")],
+    errors: Annotated[str | None, typer.Option(metavar="ERRORS.jsonl", help="default: beside the answers")] = None,
+    work: Annotated[str | None, typer.Option(metavar="FOLDER", help="default: RESULTS.jsonl.work")] = None,
+    max_tokens: Annotated[int, typer.Option(help="of a request that does not say", min=1)] = MAX_TOKENS,
+    overrides: Overrides = None,
+    json_only: AsJson = False,
+    quiet: Quiet = False,
+    require_auth: RequireAuth = False,
+) -> None:
+    """Answer a batch file of OpenAI's format. Stopped, it goes on with the same command; ends in a Batch, as JSON."""
+    with exit_codes():
+        from jobs.show import show_summary
+        from pipeline.cluster import is_local
+        from pipeline.job import prepare
+        from pipeline.openai_batch import CHAT, batch_object, export_results, import_requests
+        from pipeline.run import run_job
+
+        started = int(time.time())
+        folder = absolute(work or output + ".work")
+        failed = errors or f"{os.path.splitext(output)[0]}.errors.jsonl"
+        imported = import_requests(requests, os.path.join(folder, "in"))
+        is_chat = imported.endpoint == CHAT
+        job = {
+            "name": "batch",
+            "model": {"source": absolute(model) if os.path.exists(model) else model},
+            "input": {"path": imported.path},
+            "prompt": {"format": "chat", "messages_column": "messages"} if is_chat else {"format": "text"},
+            "sampling_params": {"max_tokens": max_tokens},
+            "output": {"path": os.path.join(folder, "out"), "columns": ["custom_id", "request_error"]},
+            "limits": {"max_error_rate": 1.0},
+        }
+        path = os.path.join(folder, "job.json")
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(job, file, indent=1)
+        summary = run_job(prepare(path, overrides or [], runs_here=is_local()), silent if quiet else say, quiet=quiet)
+        if not json_only:
+            show_summary(summary)
+        if summary.status not in DONE:
+            print_json(asdict(summary))
+            raise typer.Exit(summary.exit_code)
+        counts = export_results(
+            summary.output, output, failed, endpoint=imported.endpoint, model=model, created=started
+        )
+        say(f"{output}: {counts.completed:,} answers; {failed}: {counts.failed:,} errors")
+        ids = {"id": f"batch_{os.path.basename(output)}", "input_file_id": requests}
+        files = ids | {"output_file_id": output, "error_file_id": failed}
+        times = {"created_at": started, "completed_at": int(time.time())}
+        print_json(batch_object(imported, counts, **files, **times))
+    raise typer.Exit(summary.exit_code)
