@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from jobs.batch import batch
+from jobs.convert import convert
 from jobs.ending import exit_codes, print_json, say, silent
 from jobs.options import (
     AsJson,
@@ -339,7 +340,7 @@ def evaluate(
         print_json(result)
 
 
-for command in (batch, submit, logs, cancel):
+for command in (batch, convert, submit, logs, cancel):
     app.command()(command)
 
 
