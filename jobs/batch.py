@@ -12,7 +12,6 @@ from jobs.ending import exit_codes, print_json, say, silent
 from jobs.options import AsJson, Overrides, Quiet, RequireAuth, absolute
 
 MAX_TOKENS = 4096
-DONE = ("done", "already_complete", "too_many_errors")
 
 
 def batch(
@@ -32,12 +31,20 @@ def batch(
         from jobs.show import show_summary
         from pipeline.cluster import is_local
         from pipeline.job import prepare
-        from pipeline.openai_batch import CHAT, batch_object, export_results, import_requests
+        from pipeline.openai_batch import (
+            CHAT,
+            batch_object,
+            check_writable,
+            export_results,
+            import_requests,
+            is_complete,
+        )
         from pipeline.run import run_job
 
         started = int(time.time())
         folder = absolute(work or output + ".work")
         failed = errors or f"{os.path.splitext(output)[0]}.errors.jsonl"
+        check_writable(output, failed)
         imported = import_requests(requests, os.path.join(folder, "in"))
         is_chat = imported.endpoint == CHAT
         job = {
@@ -55,7 +62,7 @@ def batch(
         summary = run_job(prepare(path, overrides or [], runs_here=is_local()), silent if quiet else say, quiet=quiet)
         if not json_only:
             show_summary(summary)
-        if summary.status not in DONE:
+        if not is_complete(summary.output):
             print_json(asdict(summary))
             raise typer.Exit(summary.exit_code)
         counts = export_results(

@@ -130,7 +130,8 @@ def exit_code_of(state: "JobState") -> int:
         return 0
     if state.status == "STOPPED":
         return STOPPED
-    return state.exit_code or FAILED_WITHOUT_A_CODE
+    code = state.exit_code or FAILED_WITHOUT_A_CODE
+    return 128 - code if code < 0 else code  # of a signal, as a shell has it
 
 
 def _state_json(state: "JobState") -> dict[str, object]:

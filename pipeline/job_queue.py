@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ ADDRESS = "RAY_API_SERVER_ADDRESS"  # environment variable; Ray's client (2.60) 
 MAX_ATTEMPTS = 1000  # of one job on one cluster
 FAR_SECONDS = 120.0  # how long a cluster that does not answer is asked again
 ASK_SECONDS = 1.0
+QUIET_SECONDS = 60.0
 STOP_SECONDS = 90.0
 
 
@@ -118,7 +119,10 @@ class JobQueue:
     def follow(self, submission_id: str, say: Callable[[str], None]) -> JobState:
         """Tells `say` each whole line of its log until it has ended. A connection that breaks is made again, without
         saying anything twice; a cluster that is away for two minutes is ClusterUnavailable, and the job may go on."""
-        lines = _Lines(say)
+        self.state(submission_id)  # an unknown one is refused at once
+        import aiohttp
+
+        lines = LogLines(say)
         last_heard = time.monotonic()
         while True:
             before = lines.num_chars
@@ -130,18 +134,21 @@ class JobQueue:
                     lines.take_all(self.logs(submission_id))
                     lines.flush()
                     return state
-            except (TimeoutError, ClusterUnavailable, OSError, RuntimeError) as error:
+            except (ClusterUnavailable, OSError, RuntimeError, aiohttp.ClientError) as error:
                 if lines.num_chars > before:
                     last_heard = time.monotonic()
                 if time.monotonic() - last_heard > FAR_SECONDS:
                     raise ClusterUnavailable(f"{self.address}: {one_line(str(error))}") from None
             time.sleep(ASK_SECONDS)
 
-    async def _tail(self, submission_id: str, lines: "_Lines") -> None:
-        num_chars = 0
-        async for text in self._client.tail_job_logs(submission_id):
-            lines.take(num_chars, text)
-            num_chars += len(text)
+    async def _tail(self, submission_id: str, lines: "LogLines") -> None:
+        """Until the log ends, or says nothing for so long that the connection may be dead."""
+        num_chars, texts = 0, aiter(self._client.tail_job_logs(submission_id))
+        with suppress(StopAsyncIteration, TimeoutError):
+            while True:
+                text = await asyncio.wait_for(anext(texts), QUIET_SECONDS)
+                lines.take(num_chars, text)
+                num_chars += len(text)
 
     def cancel(self, submission_id: str) -> JobState:
         """Stop it, and wait until it has ended; one that has ended already stays as it is."""
@@ -168,7 +175,7 @@ class JobQueue:
             raise ClusterUnavailable(f"{self.address}: {one_line(str(error))}") from None
 
 
-class _Lines:
+class LogLines:
     """The text of a log, of which any beginning may come again, as whole lines."""
 
     def __init__(self, say: Callable[[str], None]) -> None:

@@ -16,14 +16,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.manifest import ForeignOutput
+from pipeline.manifest import SUCCESS, ForeignOutput
 from pipeline.output import read_columns
 from pipeline.problems import JobRefused, Problem, shown
+from pipeline.store import OutputStorageError, open_store
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 ENDPOINTS = (CHAT, COMPLETIONS)
 MAX_LINE_BYTES = 64 * 2**20
 ROWS_PER_GROUP = 4096
+GROUP_CHARS = 32 * 2**20  # held in memory at once
 SOURCE_KEY = b"segue_source"  # of the Parquet file: sha256 of the file of requests
 BAD_REQUEST = "invalid_request"
 # Of a request, what changes no answer here.
@@ -57,16 +59,21 @@ SCHEMA = pa.schema(
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="forbid")
     type: Literal["text"]
     text: str
 
 
 class _Message(BaseModel):
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="forbid")
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[_Part]
+    # What the client writes into answers of earlier turns.
+    refusal: None = None
     tool_calls: None = None
+    function_call: None = None
+    audio: None = None
+    annotations: list[None] | None = None
 
     def value(self) -> dict[str, Any]:
         parts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
@@ -155,6 +162,8 @@ def import_requests(path: str, folder: str) -> ImportedRequests:
             else:
                 file.seek(0)
                 _write(target, digest, _requests(file, endpoint))
+    except OutputStorageError:
+        raise
     except OSError as error:
         raise JobRefused([Problem("", f"{shown(path)} ({error.strerror})", "a file of requests")]) from None
     return ImportedRequests(str(target), endpoint, pq.read_metadata(target).num_rows)
@@ -179,11 +188,23 @@ def export_results(output: str, results: str, errors: str, *, endpoint: str, mod
                     counts.completed += 1
                     body = _body(row, request_id, endpoint=endpoint, model=model, created=created)
                     line = {"response": {"status_code": 200, "request_id": request_id, "body": body}, "error": None}
-                text = json.dumps({"id": request_id, "custom_id": row["custom_id"], **line}, ensure_ascii=False)
+                text = json.dumps({"id": request_id, "custom_id": row["custom_id"], **line})
                 print(text, file=bad if row["error"] is not None else good)
     for part, whole in zip(parts, (results, errors), strict=True):
         os.replace(part, whole)
     return counts
+
+
+def is_complete(output: str) -> bool:
+    """Whether every request has its row."""
+    return open_store(output).exists(SUCCESS)
+
+
+def check_writable(*paths: str) -> None:
+    """Before the work whose results go there. Raises JobRefused."""
+    folders = {os.path.dirname(os.path.abspath(path)) for path in paths}
+    if missing := [folder for folder in sorted(folders) if not os.access(folder, os.W_OK)]:
+        raise JobRefused([Problem("--output", shown(missing[0]), "a folder that is there and can be written to")])
 
 
 def batch_object(imported: ImportedRequests, counts: RequestCounts, **files: Any) -> dict[str, Any]:
@@ -229,7 +250,7 @@ def _requests(file: BinaryIO, endpoint: str) -> Iterator[dict[str, Any]]:
                 raise ValueError(f"the line has more than {MAX_LINE_BYTES:,} bytes")
             line = _Line.model_validate_json(raw)
             row["custom_id"] = line.custom_id
-            if (mark := hashlib.sha256(line.custom_id.encode()).digest()) in seen:
+            if (mark := hashlib.sha256(line.custom_id.encode()).digest()[:16]) in seen:
                 raise ValueError("custom_id: another line has the same")
             seen.add(mark)
             row |= _request(line, endpoint)
@@ -257,7 +278,7 @@ def _told(error: ValidationError) -> str:
     """The first thing that is wrong, in words that are not the row's."""
     first = error.errors(include_input=False, include_url=False)[0]
     if first["type"] == "extra_forbidden":
-        return "body: a parameter that is not known"
+        return "a parameter that is not known"
     known = {*_Line.model_fields, *_Body.model_fields, *_Message.model_fields, *_Part.model_fields}
     place = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part in known)
     if first["type"] == "json_invalid":
@@ -267,15 +288,25 @@ def _told(error: ValidationError) -> str:
 
 
 def _write(target: Path, digest: str, rows: Iterator[dict[str, Any]]) -> None:
+    try:
+        _write_rows(target, digest, rows)
+    except (OSError, pa.ArrowException) as error:
+        raise OutputStorageError(f"{target} cannot be written: {error}") from error
+
+
+def _write_rows(target: Path, digest: str, rows: Iterator[dict[str, Any]]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.part")
     schema = SCHEMA.with_metadata({SOURCE_KEY: digest.encode()})
     with pq.ParquetWriter(part, schema, compression="zstd") as writer:
         group: list[dict[str, Any]] = []
+        size = 0
         for row in rows:
             group.append(row)
-            if len(group) == ROWS_PER_GROUP:
+            size += len(str(row["messages"] or row["prompt"] or ""))
+            if len(group) == ROWS_PER_GROUP or size > GROUP_CHARS:
                 _flush(writer, group)
+                size = 0
         _flush(writer, group)
     os.replace(part, target)
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.manifest import Manifest
+from pipeline.manifest import ForeignOutput, Manifest
 from pipeline.output import manifest_of, read_columns, sample_rows
 from pipeline.presence import times_at_work
-from pipeline.status import JobStatus, status_of
+from pipeline.status import TRAINING, JobStatus, status_of
 from pipeline.store import open_store
 from pipeline.summary import committed_footers
 
@@ -98,6 +98,10 @@ class Profile:
 def profile_of(output: str, num_samples: int) -> Profile:
     """Raises ForeignOutput for what is no output folder or has no plan yet, ForeignShard, OutputStorageError."""
     manifest, store = manifest_of(output), open_store(output)
+    if manifest.fields.get("task") == TRAINING:
+        raise ForeignOutput(
+            f"{output} is of a training, for which there is no report: see its loss.png and metrics.jsonl"
+        )
     found = Profile(status_of(output), manifest, runs=times_at_work(store))
     kinds: dict[str, ErrorKind] = {}
     for table in read_columns(output, lambda schema: COLUMNS):

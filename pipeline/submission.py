@@ -20,12 +20,13 @@ from pipeline.config_file import read_job
 from pipeline.finetune import is_training
 from pipeline.finetune_config import FinetuneConfig
 from pipeline.manifest import code_version
-from pipeline.problems import JobRefused, Problem, shown
-from pipeline.yaml_file import read_yaml
+from pipeline.problems import JobRefused, Problem, has_credentials, shown
+from pipeline.yaml_file import MAX_YAML_BYTES, read_yaml
 
 JOB_FILE = "job.json"
 PACKAGES = ("attention", "workers", "pipeline", "jobs")
 DIGEST_DIGITS = 8
+_NOT_IN_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 _SECRET = re.compile(r"(?i)secret|token|passw|credential|private|access_key|api_?key")
 
 
@@ -62,6 +63,11 @@ def read_submitted(path: str | os.PathLike[str], overrides: Sequence[str] = ()) 
         raise JobRefused(draft.problems)
     config = draft.config
     content = json.dumps(config.model_dump(mode="json", exclude_unset=True), indent=1, ensure_ascii=False)
+    # JSON is YAML, but for what YAML takes for line breaks or refuses.
+    content = _NOT_IN_YAML.sub(lambda match: f"\\u{ord(match[0]):04x}", content)
+    if len(content.encode("utf-8")) > MAX_YAML_BYTES:
+        got = f"{len(content.encode('utf-8')):,} bytes with its content files"
+        raise JobRefused([Problem("", got, f"at most {MAX_YAML_BYTES:,}", where=str(path))])
     places = (*config.input.path, config.output.path, config.model.source, config.model.adapter or "")
     local = tuple(place for place in places if os.path.isabs(place) and not scheme_of(place))
     return SubmittedJob(
@@ -85,8 +91,15 @@ def read_runtime_env(path: str | None) -> dict[str, Any]:
         raise JobRefused(problems)
     if "working_dir" in env:
         problems.append(Problem("working_dir", "one", "none: it holds the job file, and py_modules is for code"))
-    variables = env.get("env_vars")
-    for name in variables if isinstance(variables, dict) else ():
+    variables = env.get("env_vars", {})
+    if not isinstance(variables, dict):
+        problems.append(Problem("env_vars", shown(variables), "a mapping of names to texts", where=path))
+        variables = {}
+    if has_credentials(json.dumps(env, default=str)):
+        problems.append(
+            Problem("", "a URL with credentials", "none: Ray shows it to all who see its dashboard", where=path)
+        )
+    for name in variables:
         if _SECRET.search(str(name)):
             hint = "Ray shows them to all who see its dashboard: give nodes a role or a mounted file"
             problems.append(Problem("env_vars", repr(name), "no secrets", hint, where=path))

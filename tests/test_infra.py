@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+from fsspec.utils import glob_translate
 from local_cluster import SCRIPT
 from ruamel.yaml import YAML
 
@@ -25,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 INFRA = ROOT / "infra"
 KUBERAY = ROOT.parent / "shared" / "data" / "kuberay-crds"
 OWN_KINDS = ("RayJob", "RayCluster")
+PACKAGES = ("attention", "workers", "pipeline", "jobs")
 TOOLS = Path(sys.executable).parent
 
 
@@ -86,18 +88,20 @@ def test_kuberay_clusters_are_safe_and_give_back_what_they_do_not_use(path, doc)
     cluster = doc["spec"].get("rayClusterSpec", doc["spec"])
     assert cluster["authOptions"] == {"mode": "token"}
     assert cluster["rayVersion"] == pinned("ray")
-    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    head = cluster["headGroupSpec"]
+    assert head["rayStartParams"]["num-cpus"] == "0"
+    assert head["template"]["spec"]["automountServiceAccountToken"]  # else the autoscaler cannot ask for pods
     groups = cluster["workerGroupSpecs"]
     assert all(group["minReplicas"] == 0 < group["maxReplicas"] for group in groups)
     pods = [cluster["headGroupSpec"]["template"], *(group["template"] for group in groups)]
     if doc["kind"] == "RayJob":
         assert doc["spec"]["submitterConfig"] == {"backoffLimit": 0}
         pods.append(doc["spec"]["submitterPodTemplate"])
-        rules = [
-            (rule["condition"]["jobStatus"], rule["policy"])
-            for rule in doc["spec"]["deletionStrategy"]["deletionRules"]
-        ]
-        assert {("SUCCEEDED", "DeleteWorkers"), ("FAILED", "DeleteWorkers")} <= set(rules)
+        rules = doc["spec"]["deletionStrategy"]["deletionRules"]
+        # With autoscaling the operator refuses DeleteWorkers (validateDeletionRules), which no schema says.
+        assert {rule["policy"] for rule in rules} == {"DeleteCluster"}
+        ends = [next(iter(rule["condition"].items())) for rule in rules]
+        assert set(ends) == {("jobStatus", "SUCCEEDED"), ("jobStatus", "FAILED"), ("jobDeploymentStatus", "Failed")}
         # The operator refuses both ways of cleaning up at once.
         assert not doc["spec"].keys() & {"shutdownAfterJobFinishes", "ttlSecondsAfterFinished"}
     for pod in pods:
@@ -164,8 +168,15 @@ def test_dockerfile_passes_hadolint_and_copies_what_there_is():
     copied = [name for line in re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE) for name in line.split()]
     assert {"attention", "workers", "pipeline", "jobs", "constraints.txt"} <= set(copied)
     assert all((ROOT / name).exists() for name in copied)
-    kept = re.findall(r"^!(.+)$", (INFRA / "docker" / "Dockerfile.dockerignore").read_text(), re.MULTILINE)
+    ignore = (INFRA / "docker" / "Dockerfile.dockerignore").read_text()
+    kept = re.findall(r"^!(.+)$", ignore, re.MULTILINE)
     assert sorted(kept) == sorted(copied)
+    ignored = [line for line in ignore.splitlines() if line and line[0] not in "#!" and line != "*"]
+    code = [path.relative_to(ROOT) for name in PACKAGES for path in (ROOT / name).rglob("*.py")]
+    code = [path for path in code if "__pycache__" not in path.parts and "out" not in path.parts]
+    parts = [(path, str(part)) for path in code for part in (path, *path.parents[:-1])]
+    lost = [path for path, part in parts for pattern in ignored if re.match(glob_translate(pattern), part)]
+    assert lost == []
     assert re.search(r"^USER 1000$", text, re.MULTILINE)
     assert f"segue:{version('segue')}" in text
 
@@ -196,7 +207,7 @@ def test_slurm_script_runs_a_job_and_leaves_no_token(tmp_path):
     tools.mkdir()
     (tools / "scontrol").write_text("#!/bin/sh\necho 127.0.0.1\n")
     (tools / "srun").write_text(
-        '#!/usr/bin/env bash\n[ "$1" = --kill-on-bad-exit=0 ] || exit 9\nshift\nexport SLURM_NODEID=0\nexec "$@"\n'
+        '#!/usr/bin/env bash\n[ "$1" = --kill-on-bad-exit=0 ] || exit 9\nshift 2\nexport SLURM_NODEID=0\nexec "$@"\n'
     )
     for tool in tools.iterdir():
         tool.chmod(0o755)

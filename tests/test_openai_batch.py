@@ -139,7 +139,7 @@ def test_import_keeps_what_a_request_says_and_fills_in_openais_defaults(tmp_path
         (line("c", {"messages": [{"role": "SECRET", "content": "x"}]}), "messages.0.role: "),
         (
             line("c", {"messages": [{"role": "user", "content": "x"}], "SECRET": 1}),
-            "body: a parameter that is not known",
+            "a parameter that is not known",
         ),
         (line("c", chat("x", logprobs=True)), "logprobs: not supported"),
         (line("c", chat("x", response_format={"type": "json_object"})), "response_format: not supported"),

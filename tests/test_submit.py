@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 from echo_jobs import NUM_ROWS, origins, rows_of, shards_in, wait_for, write_input, write_job
+from hypothesis import given
+from hypothesis import strategies as st
 from local_cluster import LocalCluster, local_cluster
 
 from pipeline.config_file import load_job
+from pipeline.job_queue import LogLines
 from pipeline.problems import JobRefused
 from pipeline.submission import read_runtime_env, read_submitted
 
@@ -150,13 +153,27 @@ def test_submit_bad_job_file_is_refused_before_the_cluster_is_asked(tmp_path):
 
 
 def test_submit_logs_of_nobody_exits_4(cluster):
-    code, _, err = cluster.ended("logs", "segue-nobody")
-    assert code == 4
-    assert "segue-nobody" in err
+    for more in ([], ["--follow"]):
+        code, _, err = cluster.ended("logs", "segue-nobody", *more)
+        assert code == 4
+        assert "segue-nobody" in err
+
+
+@given(st.text(alphabet="ab\n", max_size=30), st.lists(st.integers(0, 30), max_size=6))
+def test_log_that_is_read_again_from_its_beginning_repeats_no_line(log, breaks):
+    """Each connection sends the log anew, and may break anywhere."""
+    said: list[str] = []
+    lines = LogLines(said.append)
+    for end in breaks:
+        for start in range(0, min(end, len(log)), 4):
+            lines.take(start, log[start : min(start + 4, end)])
+    lines.take_all(log)
+    lines.flush()
+    assert said == log.removesuffix("\n").split("\n") if log else said == []
 
 
 def test_submitted_job_is_the_job_with_its_prompt_files_and_paths(tmp_path):
-    (tmp_path / "system.md").write_text("Be {kind}.")
+    (tmp_path / "system.md").write_text("Be {kind}.\x85 \u2028 \x7f 😀 é", encoding="utf-8")
     messages = [{"role": "system", "content_file": "system.md"}, {"role": "user", "content": "{prompt}"}]
     path = write_job(tmp_path, prompt={"messages": messages})
     there = tmp_path / "elsewhere"
@@ -178,6 +195,8 @@ def test_submitted_job_is_the_job_with_its_prompt_files_and_paths(tmp_path):
         ("env_vars: {HF_TOKEN: x}", "HF_TOKEN"),
         ("working_dir: .", "working_dir"),
         ("- pip", "a mapping"),
+        ("env_vars: [A]", "env_vars"),
+        ("pip: ['--extra-index-url https://me:word@host/simple']", "a URL with credentials"),
     ],
 )
 def test_runtime_env_with_secrets_or_another_folder_is_refused(tmp_path, text, said):
