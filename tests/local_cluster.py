@@ -5,7 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 SCRIPT = Path(__file__).parent.parent / "infra" / "local" / "cluster.sh"
@@ -17,6 +17,7 @@ class LocalCluster:
 
     folder: Path
     environment: dict[str, str]  # of a client that knows address and token, and nothing else
+    clients: "list[subprocess.Popen[str]]" = field(default_factory=list)
 
     @property
     def address(self) -> str:
@@ -28,7 +29,7 @@ class LocalCluster:
 
     def segue(self, *arguments: str | Path, **variables: str) -> "subprocess.Popen[str]":
         """The command, in a process of a client, somewhere else."""
-        return subprocess.Popen(
+        client = subprocess.Popen(
             [sys.executable, "-m", "jobs.cli", *map(str, arguments)],
             env=self.environment | variables,
             cwd=self.folder,
@@ -36,6 +37,8 @@ class LocalCluster:
             stderr=subprocess.PIPE,
             text=True,
         )
+        self.clients.append(client)
+        return client
 
     def ended(self, *arguments: str | Path, timeout: float = 300, **variables: str) -> tuple[int, str, str]:
         """(exit code, stdout, stderr)"""
@@ -46,14 +49,18 @@ class LocalCluster:
 
 @contextmanager
 def local_cluster(folder: Path, nodes: int = 2) -> Iterator[LocalCluster]:
+    clients: list[subprocess.Popen[str]] = []
     try:
         _script("up", folder, nodes)
         told = dict(line.split(" ", 1)[1].split("=", 1) for line in (folder / "env").read_text().splitlines())
         told = {name: value.strip('"') for name, value in told.items()}
         plain = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "PYTHONPATH") if name in os.environ}
         del told["RAY_AUTH_MODE"]  # a token is enough
-        yield LocalCluster(folder, plain | told)
+        yield LocalCluster(folder, plain | told, clients)
     finally:
+        for client in clients:  # those that a test which failed has left
+            client.kill()
+            client.communicate()
         _script("down", folder)
 
 

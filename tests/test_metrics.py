@@ -73,7 +73,7 @@ def of(found: dict[tuple[str, str], float], metric: Metric) -> dict[str, float]:
     return {tag: value for (name, tag), value in found.items() if name == metric.exported}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_metrics_scraped_during_a_run_end_as_its_summary_says(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -61,6 +61,7 @@ def test_submit_example_while_a_node_vanishes_completes_and_status_is_right_thro
         assert json.loads(told.splitlines()[-1])["rows"] == 120
 
 
+@pytest.mark.long
 def test_submit_cancelled_job_keeps_what_is_committed_and_goes_on_when_submitted_again(cluster, tmp_path):
     path = write_job(
         write_input(tmp_path, 90),

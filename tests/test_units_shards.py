@@ -251,7 +251,7 @@ def test_unit_byte_that_flips_on_the_way_is_read_again(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("at", "kind"), [(0.02, ShardDamaged), (0.95, (ShardDamaged, ForeignShard))], ids=["page", "footer"]
+    ("at", "kind"), [(0.035, ShardDamaged), (0.95, (ShardDamaged, ForeignShard))], ids=["page", "footer"]
 )
 def test_shard_byte_that_flips_on_the_way_is_read_again_and_never_hashed(tmp_path, at, kind):
     store = LocalStore(tmp_path)
