@@ -1,6 +1,5 @@
 """The command for OpenAI's batch files: the same file as one would upload, against a model of one's own."""
 
-import json
 import os
 import time
 from dataclasses import asdict
@@ -8,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from jobs.ending import exit_codes, print_json, say, silent
+from jobs.ending import exit_codes, print_json, say
 from jobs.options import AsJson, Overrides, Quiet, RequireAuth, absolute
+from jobs.running import run_values
 
 MAX_TOKENS = 4096
 
@@ -28,18 +28,9 @@ def batch(
 ) -> None:
     """Answer a batch file of OpenAI's format. Stopped, it goes on with the same command; ends in a Batch, as JSON."""
     with exit_codes():
-        from jobs.show import show_summary
-        from pipeline.cluster import is_local
-        from pipeline.job import prepare
-        from pipeline.openai_batch import (
-            CHAT,
-            batch_object,
-            check_writable,
-            export_results,
-            import_requests,
-            is_complete,
-        )
-        from pipeline.run import run_job
+        from pipeline.openai_import import import_requests
+        from pipeline.openai_request import CHAT
+        from pipeline.openai_results import batch_object, check_writable, export_results, is_complete
 
         started = int(time.time())
         folder = absolute(work or output + ".work")
@@ -56,21 +47,15 @@ def batch(
             "output": {"path": os.path.join(folder, "out"), "columns": ["custom_id", "request_error"]},
             "limits": {"max_error_rate": 1.0},
         }
-        path = os.path.join(folder, "job.json")
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(job, file, indent=1)
-        summary = run_job(prepare(path, overrides or [], runs_here=is_local()), silent if quiet else say, quiet=quiet)
-        if not json_only:
-            show_summary(summary)
+        summary = run_values(job, overrides or [], quiet=quiet, json_only=json_only)
         if not is_complete(summary.output):
             print_json(asdict(summary))
             raise typer.Exit(summary.exit_code)
-        counts = export_results(
-            summary.output, output, failed, endpoint=imported.endpoint, model=model, created=started
-        )
+        told = {"endpoint": imported.endpoint, "model": model, "created": started}
+        counts = export_results(summary.output, output, failed, **told)
         say(f"{output}: {counts.completed:,} answers; {failed}: {counts.failed:,} errors")
         ids = {"id": f"batch_{os.path.basename(output)}", "input_file_id": requests}
-        files = ids | {"output_file_id": output, "error_file_id": failed}
+        files = {"output_file_id": output, "error_file_id": failed}
         times = {"created_at": started, "completed_at": int(time.time())}
-        print_json(batch_object(imported, counts, **files, **times))
+        print_json(batch_object(imported.endpoint, counts, **ids, **files, **times))
     raise typer.Exit(summary.exit_code)

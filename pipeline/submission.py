@@ -21,12 +21,11 @@ from pipeline.finetune import is_training
 from pipeline.finetune_config import FinetuneConfig
 from pipeline.manifest import code_version
 from pipeline.problems import JobRefused, Problem, has_credentials, shown
-from pipeline.yaml_file import MAX_YAML_BYTES, read_yaml
+from pipeline.yaml_file import MAX_YAML_BYTES, as_yaml, read_yaml
 
 JOB_FILE = "job.json"
 PACKAGES = ("attention", "workers", "pipeline", "jobs")
 DIGEST_DIGITS = 8
-_NOT_IN_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 _SECRET = re.compile(r"(?i)secret|token|passw|credential|private|access_key|api_?key")
 
 
@@ -62,17 +61,13 @@ def read_submitted(path: str | os.PathLike[str], overrides: Sequence[str] = ()) 
     if draft.config is None:
         raise JobRefused(draft.problems)
     config = draft.config
-    content = json.dumps(config.model_dump(mode="json", exclude_unset=True), indent=1, ensure_ascii=False)
-    # JSON is YAML, but for what YAML takes for line breaks or refuses.
-    content = _NOT_IN_YAML.sub(lambda match: f"\\u{ord(match[0]):04x}", content)
-    if len(content.encode("utf-8")) > MAX_YAML_BYTES:
-        got = f"{len(content.encode('utf-8')):,} bytes with its content files"
+    content = as_yaml(config.model_dump(mode="json", exclude_unset=True)).encode("utf-8")
+    if len(content) > MAX_YAML_BYTES:
+        got = f"{len(content):,} bytes with its content files"
         raise JobRefused([Problem("", got, f"at most {MAX_YAML_BYTES:,}", where=str(path))])
     places = (*config.input.path, config.output.path, config.model.source, config.model.adapter or "")
     local = tuple(place for place in places if os.path.isabs(place) and not scheme_of(place))
-    return SubmittedJob(
-        config.name, config.output.path, "finetune" if trains else "run", content.encode("utf-8"), local
-    )
+    return SubmittedJob(config.name, config.output.path, "finetune" if trains else "run", content, local)
 
 
 def read_runtime_env(path: str | None) -> dict[str, Any]:

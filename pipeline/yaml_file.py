@@ -4,6 +4,8 @@ Refuses what makes YAML surprising or dangerous: duplicate keys, anchors and ali
 are not strings, deep nesting. Knows nothing of what the values mean.
 """
 
+import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -16,6 +18,7 @@ from pipeline.problems import Problem, one_line, shown
 
 MAX_YAML_BYTES = 1_000_000
 MAX_DEPTH = 32
+_NOT_IN_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 Path = tuple[str | int, ...]  # keys and list positions from the top
 
 
@@ -26,6 +29,13 @@ class YamlDocument:
     value: object = None  # dicts, lists and scalars
     lines: dict[Path, int] = field(default_factory=dict)  # 1-based line of each key and item
     problems: list[Problem] = field(default_factory=list)
+
+
+def as_yaml(value: object) -> str:
+    """A value of JSON's kinds as text that `read_yaml` reads back unchanged: JSON is YAML, but for what YAML takes for
+    line breaks or refuses."""
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    return _NOT_IN_YAML.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def read_yaml(text: str, name: str) -> YamlDocument:

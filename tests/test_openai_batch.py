@@ -14,7 +14,8 @@ from openai.types.completion_create_params import CompletionCreateParamsNonStrea
 from test_cli import segue
 
 from pipeline.manifest import ForeignOutput
-from pipeline.openai_batch import CHAT, COMPLETIONS, import_requests
+from pipeline.openai_import import import_requests
+from pipeline.openai_request import CHAT, COMPLETIONS
 from pipeline.problems import JobRefused
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray[.]")
