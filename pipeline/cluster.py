@@ -187,8 +187,8 @@ def max_node_gpus() -> float:
 
 
 def max_node_cpus() -> int:
-    """CPUs of the largest node, at least one: what a single worker can get."""
-    return max(1, *(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]))
+    """CPUs of the largest node: what a single worker can get. 0 while a head without work is all there is."""
+    return max([0, *(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])])
 
 
 def cause_of(error: ray.exceptions.RayError, *expected: type[Exception]) -> Exception:

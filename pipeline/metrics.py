@@ -35,6 +35,7 @@ ROWS = Metric("segue_rows", "counter", "rows committed by this run, those with a
 ERRORS = Metric("segue_row_errors", "counter", "rows committed with an error, by its code", ("code",))
 TOKENS = Metric("segue_tokens", "counter", "tokens of committed rows: requested, computed or generated", ("kind",))
 UNITS = Metric("segue_units", "counter", "units that came back: committed, lost, drained or failed", ("status",))
+DONE_ROWS = Metric("segue_done_rows", "gauge", "rows committed in the whole output, by this run and those before it")
 PLANNED_ROWS = Metric("segue_planned_rows", "gauge", "rows of the plan so far, in the whole output")
 PLANNED_UNITS = Metric("segue_planned_units", "gauge", "units of the plan so far, in the whole output")
 PLANNED_TOKENS = Metric("segue_planned_tokens", "gauge", "prompt tokens of the plan so far, as requested")
@@ -49,8 +50,13 @@ STEP_SECONDS = Metric("segue_engine_step_seconds", "counter", "time spent in the
 ENGINE_TOKENS = Metric("segue_engine_tokens", "counter", "tokens in an engine: computed or generated", ("kind",))
 PREEMPTIONS = Metric("segue_engine_preemptions", "counter", "samples that gave way for lack of memory")
 
-OF_RUNS = (ROWS, ERRORS, TOKENS, UNITS, PLANNED_ROWS, PLANNED_UNITS, PLANNED_TOKENS, REUSE_SHARE)
+OF_RUNS = (ROWS, ERRORS, TOKENS, UNITS, DONE_ROWS, PLANNED_ROWS, PLANNED_UNITS, PLANNED_TOKENS, REUSE_SHARE)
 OF_ENGINES = (RUNNING, WAITING, KV_BYTES, KV_CAPACITY, STEPS, STEP_SECONDS, ENGINE_TOKENS, PREEMPTIONS)
+
+
+def label_of(name: str, fingerprint: str) -> str:
+    """What tells a job from others of its name on the same cluster, whose last numbers Ray goes on to export."""
+    return f"{name}-{fingerprint[:8]}"
 
 
 class _Told:
@@ -82,6 +88,9 @@ class RunMetrics:
         self._told.set(PLANNED_ROWS, rows)
         self._told.set(PLANNED_UNITS, units)
         self._told.set(PLANNED_TOKENS, tokens)
+
+    def done(self, rows: int) -> None:
+        self._told.set(DONE_ROWS, rows)
 
     def unit(
         self, status: str, *, rows: int, errors: Mapping[str, int], requested: int, computed: int, generated: int

@@ -18,7 +18,7 @@ from pipeline.completeness import missing_units
 from pipeline.interrupt import Interrupt
 from pipeline.job import ReadyJob
 from pipeline.manifest import Manifest
-from pipeline.metrics import RunMetrics
+from pipeline.metrics import RunMetrics, label_of
 from pipeline.pool import reserved_cpus, run_units, threads_of, workers_a_node
 from pipeline.progress import ProgressDisplay, Say, Totals
 from pipeline.quarantine import Quarantine
@@ -65,7 +65,7 @@ class Passes:
         self._reservation = Reservation(smallest, num_gpus, self._workers.accelerator_type)
         self._spec = job.worker_spec(self._threads, workers_a_node(self._workers, smallest), num_gpus)
         self._tally = tally
-        self._metrics = RunMetrics(job.config.name)
+        self._metrics = RunMetrics(label_of(job.config.name, self._spec.fingerprint))
         self._interrupt = interrupt
         self._say = say
         self._quiet = quiet
@@ -78,6 +78,7 @@ class Passes:
         self._manifest = manifest
         tokens = int(manifest.stats["tokens_requested"])
         self._metrics.planned(rows=manifest.num_rows, units=len(manifest.units), tokens=tokens)
+        self._metrics.done(self._tally.rows_before + self._tally.rows)
         num_cpus = reserved_cpus(self._threads, is_planning=not manifest.is_complete)
         self._reservation = self._reservation.with_cpus(num_cpus)
         missing = self._missing()
@@ -186,6 +187,7 @@ class Passes:
             computed=receipt.num_computed_tokens,
             generated=receipt.num_generated_tokens,
         )
+        self._metrics.done(self._tally.rows_before + self._tally.rows)
         failure = receipt.exception
         self._failure = self._failure or failure
         if failure is not None or self._is_over_limit():

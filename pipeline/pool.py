@@ -21,14 +21,17 @@ from pipeline.units import UnitSpec
 
 
 def threads_of(workers: WorkersConfig) -> int:
-    """CPU threads of each worker: as asked for, else an equal share of the cluster; never more than a machine has."""
-    share = cluster.num_cluster_cpus() // workers.max_size
-    return min(workers.threads or max(1, share), cluster.max_node_cpus())
+    """CPU threads of each worker: as asked for, else an equal share of the cluster; never more than a machine has, if
+    one is there."""
+    wanted = workers.threads or max(1, cluster.num_cluster_cpus() // workers.max_size)
+    return min(wanted, cluster.max_node_cpus() or wanted)
 
 
 def workers_a_node(workers: WorkersConfig, num_cpus: float) -> int:
-    """How many workers may share the memory of a machine, at most, if Ray gives each so many CPUs."""
-    return max(1, min(workers.max_size, int(cluster.max_node_cpus() / num_cpus)))
+    """How many workers may share the memory of a machine, at most, if Ray gives each so many CPUs. All of them, while
+    no machine is there to tell."""
+    node_cpus = cluster.max_node_cpus()
+    return max(1, min(workers.max_size, int(node_cpus / num_cpus))) if node_cpus else workers.max_size
 
 
 def reserved_cpus(threads: int, *, is_planning: bool) -> float:

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.cluster import WorkersFailed, one_line
-from pipeline.metrics import EngineMetrics
+from pipeline.metrics import EngineMetrics, label_of
 from pipeline.remote_models import local_source
 from pipeline.results import error_value, result_row, result_schema, result_table
 from pipeline.roster import Reporter
@@ -91,7 +91,7 @@ class UnitWorker:
         self._drain_timer: threading.Timer | None = None
         self._reporter = None
         if roster is not None:
-            self._reporter = Reporter(roster, self._drain, EngineMetrics(spec.name))
+            self._reporter = Reporter(roster, self._drain, EngineMetrics(label_of(spec.name, spec.fingerprint)))
         self._loop: EngineLoop | None = None
         if self._reporter is None:
             self._loop = EngineLoop(lambda: make_engine(spec))

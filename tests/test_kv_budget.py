@@ -10,7 +10,7 @@ from tiny_models import tiny_tree_model
 from attention.segments import Segment
 from pipeline.config import WorkersConfig
 from pipeline.job import prepare
-from pipeline.pool import workers_a_node
+from pipeline.pool import threads_of, workers_a_node
 from workers import devices, engine_core, memory
 from workers.engine import Engine, EngineConfig
 from workers.row_errors import RowErrorCode
@@ -95,3 +95,13 @@ def test_workers_of_a_node_share_its_memory(tmp_path, monkeypatch):
     ]
     assert job.worker_spec(1, 4).engine["kv_memory_share"] == job.worker_spec(1).engine["kv_memory_share"] / 4
     assert {(cpus, size): workers_a_node(WorkersConfig(max_size=size), cpus) for cpus, size in cases} == cases
+    assert threads_of(WorkersConfig(threads=32)) == 16
+
+
+def test_workers_of_a_cluster_without_a_worker_node_get_what_they_ask_for(monkeypatch):
+    """A run that goes on where nodes start from zero: nothing is planned, so none was started."""
+    monkeypatch.setattr("pipeline.cluster.max_node_cpus", lambda: 0)
+    monkeypatch.setattr("pipeline.cluster.num_cluster_cpus", lambda: 1)
+    workers = WorkersConfig(max_size=8, threads=4)
+    assert (threads_of(workers), workers_a_node(workers, 4)) == (4, 8)
+    assert threads_of(WorkersConfig(max_size=8)) == 1

@@ -60,7 +60,7 @@ def scraped(cluster: LocalCluster) -> dict[tuple[str, str], float]:
             text = answer.read().decode()
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
-                if sample.labels.get("job_name") == "job":
+                if sample.labels.get("job_name", "").startswith("job-"):
                     key = (
                         sample.name,
                         sample.labels.get("code") or sample.labels.get("kind") or sample.labels.get("status", ""),
@@ -103,6 +103,7 @@ def test_metrics_scraped_during_a_run_end_as_its_summary_says(tmp_path):
         summary = json.loads(out.splitlines()[-1])["result"]
         assert 0 < of(during, metrics.ROWS)[""] < summary["rows"]
         assert of(during, metrics.PLANNED_ROWS) == {"": 93}
+        assert 0 < of(during, metrics.DONE_ROWS)[""] < 93
         assert of(during, metrics.STEPS)[""] > 0
         assert of(during, metrics.KV_CAPACITY) == {"": 0}  # echo has none
 
