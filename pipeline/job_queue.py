@@ -24,6 +24,7 @@ from pipeline.submission import JOB_FILE, SubmittedJob, copied_packages
 
 ADDRESS = "RAY_API_SERVER_ADDRESS"  # environment variable; Ray's client (2.60) lets it win over its argument
 MAX_ATTEMPTS = 1000  # of one job on one cluster
+NO_AGENT = "No available agent"  # of Ray (2.60): nothing was submitted
 FAR_SECONDS = 120.0  # how long a cluster that does not answer is asked again
 ASK_SECONDS = 1.0
 QUIET_SECONDS = 60.0
@@ -82,13 +83,27 @@ class JobQueue:
             work = Path(folder) / "job"
             work.mkdir()
             (work / JOB_FILE).write_bytes(job.content)
-            self._client.submit_job(
-                entrypoint=f"python -m jobs.cli {job.command} {JOB_FILE}",
-                submission_id=submission_id,
-                runtime_env=env | {"working_dir": str(work)},
-                metadata=job.metadata,
+            self._when_ready(
+                lambda: self._client.submit_job(
+                    entrypoint=f"python -m jobs.cli {job.command} {JOB_FILE}",
+                    submission_id=submission_id,
+                    runtime_env=env | {"working_dir": str(work)},
+                    metadata=job.metadata,
+                )
             )
             return submission_id, True
+
+    def _when_ready(self, hand_over: Callable[[], object]) -> None:
+        """A head that has just come up answers before the agent that starts jobs does, and says so."""
+        until = time.monotonic() + FAR_SECONDS
+        while True:
+            try:
+                hand_over()
+                return
+            except RuntimeError as error:
+                if NO_AGENT not in str(error) or time.monotonic() > until:
+                    raise
+            time.sleep(ASK_SECONDS)
 
     def _free_id(self, job: SubmittedJob) -> tuple[str, bool]:
         taken = {each.submission_id: each.status for each in self._client.list_jobs()}

@@ -215,7 +215,8 @@ def test_slurm_script_runs_a_job_and_leaves_no_token(tmp_path):
     number = os.getpid()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {
-        "PATH": f"{tools}:{TOOLS}:{os.environ['PATH']}",
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "VENV": str(TOOLS.parent),
         "SLURM_JOB_ID": str(number),
         "SLURM_JOB_NODELIST": "here",
         "SLURM_JOB_NUM_NODES": "1",

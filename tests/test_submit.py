@@ -3,6 +3,8 @@
 import json
 import shutil
 import signal
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -142,6 +144,43 @@ def test_submit_without_a_token_that_is_required_is_refused(cluster, tmp_path):
     code, _, err = cluster.ended("submit", path, "--require-auth", RAY_AUTH_TOKEN_PATH="")
     assert code == 4
     assert "set RAY_AUTH_TOKEN" in err
+
+
+class HeadComingUp(BaseHTTPRequestHandler):
+    """A head whose agent comes up while the third submission is made."""
+
+    num_refused = 0
+
+    def answer(self):
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        content, status = b'{"version": "4", "ray_version": "2", "ray_commit": "", "session_name": ""}', 200
+        if self.path == "/api/jobs/" and self.command == "GET":
+            content = b"[]"
+        elif self.path == "/api/jobs/":
+            content = b'{"job_id": "1", "submission_id": "one"}'
+            if HeadComingUp.num_refused < 2:
+                HeadComingUp.num_refused += 1
+                content, status = b"No available agent to submit job, please try again later.", 500
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_GET = do_PUT = do_POST = answer
+
+    def log_message(self, *_):
+        pass
+
+
+def test_submit_to_a_head_that_is_coming_up_waits_for_its_agent(tmp_path):
+    with ThreadingHTTPServer(("127.0.0.1", 0), HeadComingUp) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        head = LocalCluster(tmp_path, {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{server.server_port}"})
+        code, out, err = head.ended("submit", write_job(write_input(tmp_path)))
+        server.shutdown()
+    assert code == 0, err
+    assert result_of(out)["is_new"]
+    assert HeadComingUp.num_refused == 2
 
 
 def test_submit_bad_job_file_is_refused_before_the_cluster_is_asked(tmp_path):

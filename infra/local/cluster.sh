@@ -53,7 +53,7 @@ has_node() { grep -q "Ray runtime started" "$folder/node-$1.log"; }
 
 join() {
     start "node-$1" ray start --block --address="127.0.0.1:$(cat "$folder/port")" --num-cpus="$cpus" --num-gpus=0 \
-        --node-ip-address=127.0.0.1 --disable-usage-stats
+        --node-ip-address=127.0.0.1 --dashboard-agent-listen-port=0 --disable-usage-stats
     wait_for "node $1" has_node "$1"
 }
 
@@ -90,7 +90,7 @@ ENV
     mktemp -d >"$folder/temp"
     start head ray start --head --block --port="$port" --num-cpus=0 --num-gpus=0 --temp-dir="$(cat "$folder/temp")" \
         --node-ip-address=127.0.0.1 --dashboard-host=127.0.0.1 --dashboard-port="$dashboard" \
-        --metrics-export-port="$(free_port)" --disable-usage-stats
+        --dashboard-agent-listen-port=0 --metrics-export-port="$(free_port)" --disable-usage-stats
     wait_for "the head" ray job list --address "$RAY_API_SERVER_ADDRESS"
     echo "$port" >"$folder/port"
     for node in $(seq "$nodes"); do
