@@ -22,8 +22,10 @@ from pipeline.retries import FailedRows, failed_rows
 from pipeline.schemas import JobColumns, check_columns, columns_read
 from pipeline.sources import InputFile, RowNumbers, cut_rows, discover, rows_between
 from pipeline.store import OutputStorageError, open_store
+from workers.echo import is_echo
 from workers.prompts import PromptTemplate
 from workers.scoring import ScoringTemplate
+from workers.structured import problem_of
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def check_draft(draft: JobDraft, *, has_gpu: bool = False, others: Sequence[Prob
     problems = [*draft.problems, *others]
     inputs: tuple[InputFile, ...] = ()
     if draft.config is not None:
-        problems += [*_check_dtype(draft.config, has_gpu), *_check_task(draft.config)]
+        problems += [*_check_dtype(draft.config, has_gpu), *_check_task(draft.config), *_check_form(draft.config)]
     if draft.input is not None:
         inputs, found = _check_input(draft.input)
         problems += found
@@ -127,6 +129,18 @@ def _check_task(config: JobConfig) -> list[Problem]:
     if config.task == "perplexity" and config.prompt.format != "text":
         problems.append(Problem("prompt.format", shown(config.prompt.format), "text, for task perplexity"))
     return problems
+
+
+def _check_form(config: JobConfig) -> list[Problem]:
+    """A form of answers that can be enforced, here and by this model."""
+    outputs = config.sampling_params.structured_outputs
+    if outputs is None:
+        return []
+    key = "sampling_params.structured_outputs"
+    if is_echo(config.model.source):
+        return [Problem(key, "a form of answers", "it left out: an echo has none")]
+    problem = problem_of(outputs)
+    return [Problem(f"{key}.{outputs.kind}", problem, "a form that can be enforced as a whole")] if problem else []
 
 
 def _check_input(config: InputConfig) -> tuple[tuple[InputFile, ...], list[Problem]]:

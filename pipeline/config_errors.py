@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from pipeline.problems import Problem, has_credentials, nearest, shown
@@ -99,9 +100,14 @@ def _keys_at(model: type[BaseModel], path: JobPath) -> set[str]:
     models = [model]
     for part in path:
         if isinstance(part, str):
-            fields = [each.model_fields[part] for each in models if part in each.model_fields]
+            fields = [named for each in models if (named := _fields_of(each).get(part))]
             models = [found for field in fields for found in _models_in(field.annotation)]
-    return {name for each in models for name in each.model_fields}
+    return {name for each in models for name in _fields_of(each)}
+
+
+def _fields_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """By the names that a file has for them."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
 def _models_in(annotation: object) -> Iterator[type[BaseModel]]:

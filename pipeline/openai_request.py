@@ -16,12 +16,12 @@ _IGNORED = frozenset(
 )
 # What changes the answer and is not there: named in errors, as other names would be the row's own text.
 _UNSUPPORTED = frozenset(
-    {"response_format", "tools", "tool_choice", "functions", "function_call", "logprobs", "top_logprobs", "logit_bias",
+    {"tools", "tool_choice", "functions", "function_call", "logprobs", "top_logprobs", "logit_bias",
      "best_of", "echo", "suffix", "modalities", "audio", "prediction", "reasoning_effort", "web_search_options",
      "parallel_tool_calls", "verbosity"}
 )  # fmt: skip
 _SAYS_NOTHING = {
-    "response_format": ({"type": "text"},), "tool_choice": ("none", "auto"), "best_of": (1,), "modalities": (["text"],),
+    "tool_choice": ("none", "auto"), "best_of": (1,), "modalities": (["text"],),
     "parallel_tool_calls": (True, False), "top_logprobs": (0,), "logprobs": (False,),
 }  # fmt: skip
 # OpenAI's defaults where a request says nothing; ours are others.
@@ -51,6 +51,33 @@ class _Message(BaseModel):
         return {"role": role, "content": [{"type": "text", "text": part} for part in parts]}
 
 
+class _Schema(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    name: str
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    description: str | None = None
+    strict: bool | None = None  # here it always is
+
+
+class _ResponseFormat(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: _Schema | None = None
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> "_ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema belongs to type json_schema, and is needed there")
+        return self
+
+    def form(self) -> dict[str, Any] | None:
+        """In this project's terms."""
+        if self.type == "text":
+            return None
+        schema = self.json_schema.schema_ if self.json_schema else None
+        return {"json": schema or {"type": "object"}}
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     messages: Annotated[list[_Message], Field(min_length=1)] | None = None
@@ -64,6 +91,7 @@ class _Body(BaseModel):
     stop: str | list[str] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
+    response_format: _ResponseFormat | None = None
     stream: Literal[False] | None = None
 
     @model_validator(mode="before")
@@ -86,6 +114,8 @@ class _Body(BaseModel):
             told["stop"] = self.stop
         if (limit := self.max_completion_tokens or self.max_tokens) is not None:
             told["max_tokens"] = limit
+        if self.response_format is not None and (form := self.response_format.form()):
+            told["structured_outputs"] = form
         return DEFAULTS | told
 
 
@@ -132,7 +162,8 @@ def _told(error: ValidationError) -> str:
     first = error.errors(include_input=False, include_url=False)[0]
     if first["type"] == "extra_forbidden":
         return "a parameter that is not known"
-    known = {*RequestLine.model_fields, *_Body.model_fields, *_Message.model_fields, *_Part.model_fields}
+    known = {*RequestLine.model_fields, *_Body.model_fields, *_Message.model_fields, *_Part.model_fields,
+             *_ResponseFormat.model_fields, *_Schema.model_fields, "schema"}  # fmt: skip
     place = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part in known)
     if first["type"] == "json_invalid":
         return "the line is not JSON in UTF-8"  # a lone surrogate neither

@@ -35,6 +35,7 @@ from workers.row_errors import RowError, RowErrorCode
 from workers.sampling import SamplingParams
 from workers.score_rows import RowScorer, check_fits, requests_of
 from workers.scoring import ScoringTemplate, Task
+from workers.structured import problem_of
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,10 @@ def _row_params(value: object, params: SamplingParams) -> str | None:
     if not isinstance(value, dict):
         raise RowError(RowErrorCode.BAD_PARAMS, f"sampling_params is a {type(value).__name__}, wanted an object")
     own = {name: each for name, each in value.items() if each is not None}
-    params.with_row(own)
+    outputs = params.with_row(own).structured_outputs
+    if outputs is not None and outputs != params.structured_outputs and (problem := problem_of(outputs)):
+        message = f"sampling_params.structured_outputs.{outputs.kind}: {problem}"
+        raise RowError(RowErrorCode.BAD_PARAMS, message)
     return json.dumps(own)
 
 

@@ -131,6 +131,19 @@ def test_import_keeps_what_a_request_says_and_fills_in_openais_defaults(tmp_path
     assert plain["request_error"] is None
 
 
+def test_import_takes_a_response_format_as_the_form_of_the_answer(tmp_path):
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    told = {"type": "json_schema", "json_schema": {"name": "it", "schema": schema, "strict": True}}
+    rows = imported(
+        tmp_path,
+        line("a", chat("x", response_format=told)),
+        line("b", chat("x", response_format={"type": "json_object"})),
+        line("c", chat("x", response_format={"type": "text"})),
+    )
+    forms = [json.loads(row["sampling_params"]).get("structured_outputs") for row in rows]
+    assert forms == [{"json": schema}, {"json": {"type": "object"}}, None]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -143,7 +156,11 @@ def test_import_keeps_what_a_request_says_and_fills_in_openais_defaults(tmp_path
             "a parameter that is not known",
         ),
         (line("c", chat("x", logprobs=True)), "logprobs: not supported"),
-        (line("c", chat("x", response_format={"type": "json_object"})), "response_format: not supported"),
+        (line("c", chat("x", tool_choice="required")), "tool_choice: not supported"),
+        (
+            line("c", {"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_schema"}}),
+            "response_format: json_schema belongs to type json_schema, and is needed there",
+        ),
         (line("c", chat("x", max_tokens="SECRET")), "max_tokens: Input should be a valid integer"),
         (line("c", chat("\ud800")), "the line is not JSON in UTF-8"),
         (line("\ud800", chat("x")), "the line is not JSON in UTF-8"),

@@ -24,6 +24,7 @@ from workers.request import (
     ScoringRequest,
     TokenLogprobs,
 )
+from workers.row_errors import RowError, RowErrorCode
 from workers.stats import EngineStats
 
 SOURCE = "echo"
@@ -97,6 +98,9 @@ class EchoEngine:
         if isinstance(row, ScoringRequest):
             return self._score(request_id, row)
         prompt, params = _tokens(row.segments), row.params
+        if params.structured_outputs is not None:
+            message = "structured_outputs: an echo answers with its prompt, in whatever form"
+            return RequestOutput(request_id, prompt, 0, error=RowError(RowErrorCode.BAD_PARAMS, message))
         text = self.tokenizer.decode(prompt, skip_special_tokens=True)
         self._drill(text)
         text = text[-params.max_tokens :]

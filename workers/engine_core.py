@@ -4,7 +4,7 @@ Knows the model, the tree and the scheduler; no text but what it generated, no R
 """
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +22,7 @@ from workers.coalescing import RequestCoalescer
 from workers.decode_graphs import DecodeGraphs
 from workers.devices import BackendName, kv_memory_bytes, make_backend
 from workers.generate import Finisher
+from workers.grammars import Grammars
 from workers.model import TreeModel
 from workers.request import GenerationRequest, Request, RequestOutput, Sample, Score, ScoringRequest
 from workers.row_errors import RowError, RowErrorCode
@@ -84,6 +85,7 @@ class EngineCore:
         self.finisher = Finisher(model.tokenizer, model.eos_token_ids, self.max_model_len)
         self.stats = EngineStats()
         self._coalescer = RequestCoalescer()
+        self._grammars: Grammars | None = None  # once a row wants one
         self._num_added = 0
         self._refused: list[RequestOutput] = []
 
@@ -144,6 +146,18 @@ class EngineCore:
         if length >= self.max_model_len:
             message = f"the prompt has {length} tokens, wanted fewer than {self.max_model_len} (max_model_len)"
             return RowError(RowErrorCode.PROMPT_TOO_LONG, message)
+        return self._form_objection(request.params)
+
+    def _form_objection(self, params: SamplingParams) -> RowError | None:
+        if params.structured_outputs is None:
+            return None
+        try:
+            if self._grammars is None:
+                model = self.model
+                self._grammars = Grammars(model.tokenizer, model.vocab_size, model.eos_token_ids)
+            self._grammars.begin(params.structured_outputs)
+        except RowError as error:
+            return error
         return None
 
     def _scoring_objection(self, num_context: int, num_continuation: int) -> RowError | None:
@@ -245,25 +259,42 @@ class EngineCore:
         samples = [*plan.decoding, *(sample for prefill in plan.ready for sample in prefill.samples)]
         if not samples:
             return []
+        self._begin_forms(samples)
         ends = [last_hidden(prefill) for prefill in plan.ready for _ in prefill.samples]
         hidden = torch.stack(ends) if not plan.decoding else torch.cat([decode_hidden, *(e[None] for e in ends)])
         logits = self.model.logits(hidden)
         tokens = draw(logits, samples, seed=self.config.seed, eos_token_ids=self.model.eos_token_ids)
-        broken = {sample.request for sample, token in zip(samples, tokens, strict=True) if token is None}
+        broken: dict[Request, RowError] = {}
         for sample, token in zip(samples, tokens, strict=True):
-            if token is not None:
-                self.finisher.append(sample, token)
-                self.stats.num_generated_tokens += 1
+            error = self._append(sample, token)
+            if error is not None:
+                broken[sample.request] = error
         return self._settle(plan, broken)
 
-    def _settle(self, plan: StepPlan, broken: set[Request]) -> list[RequestOutput]:
-        """Move samples on: finished ones out, new ones to decoding, rows with broken numbers to their error."""
+    def _append(self, sample: Sample, token: int | None) -> RowError | None:
+        """The token that was drawn; or why the row has no answer."""
+        if token is None:
+            return RowError(RowErrorCode.NUMERIC_ERROR, "the model gave logits that are not finite numbers")
+        if sample.grammar is not None and (error := sample.grammar.accept(token)):
+            return error
+        self.finisher.append(sample, token)
+        self.stats.num_generated_tokens += 1
+        return None
+
+    def _begin_forms(self, samples: Iterable[Sample]) -> None:
+        """Grammars of the answers that must have a form; a sample that was preempted has its own already."""
+        for sample in samples:
+            outputs = sample.request.params.structured_outputs
+            if outputs is not None and sample.grammar is None and self._grammars is not None:
+                sample.grammar = self._grammars.begin(outputs)
+
+    def _settle(self, plan: StepPlan, broken: Mapping[Request, RowError]) -> list[RequestOutput]:
+        """Move samples on: finished ones out, new ones to decoding, rows without an answer to their error."""
         requests = dict.fromkeys([*(s.request for s in plan.decoding), *(p.request for p in plan.ready)])
         outputs = []
-        for request in broken:
+        for request, error in broken.items():
             self._discard(request)
-            message = "the model gave logits that are not finite numbers"
-            outputs.append(self._failed_output(request, RowError(RowErrorCode.NUMERIC_ERROR, message)))
+            outputs.append(self._failed_output(request, error))
         for prefill in plan.ready:
             if prefill.request not in broken:
                 self.scheduler.start_decoding(prefill)

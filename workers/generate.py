@@ -19,10 +19,13 @@ class Finisher:
         self.max_model_len = max_model_len
 
     def append(self, sample: Sample, token: int) -> None:
-        """Add a token and set `finish_reason` if it is the last: end of sequence, stop token, stop string, length."""
+        """Add a token and set `finish_reason` if it is the last: end of sequence, stop token, stop string, length;
+        of an answer with a form, where nothing may follow."""
         sample.token_ids.append(token)
         params = sample.request.params
-        if len(sample.token_ids) >= params.min_tokens:
+        if sample.grammar is not None:
+            sample.finish_reason = "stop" if sample.grammar.is_complete else None
+        elif len(sample.token_ids) >= params.min_tokens:
             if token in self.eos_token_ids and not params.ignore_eos:
                 sample.finish_reason = "stop"
             elif token in params.stop_token_ids:
@@ -53,9 +56,20 @@ class Finisher:
         skip = sample.request.params.skip_special_tokens
         return self.tokenizer.decode(token_ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
 
+    def _said(self, sample: Sample) -> list[int]:
+        """Its tokens, without the one that did nothing but end it."""
+        if sample.finish_reason != "stop" or sample.request.params.include_stop_str_in_output:
+            return sample.token_ids
+        last = sample.token_ids[-1]
+        if sample.grammar is not None:
+            is_end = sample.grammar.has_end_token
+        else:
+            is_end = last in self.eos_token_ids or sample.stop_reason == last
+        return sample.token_ids[:-1] if is_end else sample.token_ids
+
     def output(self, sample: Sample) -> CompletionOutput:
         """The finished sample in vLLM's shape."""
-        text = sample.text if sample.text is not None else self._decode(sample, sample.token_ids)
+        text = sample.text if sample.text is not None else self._decode(sample, self._said(sample))
         wants_logprobs = sample.request.params.logprobs is not None
         return CompletionOutput(
             index=sample.index,

@@ -14,6 +14,7 @@ from workers.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from attention.kv_memory import Tail  # it imports torch, which planning does not need
+    from workers.grammars import Grammar
 
 FinishReason = Literal["stop", "length", "error"]
 
@@ -150,6 +151,7 @@ class Sample:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     text: str | None = None  # set when a stop string cut it
+    grammar: "Grammar | None" = None  # from its first token on, if it must have a form
 
     @property
     def num_tokens(self) -> int:

@@ -7,11 +7,12 @@ Shapes: `B` rows, `V` vocabulary.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from workers.grammars import Grammar, forbidden_tokens
 from workers.request import Sample, TokenLogprobs
 from workers.sampling import SamplingParams
 
@@ -57,12 +58,25 @@ def _token_logprobs(logprobs: Tensor, token: int, params: SamplingParams) -> Tok
 def _adjust(logits: Tensor, samples: Sequence[Sample], eos_token_ids: frozenset[int]) -> Tensor:
     """Penalties and forbidden tokens. Copies only if some row asks for any."""
     needy = [row for row, sample in enumerate(samples) if _needs_adjustment(sample)]
-    if not needy:
+    formed = {row: sample.grammar for row, sample in enumerate(samples) if sample.grammar is not None}
+    if not needy and not formed:
         return logits
     adjusted = logits.clone()
     for row in needy:
         _adjust_row_(adjusted[row], samples[row], eos_token_ids)
+    if formed:
+        _keep_to_form_(adjusted, formed)
     return adjusted
+
+
+def _keep_to_form_(logits: Tensor, grammars: Mapping[int, Grammar]) -> None:
+    """logits `[B, V]`, changed in place: in the rows that have a grammar only what it allows."""
+    forbidden = forbidden_tokens(list(grammars.values()), logits.shape[-1]).to(logits.device)
+    if len(grammars) == len(logits):
+        logits.masked_fill_(forbidden, -torch.inf)
+    else:
+        rows = torch.tensor(list(grammars), device=logits.device)
+        logits[rows] = logits[rows].masked_fill(forbidden, -torch.inf)
 
 
 def _needs_adjustment(sample: Sample) -> bool:

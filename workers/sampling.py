@@ -5,9 +5,10 @@ Knows logits and parameters; nothing of trees, models or text.
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from workers.row_errors import RowError, RowErrorCode
+from workers.structured import StructuredOutputs
 
 
 class SamplingParams(BaseModel):
@@ -34,6 +35,7 @@ class SamplingParams(BaseModel):
     presence_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputs | None = None  # the form that the answer must have
 
     @model_validator(mode="before")
     @classmethod
@@ -55,7 +57,22 @@ class SamplingParams(BaseModel):
             raise ValueError(f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}")
         if "" in self.stop:
             raise ValueError("stop must not contain an empty string")
+        if self.structured_outputs is not None:
+            self._check_structured()
         return self
+
+    def _check_structured(self) -> None:
+        """Such an answer ends by its form, and what would end it elsewhere would break it."""
+        told = {
+            "min_tokens": self.min_tokens > 0,
+            "stop": self.stop,
+            "stop_token_ids": self.stop_token_ids,
+            "ignore_eos": self.ignore_eos,
+            "skip_special_tokens: false": not self.skip_special_tokens,
+        }
+        named = ", ".join(name for name, is_told in told.items() if is_told)
+        if named:
+            raise ValueError(f"structured_outputs ends an answer by its form: leave out {named}")
 
     def with_row(self, overrides: dict[str, object] | None) -> "SamplingParams":
         """These parameters with a row's own on top. Raises RowError(BAD_PARAMS)."""
@@ -68,7 +85,17 @@ class SamplingParams(BaseModel):
             raise RowError(RowErrorCode.BAD_PARAMS, message)
         try:
             return SamplingParams.model_validate(self.model_dump() | overrides)
-        except ValueError as error:
-            first = error.errors()[0] if hasattr(error, "errors") else {"loc": (), "msg": str(error)}  # type: ignore[attr-defined]
-            key = ".".join(str(part) for part in first["loc"])
-            raise RowError(RowErrorCode.BAD_PARAMS, f"sampling_params.{key}: {first['msg']}") from None
+        except ValidationError as error:
+            raise RowError(RowErrorCode.BAD_PARAMS, _told(error)) from None
+
+
+def _told(error: ValidationError) -> str:
+    """The first thing that is wrong, without the row's own words."""
+    first = error.errors(include_input=False, include_url=False)[0]
+    known = {*SamplingParams.model_fields, "json", "regex", "choice"}
+    place = ".".join(
+        ["sampling_params", *(str(part) for part in first["loc"] if isinstance(part, int) or part in known)]
+    )
+    if first["type"] == "extra_forbidden":
+        return f"{place}: an unknown key, wanted json, regex or choice"
+    return f"{place}: {first['msg'].removeprefix('Value error, ')}"

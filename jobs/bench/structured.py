@@ -1,0 +1,135 @@
+"""What it costs to hold answers to a form: the same rows with a JSON schema, and free with as many tokens each.
+
+    python -m jobs.bench.structured
+
+First checks that every answer that stopped is an instance of its schema. Both arms feed and draw the same numbers of
+tokens in the same steps, so the ratio of their times is what the form costs; the masks are also timed by themselves.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from jobs.bench.score import SOURCE, machine
+from workers.engine import Engine, EngineConfig
+from workers.grammars import Grammars, forbidden_tokens
+from workers.model import load_model
+from workers.request import RequestOutput
+from workers.sampling import SamplingParams
+from workers.structured import StructuredOutputs
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "category": {"enum": ["billing", "bug", "question"]},
+        "urgency": {"type": "integer", "minimum": 1, "maximum": 5},
+        "tags": {"type": "array", "items": {"type": "string", "maxLength": 12}, "minItems": 1, "maxItems": 3},
+        "customer": {
+            "type": "object",
+            "properties": {"name": {"type": "string", "maxLength": 20}, "is_angry": {"type": "boolean"}},
+            "required": ["name", "is_angry"],
+            "additionalProperties": False,
+        },
+    },
+    "required": ["category", "urgency", "tags", "customer"],
+    "additionalProperties": False,
+}
+FORM = StructuredOutputs.model_validate({"json": SCHEMA})
+PRODUCTS = ("kettle", "lamp", "router", "printer", "chair")
+
+
+def main() -> None:
+    args = _arguments()
+    model = load_model(SOURCE, dtype=args.dtype)
+    prompts = [
+        [{"role": "user", "content": f"Ticket {n}: the {PRODUCTS[n % 5]} of order {n} is broken. Describe it as JSON."}]
+        for n in range(args.rows)
+    ]
+    formed = SamplingParams(max_tokens=args.max_tokens, structured_outputs=FORM)
+    seconds: dict[str, list[float]] = {"formed": [], "free": []}
+    outputs: list[RequestOutput] = []
+    for _ in range(args.repeats):
+        outputs, taken = _timed(Engine(model, EngineConfig(max_num_seqs=args.batch_size)), prompts, formed)
+        seconds["formed"].append(taken)
+        free = [SamplingParams(max_tokens=len(each.outputs[0].token_ids), ignore_eos=True) for each in outputs]
+        same, taken = _timed(Engine(model, EngineConfig(max_num_seqs=args.batch_size)), prompts, free)
+        seconds["free"].append(taken)
+        if _num_tokens(same) != _num_tokens(outputs):
+            raise SystemExit("wrong: the two arms drew different numbers of tokens")
+    num_stopped = _check(outputs)
+    grammars = Grammars(model.tokenizer, model.vocab_size, model.eos_token_ids)
+    masks = _mask_seconds(grammars, outputs[: args.batch_size], model.vocab_size)
+    report = {
+        "benchmark": "structured",
+        **machine(),
+        "dtype": args.dtype,
+        "batch_size": args.batch_size,
+        "rows": args.rows,
+        "rows_stopped_and_valid": num_stopped,
+        "tokens": _num_tokens(outputs),
+        "seconds": seconds,
+        "tokens_per_second": {arm: _num_tokens(outputs) / min(taken) for arm, taken in seconds.items()},
+        "time_ratio": min(seconds["formed"]) / min(seconds["free"]),
+        "mask_milliseconds_a_step": statistics.mean(masks) * 1e3,
+        "mask_share": sum(masks) / min(seconds["formed"]) * args.rows / args.batch_size,
+    }
+    print(
+        f"{num_stopped} of {args.rows} rows stopped, all valid; {report['tokens_per_second']['formed']:.1f} tokens/s "
+        f"with the schema, {report['tokens_per_second']['free']:.1f} without: {report['time_ratio']:.3f} times the time; "
+        f"masks, timed apart: {report['mask_milliseconds_a_step']:.2f} ms a step, {report['mask_share']:.1%} of the time",
+        file=sys.stderr,
+    )
+    print(json.dumps(report))
+
+
+def _timed(engine: Engine, prompts: Sequence[Any], params: Any) -> tuple[list[RequestOutput], float]:
+    engine.generate(prompts[:1], SamplingParams(max_tokens=1, structured_outputs=FORM))  # what comes once a process
+    started = time.perf_counter()
+    outputs = engine.generate(prompts, params)
+    return outputs, time.perf_counter() - started
+
+
+def _num_tokens(outputs: Sequence[RequestOutput]) -> int:
+    return sum(len(output.outputs[0].token_ids) for output in outputs)
+
+
+def _check(outputs: Sequence[RequestOutput]) -> int:
+    """How many stopped; raises if one of them is not an instance of the schema."""
+    from jsonschema import validate  # Ray brings it
+
+    stopped = [output.outputs[0] for output in outputs if output.outputs[0].finish_reason == "stop"]
+    for answer in stopped:
+        validate(json.loads(answer.text), SCHEMA)
+    return len(stopped)
+
+
+def _mask_seconds(grammars: Grammars, outputs: Sequence[RequestOutput], vocab_size: int) -> list[float]:
+    """Of each step of a batch that comes to these answers: the masks of the rows that are still at work."""
+    taken = []
+    rows = [(grammars.begin(FORM), output.outputs[0].token_ids) for output in outputs]
+    for position in range(max(len(tokens) for _, tokens in rows)):
+        active = [(grammar, tokens[position]) for grammar, tokens in rows if position < len(tokens)]
+        started = time.perf_counter()
+        forbidden_tokens([grammar for grammar, _ in active], vocab_size)
+        taken.append(time.perf_counter() - started)
+        for grammar, token in active:
+            grammar.accept(token)
+    return taken
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="the cost of JSON-schema answers")
+    parser.add_argument("--rows", type=int, default=100)
+    parser.add_argument("--max-tokens", type=int, default=96)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", default="float32")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""The form an answer must have: a JSON schema, a regular expression or one of some texts, under vLLM's names.
+
+A form is refused unless all of it can be enforced: what ends by itself has it. Knows forms and llguidance's grammars
+for them; no tokens, no model. Without the extra `structured` only `problem_of` tells.
+"""
+
+import functools
+import json
+import re
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+
+MISSING = "the extra structured is not installed (llguidance): pip install 'segue[structured]'"
+MAX_FORM_CHARS = 2**20
+# As json.dumps writes it. White space that is left to a small model has no end, and costs a step a token.
+_JSON_OPTIONS = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "coerce_one_of": False,
+    "lenient": False,
+}
+_SYNTAX = re.compile(r"[\\.+*?()|\[\]{}^$#&~-]")  # of Rust's regular expressions, which are llguidance's
+# What a message may name without quoting a row.
+_KEYWORDS = frozenset(
+    {"$anchor", "$dynamicAnchor", "$dynamicRef", "$recursiveRef", "additionalItems", "allOf", "anyOf", "contains",
+     "dependencies", "dependentRequired", "dependentSchemas", "else", "format", "if", "maxContains", "minContains",
+     "not", "oneOf", "propertyNames", "then", "type", "unevaluatedItems", "unevaluatedProperties", "uniqueItems"}
+)  # fmt: skip
+_NAMED = re.compile(r"\"([$\w]+)\"|\b(oneOf|allOf|anyOf)\b|(?:Unknown|Invalid) (format|type)\b")  # in its messages
+
+
+def _json_text(schema: object) -> object:
+    """A schema as JSON; the order of its properties is the order in which they are written."""
+    if not isinstance(schema, dict):
+        return schema
+    try:
+        return json.dumps(schema, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"a JSON schema has JSON's values only: {error}") from None
+
+
+def _tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+class StructuredOutputs(BaseModel, frozen=True):
+    """Exactly one of these. The answer has this form and nothing before or after it, unless it ends for its length."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, serialize_by_alias=True)
+
+    json_schema: Annotated[
+        str | None,
+        BeforeValidator(_json_text),
+        WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "string"}, {"type": "null"}], "default": None}),
+        Field(alias="json", max_length=MAX_FORM_CHARS),
+    ] = None  # a JSON schema: a mapping, or its text
+    regex: Annotated[str | None, Field(min_length=1, max_length=MAX_FORM_CHARS)] = None  # of the whole answer, Rust's
+    choice: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...] | None, BeforeValidator(_tuple), Field(min_length=1)
+    ] = None  # one of these texts
+
+    @model_validator(mode="after")
+    def _check_one(self) -> "StructuredOutputs":
+        told = [name for name in (self.json_schema, self.regex, self.choice) if name is not None]
+        if len(told) != 1:
+            raise ValueError(f"structured_outputs wants exactly one of json, regex and choice, got {len(told)}")
+        if self.json_schema is not None and not _is_object(self.json_schema):
+            raise ValueError("structured_outputs.json wants a JSON schema: an object")
+        return self
+
+    @property
+    def kind(self) -> str:
+        """The name of what is set."""
+        if self.choice is not None:
+            return "choice"
+        return "json" if self.json_schema is not None else "regex"
+
+    def grammar(self) -> str:
+        """For llguidance. Raises ImportError without it."""
+        from llguidance import LLMatcher
+
+        if self.json_schema is not None:
+            options: Any = _JSON_OPTIONS
+            return LLMatcher.grammar_from_json_schema(self.json_schema, overrides=options)
+        if self.choice is not None:
+            return LLMatcher.grammar_from_regex("|".join(_SYNTAX.sub(r"\\\g<0>", text) for text in self.choice))
+        return LLMatcher.grammar_from_regex(self.regex or "")
+
+
+@functools.lru_cache(maxsize=1024)
+def problem_of(outputs: StructuredOutputs) -> str | None:
+    """Why no answer can be held to this, in words that quote nothing of it; None if there is no reason."""
+    try:
+        from llguidance import LLMatcher
+    except ImportError:
+        return MISSING
+    is_wrong, messages = LLMatcher.validate_grammar_with_warnings(outputs.grammar())
+    if not is_wrong:
+        return None
+    if outputs.kind == "json":
+        named = sorted(_KEYWORDS & {name for found in _NAMED.findall(messages[0]) for name in found})
+        what = f"what it says with {', '.join(named)}" if named else "this JSON schema"
+        return f"{what} is wrong, or cannot be enforced"
+    return "this regular expression is wrong, or not without look-around and back-references"
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
