@@ -22,6 +22,7 @@ from jobs.options import (
     Overrides,
     Quiet,
     RequireAuth,
+    Sample,
     absolute,
     overrides_of,
 )
@@ -42,6 +43,7 @@ def run(
     job: JobFile,
     overrides: Overrides = None,
     limit: Limit = None,
+    sample: Sample = None,
     output: Output = None,
     show: Annotated[int, typer.Option(help="print this many answers")] = 0,
     json_only: AsJson = False,
@@ -55,7 +57,7 @@ def run(
         from pipeline.job import prepare
         from pipeline.run import run_job
 
-        ready = prepare(job, overrides_of(overrides, limit, output), runs_here=is_local())
+        ready = prepare(job, overrides_of(overrides, limit, output, sample), runs_here=is_local())
         if ready.warns_of_unadapted_mask:
             say("warning: mask segment on a model that was not adapted to it: expect worse answers, often garbage")
         summary = run_job(ready, silent if quiet else say, quiet=quiet)
@@ -90,6 +92,7 @@ def plan(
     job: JobFile,
     overrides: Overrides = None,
     limit: Limit = None,
+    sample: Sample = None,
     output: Output = None,
     card: Card = None,
     json_only: AsJson = False,
@@ -104,7 +107,7 @@ def plan(
         from pipeline.run import plan_job
 
         wanted = card_of(card)
-        ready = prepare(job, overrides_of(overrides, limit, output))
+        ready = prepare(job, overrides_of(overrides, limit, output, sample))
         manifest = plan_job(ready, silent if quiet else say)
         if not json_only:
             show_plan(manifest, ready)
@@ -123,7 +126,13 @@ def plan(
 
 
 @app.command()
-def validate(job: JobFile, overrides: Overrides = None, limit: Limit = None, output: Output = None) -> None:
+def validate(
+    job: JobFile,
+    overrides: Overrides = None,
+    limit: Limit = None,
+    sample: Sample = None,
+    output: Output = None,
+) -> None:
     """Check job file, data, output folder, model and cluster, and render a few rows, without starting anything; every
     problem at once.
 
@@ -135,7 +144,7 @@ def validate(job: JobFile, overrides: Overrides = None, limit: Limit = None, out
         from pipeline.finetune import is_training, prepare_finetune
         from pipeline.job import existing_manifest, prepare
 
-        changes = overrides_of(overrides, limit, output)
+        changes = overrides_of(overrides, limit, output, sample)
         others = check_reachable()
         if is_training(job):
             ready = prepare_finetune(job, changes, others).job
@@ -147,10 +156,10 @@ def validate(job: JobFile, overrides: Overrides = None, limit: Limit = None, out
         rows = ready.checked.num_rows
         num_files = len(ready.checked.inputs)
         say(f"{job}: valid ({rows:,} rows in {num_files} files, mask {ready.mask}, dtype {ready.facts.dtype})")
-        sample = ready.sample
-        if sample.errors:
-            say(f"warning: {len(sample.errors)} of {sample.num_rows} rows that were tried have an error:")
-            for error in sample.errors[:SHOWN_ERRORS]:
+        tried = ready.sample
+        if tried.errors:
+            say(f"warning: {len(tried.errors)} of {tried.num_rows} rows that were tried have an error:")
+            for error in tried.errors[:SHOWN_ERRORS]:
                 say(f"  {error}")
         print_json(
             {
@@ -159,7 +168,7 @@ def validate(job: JobFile, overrides: Overrides = None, limit: Limit = None, out
                 "mask": ready.mask,
                 "dtype": ready.facts.dtype,
                 "planned": manifest is not None and manifest.is_complete,
-                "sample": {"rows": sample.num_rows, "errors": len(sample.errors)},
+                "sample": {"rows": tried.num_rows, "errors": len(tried.errors)},
             }
         )
 
@@ -185,11 +194,15 @@ def attention(
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    training: Annotated[bool, typer.Option("--finetune", help="of a job file for segue finetune")] = False,
+) -> None:
     """The job file's JSON schema, for editors."""
     from pipeline.config import JobConfig
+    from pipeline.config_schema import job_schema
+    from pipeline.finetune_config import FinetuneConfig
 
-    print(json.dumps(JobConfig.model_json_schema(), indent=2))
+    print(json.dumps(job_schema(FinetuneConfig if training else JobConfig), indent=2))
 
 
 @app.command()
@@ -197,6 +210,7 @@ def finetune(
     job: Annotated[str, typer.Argument(metavar="FT.yaml", help="the fine-tuning job file")],
     overrides: Overrides = None,
     limit: Limit = None,
+    sample: Sample = None,
     output: Output = None,
     json_only: AsJson = False,
     quiet: Quiet = False,
@@ -210,7 +224,7 @@ def finetune(
         from pipeline.finetune import prepare_finetune, run_finetune
 
         check_can_draw()
-        ready = prepare_finetune(job, overrides_of(overrides, limit, output))
+        ready = prepare_finetune(job, overrides_of(overrides, limit, output, sample))
         summary = run_finetune(ready, silent if quiet else say, TrainingDisplay(quiet=quiet))
         picture = draw_loss_curve(summary.output)
         if not json_only:

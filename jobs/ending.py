@@ -11,6 +11,15 @@ from contextlib import contextmanager
 import typer
 
 REFUSED, WORKERS, STORAGE = 2, 4, 5
+EXIT_CODES = {
+    0: ("done; row errors within `limits.max_error_rate` included", "`segue report OUT`, `segue errors OUT`"),
+    2: ("refused before anything started", "each line names a key, what it got and what it wanted; then again"),
+    3: ("units are missing, or too many rows have errors", "`segue errors OUT`, `segue status OUT`, the same command"),
+    4: ("workers cannot work, or the cluster cannot be reached", "the last lines name why; the same command goes on"),
+    5: ("input cannot be read, or output not written", "free space or access; the same command goes on from there"),
+    130: ("interrupted, units in flight finished", "the same command goes on"),
+    143: ("terminated, or a submitted job was cancelled", "the same command goes on"),
+}
 
 
 @contextmanager

@@ -13,6 +13,10 @@ Overrides = Annotated[
 ]
 Card = Annotated[str | None, typer.Option(help="also what memory and limits would be on this GPU, e.g. H100-80GB")]
 Limit = Annotated[int | None, typer.Option(help="only the first rows of the input; short for --set input.limit=N")]
+Sample = Annotated[
+    str | None,
+    typer.Option(metavar="N|PART", help="so many rows, or such a part, by the seed; short for --set input.sample=0.01"),
+]
 Output = Annotated[str | None, typer.Option(help="write here; short for --set output.path=FOLDER")]
 AsJson = Annotated[bool, typer.Option("--json", help="only the JSON line on stdout")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress on stderr")]
@@ -35,11 +39,15 @@ RequireAuth = Annotated[
 ]
 
 
-def overrides_of(overrides: list[str] | None, limit: int | None, output: str | None) -> list[str]:
-    """`--limit` and `--output` as overrides; a path given on the command line is relative to where one stands."""
+def overrides_of(
+    overrides: list[str] | None, limit: int | None, output: str | None, sample: str | None = None
+) -> list[str]:
+    """What the short options stand for; a path given on the command line is relative to where one stands."""
     found = list(overrides or [])
     if limit is not None:
         found.append(f"input.limit={limit}")
+    if sample is not None:
+        found.append(f"input.sample={sample}")
     if output is not None:
         found.append(f"output.path={json.dumps(absolute(output))}")
     return found

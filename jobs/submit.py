@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs.ending import exit_codes, print_json, say
-from jobs.options import AsJson, Limit, Output, Overrides, Quiet, RequireAuth, overrides_of
+from jobs.options import AsJson, Limit, Output, Overrides, Quiet, RequireAuth, Sample, overrides_of
 
 if TYPE_CHECKING:
     from pipeline.job_queue import JobQueue, JobState
@@ -31,6 +31,7 @@ def submit(
     address: Address,
     overrides: Overrides = None,
     limit: Limit = None,
+    sample: Sample = None,
     output: Output = None,
     wait: Annotated[bool, typer.Option("--wait", help="show its log, and exit as it does")] = False,
     with_code: Annotated[
@@ -46,7 +47,7 @@ def submit(
         from pipeline.job_queue import JobQueue
         from pipeline.submission import read_runtime_env, read_submitted
 
-        submitted = read_submitted(job, overrides_of(overrides, limit, output))
+        submitted = read_submitted(job, overrides_of(overrides, limit, output, sample))
         env = read_runtime_env(runtime_env)
         queue = _queue(JobQueue, address)
         for path in submitted.local_paths:

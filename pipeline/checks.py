@@ -20,7 +20,8 @@ from pipeline.manifest import ForeignOutput
 from pipeline.problems import JobRefused, Problem, nearest, shown
 from pipeline.retries import FailedRows, failed_rows
 from pipeline.schemas import JobColumns, check_columns, columns_read
-from pipeline.sources import InputFile, RowNumbers, cut_rows, discover, rows_between
+from pipeline.selection import check_filters, common_rows, selected_rows
+from pipeline.sources import InputFile, RowNumbers, cut_rows, discover
 from pipeline.store import OutputStorageError, open_store
 from workers.echo import is_echo
 from workers.prompts import PromptTemplate
@@ -36,16 +37,17 @@ class CheckedJob:
     template: PromptTemplate  # `config.prompt` with the names of `config.input.columns` in it
     inputs: tuple[InputFile, ...]  # in the order of src_path
     columns: JobColumns
+    selected: tuple[RowNumbers, ...]  # of each input the rows that filters and sample take
     failed: FailedRows | None = None  # the only rows to be read, if input.retry_of names an output
 
     @cached_property
     def rows(self) -> tuple[RowNumbers, ...]:
         """Of each input the numbers of the rows that are read."""
-        rows = cut_rows([range(file.num_rows) for file in self.inputs], 0, self.config.input.limit)
+        rows = cut_rows(self.selected, 0, self.config.input.limit)
         if self.failed is None:
             return rows
         failed = [self.failed.rows.get(file.src_path, range(0)) for file in self.inputs]
-        return tuple(rows_between(some, 0, len(limited)) for some, limited in zip(failed, rows, strict=True))
+        return tuple(common_rows(some, limited) for some, limited in zip(failed, rows, strict=True))
 
     @property
     def num_rows(self) -> int:
@@ -88,13 +90,17 @@ def check_draft(draft: JobDraft, *, has_gpu: bool = False, others: Sequence[Prob
         problems += found
     columns, found = _check_columns(draft, inputs)
     problems += found
+    if draft.input is not None:
+        problems += check_filters(draft.input.filters, inputs)
     failed, found = _check_retry(draft.input, inputs)
     problems += found
     if draft.output is not None:
         problems += check_output(draft.output.path, draft.input.path if draft.input else (), inputs)
     if problems or draft.config is None or columns is None:
         raise JobRefused(_placed(problem, draft) for problem in problems)
-    return CheckedJob(draft.config, draft.config.prompt_template(), inputs, columns, failed)
+    config = draft.config
+    selected = selected_rows(inputs, config.input, config.limits, config.seed)
+    return CheckedJob(config, config.prompt_template(), inputs, columns, selected, failed)
 
 
 def input_identity(inputs: Sequence[InputFile]) -> str:

@@ -85,6 +85,30 @@ def _nonempty(paths: tuple[str, ...]) -> tuple[str, ...]:
     return paths
 
 
+def _as_alternatives(value: object) -> object:
+    """Conditions that must all hold, or several lists of such; as tuples."""
+    if not isinstance(value, list) or not value:
+        return value
+    if all(isinstance(each, list) and each and isinstance(each[0], str) for each in value):
+        value = [value]
+    return _tuples(value)
+
+
+def _tuples(value: object) -> object:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _check_filters(filters: "Filters") -> "Filters":
+    for column, operator, value in (condition for several in filters for condition in several):
+        if (operator in ("in", "not in")) != isinstance(value, tuple):
+            raise PydanticCustomError("filter", "a list of values after in and not in, one value after the others")
+        if value is None and operator not in ("=", "==", "!="):
+            raise PydanticCustomError("filter", "null after = and != only")
+        if not column:
+            raise PydanticCustomError("filter", "a column's name first")
+    return filters
+
+
 Location = Annotated[str, AfterValidator(_check_location)]
 DataLocation = Annotated[str, AfterValidator(_check_data_location)]
 _STRINGS = {"type": "array", "items": {"type": "string"}}
@@ -101,6 +125,15 @@ ColumnChoice = Annotated[
     WithJsonSchema({"anyOf": [{"const": "all"}, _STRINGS | {"uniqueItems": True}]}),
 ]
 PositiveInt = Annotated[int, Field(ge=1)]
+_Scalar = str | bool | int | float | None
+_Condition = tuple[str, Literal["=", "==", "!=", "<", "<=", ">", ">=", "in", "not in"], _Scalar | tuple[_Scalar, ...]]
+Filters = Annotated[
+    tuple[Annotated[tuple[_Condition, ...], Field(min_length=1)], ...],
+    BeforeValidator(_as_alternatives),
+    Field(min_length=1),
+    AfterValidator(_check_filters),
+    WithJsonSchema({"type": "array", "items": {"type": "array"}, "minItems": 1}),
+]
 
 
 class Section(BaseModel):
@@ -113,6 +146,7 @@ class ModelConfig(Section):
     """Which weights, and in which precision."""
 
     source: Location  # a folder, a hub id, s3://, a .gguf file, package://NAME/FILE, or echo
+    # auto: bfloat16, or what the hardware has instead
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     adapter: Location | None = None  # a PEFT adapter's folder
     check_adapter: bool = True  # refuse a mask or template that the adapter says it was not trained with
@@ -122,13 +156,13 @@ class ModelConfig(Section):
 class InputColumns(Section):
     """Which column of the dataset plays a part that has another name in it."""
 
-    prompt: str | None = None
-    messages: str | None = None
-    instruction: str | None = None
-    input: str | None = None
-    choices: str | None = None
-    label: str | None = None
-    continuation: str | None = None
+    prompt: str | None = None  # a text, the user's message
+    messages: str | None = None  # a list of role and content
+    instruction: str | None = None  # of the formats alpaca and commonsense
+    input: str | None = None  # of format alpaca
+    choices: str | None = None  # a list of texts
+    label: str | None = None  # the right choice
+    continuation: str | None = None  # a text that is scored, or learned
 
 
 class InputConfig(Section):
@@ -136,7 +170,11 @@ class InputConfig(Section):
 
     path: DataLocations  # files, folders or globs; relative paths are relative to the job file's folder
     columns: InputColumns = InputColumns()  # the short form for templates that name no column
-    limit: Annotated[int, Field(ge=0)] | None = None  # the first rows in (src_path, src_row) order
+    # only rows for which all of these hold, [[lang, "==", de], [score, ">", 0.5]]; or lists of such, of which one must
+    filters: Filters | None = None
+    # so many of the rows that are left, or such a part of them, by the job's seed
+    sample: PositiveInt | Annotated[float, Field(gt=0, lt=1)] | None = None
+    limit: Annotated[int, Field(ge=0)] | None = None  # the first rows of these in (src_path, src_row) order
     retry_of: DataLocation | None = None  # a finished output: only the rows that have an error in it
 
 
@@ -151,23 +189,23 @@ class OutputConfig(Section):
 
     path: DataLocation  # a folder; relative to the job file's folder
     columns: ColumnChoice = "all"  # input columns passed through
-    max_rows_per_file: PositiveInt = 8192
+    max_rows_per_file: PositiveInt = 8192  # of a unit of work, which is one file
     max_bytes_per_file: PositiveInt = 64 * MIB  # of plan data a unit
 
 
 class WorkersConfig(Section):
     """How many model processes, and what each may use."""
 
-    min_size: PositiveInt = 1
-    max_size: PositiveInt = 1
+    min_size: PositiveInt = 1  # model processes, at least
+    max_size: PositiveInt = 1  # and at most, as there is room
     num_gpus: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"  # a worker; auto: one if the cluster has any
     accelerator_type: Annotated[str, Field(min_length=1)] | None = None  # of its GPUs, as Ray calls it: H100, A100, L4
     tensor_parallel_size: PositiveInt = 1  # more is refused; num_gpus above 1 puts a model's layers on several GPUs
     units_in_flight: PositiveInt = 4  # units a worker holds at once
     max_num_seqs: PositiveInt | None = None  # rows a step
     max_num_batched_tokens: PositiveInt | None = None  # tokens a step
-    kv_cache_memory_bytes: PositiveInt | None = None  # a worker; null: its share of half of what its node has free
-    enable_prefix_caching: bool = True
+    kv_cache_memory_bytes: PositiveInt | None = None  # a worker; null: its share of 40% of what its node has free
+    enable_prefix_caching: bool = True  # false computes each row for itself: to compare
     threads: PositiveInt | None = None  # CPU threads a worker
     step_timeout_s: Annotated[float, Field(gt=0)] = 600.0  # a worker whose step takes longer is killed
 
@@ -197,31 +235,36 @@ class LimitsConfig(Section):
     """What a row, and a job, may cost before it is refused."""
 
     max_model_len: PositiveInt | None = None  # tokens of prompt and answer; null is the model's own
-    max_error_rate: Annotated[float, Field(ge=0, le=1)] = 0.05  # counts after MIN_ROWS_FOR_ERROR_RATE
-    max_prompt_bytes: PositiveInt = 4 * MIB
-    # Of one row, from the file to its tokens; what takes more is killed.
+    max_error_rate: Annotated[float, Field(ge=0, le=1)] = (
+        0.05  # a higher share of error rows ends the job, once 1,000 are done
+    )
+    max_prompt_bytes: PositiveInt = 4 * MIB  # of UTF-8, of one row
+    # of one row, from the file to its tokens; what takes more is killed
     row_cpu_s: Annotated[float, Field(ge=1, le=86_400)] = 30.0
+    # of the process that reads and renders, beside what it has loaded
     row_memory_bytes: Annotated[int, Field(ge=64 * MIB)] = 2048 * MIB
 
 
 class JobConfig(Section):
     """A whole job file."""
 
+    # letters, digits, '.', '_' and '-'; of a submission, and of metrics
     name: Annotated[str, AfterValidator(_check_name)]
-    task: RunTask = "generate"
-    model: ModelConfig
-    mask: Literal["auto", "segment", "causal"] = "auto"
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    input: InputConfig
-    prompt: PromptTemplate = PromptTemplate()
+    task: RunTask = "generate"  # what is done with a row: answer it, or score it
+    model: ModelConfig  # which weights
+    mask: Literal["auto", "segment", "causal"] = "auto"  # auto: the adapter's, else causal
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0  # of draws, and of which rows input.sample takes
+    input: InputConfig  # which rows
+    prompt: PromptTemplate = PromptTemplate()  # how a row becomes a prompt
     scoring: Annotated[ScoringTemplate, BeforeValidator(_lists_to_tuples)] = (
         ScoringTemplate()
     )  # what follows the prompt
+    # how answers are drawn; a column sampling_params overrides it by row
     sampling_params: SamplingParams = SamplingParams()
-    plan: PlanConfig = PlanConfig()
-    output: OutputConfig
-    workers: WorkersConfig = WorkersConfig()
-    limits: LimitsConfig = LimitsConfig()
+    plan: PlanConfig = PlanConfig()  # how rows are ordered
+    output: OutputConfig  # where results go
+    workers: WorkersConfig = WorkersConfig()  # how many processes, and what each may use
+    limits: LimitsConfig = LimitsConfig()  # what a row, and a job, may cost
 
     def other_paths(self, resolve: Callable[[str], str]) -> dict[str, Section]:
         """The sections, other than those all jobs have, in which paths are to be resolved, with these resolved."""

@@ -101,7 +101,7 @@ def _keys_at(model: type[BaseModel], path: JobPath) -> set[str]:
     for part in path:
         if isinstance(part, str):
             fields = [named for each in models if (named := _fields_of(each).get(part))]
-            models = [found for field in fields for found in _models_in(field.annotation)]
+            models = [found for field in fields for found in models_in(field.annotation)]
     return {name for each in models for name in _fields_of(each)}
 
 
@@ -110,8 +110,9 @@ def _fields_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
     return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
-def _models_in(annotation: object) -> Iterator[type[BaseModel]]:
+def models_in(annotation: object) -> Iterator[type[BaseModel]]:
+    """The sections that a value of this type may be."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for argument in get_args(annotation):
-        yield from _models_in(argument)
+        yield from models_in(argument)

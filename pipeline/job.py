@@ -292,6 +292,7 @@ def fingerprint_fields(checked: CheckedJob, facts: ModelFacts, mask: str) -> dic
         "limits.max_model_len": config.limits.max_model_len,
         "limits.max_prompt_bytes": config.limits.max_prompt_bytes,
         "input.limit": config.input.limit,
+        **_what_is_selected(config),
         "input.files": input_identity(checked.inputs),
         **_what_is_tried_again(checked),
         "plan.window_rows": config.plan.window_rows,
@@ -308,6 +309,11 @@ def _what_is_asked(config: JobConfig) -> dict[str, Any]:
     scoring = config.scoring_template()
     delimiter = scoring.delimiter(config.prompt.format)
     return {"scoring": scoring.model_dump(mode="json") | {"target_delimiter": delimiter}}
+
+
+def _what_is_selected(config: JobConfig) -> dict[str, Any]:
+    chosen = config.input.model_dump(mode="json", include={"filters", "sample"}, exclude_none=True)
+    return {f"input.{name}": value for name, value in chosen.items()}
 
 
 def _what_is_tried_again(checked: CheckedJob) -> dict[str, Any]:

@@ -8,7 +8,7 @@ A page that cannot be decoded is the file's fault, a read that fails is the stor
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -116,16 +116,18 @@ def _batches(
     if not left:
         return
     _check_unchanged(file)
+    partition = dict(file.partition)
+    names = [name for name in columns.names if name not in partition]
     with _opened(file.path) as parquet:
         for group, first in _groups_from(file, start):
             # One group a call: over several, Arrow cannot read dictionaries nested in structs.
-            for batch in parquet.iter_batches(batch_rows, row_groups=[group], columns=columns.names, use_threads=False):
+            for batch in parquet.iter_batches(batch_rows, row_groups=[group], columns=names, use_threads=False):
                 tick()
                 rows = batch.slice(max(0, start - first), left)
                 first += batch.num_rows
                 left -= rows.num_rows
                 if rows.num_rows:
-                    yield _cast(rows, columns)
+                    yield _cast(rows, columns, partition)
                 if not left:
                     return
     raise InputChanged(f"{file.path} must have the {file.num_rows} rows its footer states, got {left} fewer")
@@ -224,11 +226,12 @@ def _groups_from(file: InputFile, start: int) -> Iterator[tuple[int, int]]:
         first += num_rows
 
 
-def _cast(rows: pa.RecordBatch, columns: pa.Schema) -> pa.RecordBatch:
+def _cast(rows: pa.RecordBatch, columns: pa.Schema, partition: Mapping[str, pa.Scalar]) -> pa.RecordBatch:
     """The rows with the types that hold for all files; almost always they are that already."""
     if not columns.names:
         return rows.select([])
-    arrays = [rows.column(field.name) for field in columns]
+    names = columns.names
+    arrays = [pa.repeat(partition[name], rows.num_rows) if name in partition else rows.column(name) for name in names]
     cast = [a if a.type == f.type else _cast_array(a, f.type) for a, f in zip(arrays, columns, strict=True)]
     return pa.RecordBatch.from_arrays(cast, schema=columns)
 

@@ -1,13 +1,16 @@
 """Which Parquet files a job reads: listed, opened by their footers, and identified.
 
-Partition folders (`k=v`) are read like any others: no column is made of them. Knows nothing of prompts or of Ray.
+Folders named `key=value` below the input root are columns of the files in them, as Hive and Spark write them: whole
+numbers if all files' are, else texts. Knows nothing of prompts or of Ray.
 """
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +24,7 @@ MAX_FOOTER_BYTES = 64 * 2**20
 MAX_COLUMNS, MAX_ROW_GROUPS = 10_000, 1_000_000
 _TAIL_BYTES = 64 * 2**10  # most footers fit: one read a file
 _FOOTER_THREADS = 8  # footers of remote files are latency, not work
+HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 RowNumbers = range | np.ndarray  # of rows of one file, ascending: an array, int64, where they are not consecutive
 
 
@@ -36,7 +40,8 @@ class InputFile:
     num_rows: int
     row_groups: tuple[int, ...]  # rows of each
     row_group_bytes: tuple[int, ...]  # of each, decompressed, all columns
-    schema: pa.Schema = field(compare=False, repr=False)  # without metadata
+    schema: pa.Schema = field(compare=False, repr=False)  # without metadata, partition columns at the end
+    partition: tuple[tuple[str, pa.Scalar], ...] = field(default=(), compare=False, repr=False)  # by column
 
     @property
     def schema_sha(self) -> str:
@@ -116,9 +121,41 @@ def _open_all(named: Sequence[tuple[str, ListedFile]]) -> tuple[InputFile, ...]:
     problems = [each for each in opened if isinstance(each, Problem)]
     if problems:
         raise JobRefused(problems)
+    opened, problems = _partitioned([each for each in opened if isinstance(each, InputFile)])
+    if problems:
+        raise JobRefused(problems)
     schemas: dict[str, pa.Schema] = {}  # thousands of files mostly share one schema: keep one copy
-    files = [each for each in opened if isinstance(each, InputFile)]
-    return tuple(replace(file, schema=schemas.setdefault(file.schema_sha, file.schema)) for file in files)
+    return tuple(replace(file, schema=schemas.setdefault(file.schema_sha, file.schema)) for file in opened)
+
+
+def _partitioned(files: list[InputFile]) -> tuple[list[InputFile], list[Problem]]:
+    """The files with the columns that their folders give them; one that a file has itself stays as it is there."""
+    found = [_folder_values(file.src_path) for file in files]
+    keys = {tuple(values) for values in found}
+    if len(keys) > 1:
+        first = next(file for file, values in zip(files, found, strict=True) if tuple(values) != tuple(found[0]))
+        got = f"{shown(first.path)}, in other folders key=value than {shown(files[0].path)}"
+        return files, [Problem(KEY, got, "the same keys, in the same order, above every file")]
+    for key in next(iter(keys), ()):
+        values = [each[key] for each in found]
+        kind = pa.int64() if all(value is None or _is_whole(value) for value in values) else pa.string()
+        for index, (file, value) in enumerate(zip(files, values, strict=True)):
+            if key not in file.schema.names:
+                scalar = pa.scalar(int(value) if value is not None and kind == pa.int64() else value, kind)
+                schema = file.schema.append(pa.field(key, kind))
+                files[index] = replace(file, schema=schema, partition=(*file.partition, (key, scalar)))
+    return files, []
+
+
+def _folder_values(src_path: str) -> dict[str, str | None]:
+    """Of the folders key=value in a path, in order."""
+    parts = (part.partition("=") for part in src_path.split("/")[:-1])
+    told = {key: unquote(value) for key, equals, value in parts if key and equals}
+    return {key: None if value == HIVE_NULL else value for key, value in told.items()}
+
+
+def _is_whole(value: str) -> bool:
+    return re.fullmatch(r"-?(0|[1-9]\d{0,17})", value) is not None
 
 
 def _open(src_path: str, listed: ListedFile) -> InputFile | Problem:

@@ -32,7 +32,7 @@ class TextPart(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    type: Literal["text"] = "text"
+    type: Literal["text"] = "text"  # there is no other kind
     text: str  # with {column} placeholders
 
 
@@ -41,7 +41,7 @@ class MessageTemplate(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    role: Role
+    role: Role  # system, user, assistant or tool
     content: str | tuple[TextPart, ...] | None = None  # with {column} placeholders
     content_file: str | None = None  # path of a text file, relative to the job file
 
@@ -81,15 +81,17 @@ class PromptTemplate(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    # chat: the model's own template; text: `text`, as it is
     format: Literal["chat", "text", "alpaca", "commonsense"] = "chat"
     segment_by: Literal["message", "part"] = "message"  # part: borders between content parts too
+    # the chat, with {column} placeholders
     messages: Annotated[tuple[MessageTemplate, ...], Field(min_length=1)] | None = None
     messages_column: str = "messages"  # read as it is if `messages` is not given and the dataset has it
     prompt_column: str = "prompt"  # else this column is one user message
     text: str | None = None  # template of format text; the prompt column alone if not given
     columns: dict[Literal["instruction", "input"], str] = {}  # what the presets read, if named otherwise
     chat_template: str | None = None  # Jinja, in place of the model's own
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: dict[str, Any] = {}  # what the chat template is told, such as enable_thinking
     continue_final_message: StrictBool = False  # the last message is the beginning of the answer
 
     @model_validator(mode="after")

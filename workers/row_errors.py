@@ -9,41 +9,94 @@ MAX_MESSAGE_CHARS = 500
 
 
 class RowErrorCode(StrEnum):
-    """Every reason a row may be left unanswered, with its `meaning`: the README's table is made of these."""
+    """Every reason a row may be left unanswered, its `meaning`, and a `remedy`: pages for users are made of these."""
 
     meaning: str
+    remedy: str
 
-    def __new__(cls, code: str, meaning: str) -> "RowErrorCode":
+    def __new__(cls, code: str, meaning: str, remedy: str) -> "RowErrorCode":
         member = str.__new__(cls, code)
         member._value_ = code
         member.meaning = meaning
+        member.remedy = remedy
         return member
 
-    NULL_PROMPT = "NULL_PROMPT", "the prompt, or a column its template names, is null"
-    EMPTY_PROMPT = "EMPTY_PROMPT", "the prompt is empty or white space only"
-    BAD_UTF8 = "BAD_UTF8", "a string column holds bytes that are not UTF-8"
-    BAD_UNICODE = "BAD_UNICODE", "the text has a lone surrogate and cannot be encoded"
-    BAD_MESSAGES = "BAD_MESSAGES", "a messages column is not a list of role and content, at most a thousand of them"
-    UNSUPPORTED_CONTENT = "UNSUPPORTED_CONTENT", "a content part that is not text; nothing is fetched"
-    TEMPLATE_ERROR = "TEMPLATE_ERROR", "the chat template raised, or lost or repeated a message"
-    BAD_CHOICES = "BAD_CHOICES", "no list of choices, or one that has nothing to score"
-    BAD_LABEL = "BAD_LABEL", "the label is none of the row's choices"
-    BAD_PARAMS = "BAD_PARAMS", "the row's own sampling parameters are out of range"
-    PROMPT_TOO_LONG = "PROMPT_TOO_LONG", "as many tokens as the model's context, or `limits.max_model_len`, or more"
-    PROMPT_TOO_LARGE = "PROMPT_TOO_LARGE", "more bytes than `limits.max_prompt_bytes`"
-    INPUT_CORRUPT = "INPUT_CORRUPT", "a page of the row's row group cannot be decoded"
+    NULL_PROMPT = (
+        "NULL_PROMPT",
+        "the prompt, or a column its template names, is null",
+        "fill the column, or say what stands for null in the template's text",
+    )
+    EMPTY_PROMPT = "EMPTY_PROMPT", "the prompt is empty or white space only", "leave such rows out with `input.filters`"
+    BAD_UTF8 = (
+        "BAD_UTF8",
+        "a string column holds bytes that are not UTF-8",
+        "write the file anew from its source with the right encoding",
+    )
+    BAD_UNICODE = (
+        "BAD_UNICODE",
+        "the text has a lone surrogate and cannot be encoded",
+        "write the file anew: a text was cut inside a character",
+    )
+    BAD_MESSAGES = (
+        "BAD_MESSAGES",
+        "a messages column is not a list of role and content, at most a thousand of them",
+        "bring the column into OpenAI's form",
+    )
+    UNSUPPORTED_CONTENT = (
+        "UNSUPPORTED_CONTENT",
+        "a content part that is not text; nothing is fetched",
+        "turn pictures and files into text before",
+    )
+    TEMPLATE_ERROR = (
+        "TEMPLATE_ERROR",
+        "the chat template raised, or lost or repeated a message",
+        "look at the order of roles, or set `prompt.chat_template`",
+    )
+    BAD_CHOICES = "BAD_CHOICES", "no list of choices, or one that has nothing to score", "fill the column of choices"
+    BAD_LABEL = (
+        "BAD_LABEL",
+        "the label is none of the row's choices",
+        "a label is a position from 0, or the text of one of the choices",
+    )
+    BAD_PARAMS = (
+        "BAD_PARAMS",
+        "the row's own sampling parameters are out of range",
+        "correct the row's `sampling_params`; their names and ranges are the job's",
+    )
+    PROMPT_TOO_LONG = (
+        "PROMPT_TOO_LONG",
+        "as many tokens as the model's context, or `limits.max_model_len`, or more",
+        "`segue retry OUT --output OUT2 --set limits.max_model_len=N`, or a model with a longer context",
+    )
+    PROMPT_TOO_LARGE = (
+        "PROMPT_TOO_LARGE",
+        "more bytes than `limits.max_prompt_bytes`",
+        "`segue retry OUT --output OUT2 --set limits.max_prompt_bytes=N`",
+    )
+    INPUT_CORRUPT = (
+        "INPUT_CORRUPT",
+        "a page of the row's row group cannot be decoded",
+        "copy the file again from its source; it is then another dataset, and another output folder",
+    )
     ROW_OOM = (
         "ROW_OOM",
         "the row alone does not fit into the KV memory, or takes more than `limits.row_memory_bytes` to prepare",
+        "`segue retry OUT --output OUT2 --set workers.kv_cache_memory_bytes=N`, or what its message names",
     )
-    NUMERIC_ERROR = "NUMERIC_ERROR", "the model gave NaN or infinite logits"
+    NUMERIC_ERROR = (
+        "NUMERIC_ERROR",
+        "the model gave NaN or infinite logits",
+        "`segue retry OUT --output OUT2 --set model.dtype=float32`, or bfloat16 for float16",
+    )
     WORKER_CRASH = (
         "WORKER_CRASH",
         "the row, alone in it, ended the process that prepared it or, twice, that computed it",
+        "look at the row by `src_path` and `src_row`; tell us if a library crashed",
     )
     ROW_TIMEOUT = (
         "ROW_TIMEOUT",
         "alone, more than `limits.row_cpu_s` to prepare or, twice, `workers.step_timeout_s` for a step",
+        "`segue retry OUT --output OUT2 --set limits.row_cpu_s=N`, or `workers.step_timeout_s`",
     )
 
 

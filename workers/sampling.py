@@ -20,21 +20,24 @@ class SamplingParams(BaseModel):
 
     n: Annotated[int, Field(ge=1, le=1024)] = 1  # samples a row
     temperature: Annotated[float, Field(ge=0.0)] = 0.0  # 0 is greedy
+    # only the most likely tokens that together have this probability
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     top_k: Annotated[int, Field(ge=-1)] = 0  # 0 and -1 mean all tokens
+    # only tokens at least this likely, relative to the most likely one
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    max_tokens: Annotated[int, Field(ge=1)] = 16
+    max_tokens: Annotated[int, Field(ge=1)] = 16  # of the answer
     min_tokens: Annotated[int, Field(ge=0)] = 0  # no end-of-sequence or stop before this many
     seed: int | None = None  # replaces the job's seed for this row
     stop: tuple[str, ...] = ()  # the text ends before the first of these
-    stop_token_ids: tuple[int, ...] = ()
-    include_stop_str_in_output: bool = False
-    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()  # the answer ends at the first of these
+    include_stop_str_in_output: bool = False  # keep what ended the answer in its text
+    ignore_eos: bool = False  # go on to max_tokens
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None  # top alternatives a token, beside the drawn one
-    repetition_penalty: Annotated[float, Field(gt=0.0)] = 1.0
+    repetition_penalty: Annotated[float, Field(gt=0.0)] = 1.0  # above 1: tokens of prompt and answer become less likely
+    # taken from the logits of tokens that the answer has
     presence_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
-    frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
-    skip_special_tokens: bool = True
+    frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0  # the same for each time
+    skip_special_tokens: bool = True  # leave control tokens out of the text
     structured_outputs: StructuredOutputs | None = None  # the form that the answer must have
 
     @model_validator(mode="before")

@@ -30,10 +30,10 @@ class _Section(BaseModel):
 class LoraParams(_Section):
     """Low-rank adapters (Hu et al., arXiv 2106.09685)."""
 
-    r: PositiveInt = 32
-    alpha: Annotated[Number, Field(gt=0)] = 64.0
-    dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.05
-    # Names of linear layers; PEFT's "all-linear" is all but the vocabulary's.
+    r: PositiveInt = 32  # rank
+    alpha: Annotated[Number, Field(gt=0)] = 64.0  # what is learned counts alpha / r times
+    dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.05  # of the adapter's input, in training
+    # names of linear layers; PEFT's "all-linear" is all but the vocabulary's
     target_modules: Literal["all-linear"] | _Names = ("q_proj", "v_proj")
 
 
@@ -46,15 +46,15 @@ class TrainingParams(_Section):
         "gradient_checkpointing",
     }  # on results
 
-    num_epochs: PositiveInt = 3
+    num_epochs: PositiveInt = 3  # how often each example is seen
     max_steps: PositiveInt | None = None  # ends the training if the epochs have more
     batch_size: PositiveInt = 16  # examples whose gradients make one step
     max_num_batched_tokens: PositiveInt = 4096  # of one forward pass, padding included; the rest is accumulated
-    learning_rate: Annotated[Number, Field(gt=0)] = 2e-4
-    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    learning_rate: Annotated[Number, Field(gt=0)] = 2e-4  # of AdamW, after the warm-up
+    warmup_steps: Annotated[int, Field(ge=0)] = 100  # in which the learning rate rises from 0
     lr_scheduler: Literal["linear", "constant"] = "linear"  # after the warm-up, to 0 at the end
-    weight_decay: Annotated[Number, Field(ge=0)] = 0.0
-    max_grad_norm: Annotated[Number, Field(gt=0)] = 1.0
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.0  # AdamW's
+    max_grad_norm: Annotated[Number, Field(gt=0)] = 1.0  # larger gradients are scaled down to it
     eval_steps: PositiveInt = 100  # steps between looks at the held-out examples; there is one at the end, too
     save_steps: PositiveInt = 100  # steps between checkpoints
     early_stopping_patience: PositiveInt | None = None  # looks without a better loss after which training ends
