@@ -3,6 +3,7 @@
 Text of rows is shown escaped: it may hold control sequences of a terminal.
 """
 
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -126,6 +127,21 @@ def show_summary(summary: RunSummary) -> None:
         out.print(
             f"this run: {summary.rows_this_run:,} rows in {summary.seconds:.1f} s, {summary.rows_per_second:.1f} rows/s"
         )
+    if told := _next_of(summary):
+        out.print(f"next: {told}")
+
+
+def _next_of(summary: RunSummary) -> str:
+    """What to type now, where there is something to do."""
+    output = plain(shlex.quote(summary.output))
+    steps = []
+    if summary.num_errors:
+        steps.append(f"segue errors {output}")
+    if summary.status not in ("done", "already_complete"):
+        steps.append("the same command goes on where this one stopped")
+    elif summary.num_errors:
+        steps.append(f"segue retry {output} --output OTHER --set KEY=VALUE answers these rows again")
+    return "; ".join(steps)
 
 
 def show_status(found: JobStatus) -> None:

@@ -121,30 +121,25 @@ def _open_all(named: Sequence[tuple[str, ListedFile]]) -> tuple[InputFile, ...]:
     problems = [each for each in opened if isinstance(each, Problem)]
     if problems:
         raise JobRefused(problems)
-    opened, problems = _partitioned([each for each in opened if isinstance(each, InputFile)])
-    if problems:
-        raise JobRefused(problems)
+    files = _partitioned([each for each in opened if isinstance(each, InputFile)])
     schemas: dict[str, pa.Schema] = {}  # thousands of files mostly share one schema: keep one copy
-    return tuple(replace(file, schema=schemas.setdefault(file.schema_sha, file.schema)) for file in opened)
+    return tuple(replace(file, schema=schemas.setdefault(file.schema_sha, file.schema)) for file in files)
 
 
-def _partitioned(files: list[InputFile]) -> tuple[list[InputFile], list[Problem]]:
-    """The files with the columns that their folders give them; one that a file has itself stays as it is there."""
+def _partitioned(files: Sequence[InputFile]) -> list[InputFile]:
+    """The files with the columns that their folders give them, null where a file has no such folder; a column that a
+    file has itself stays as it is there."""
     found = [_folder_values(file.src_path) for file in files]
-    keys = {tuple(values) for values in found}
-    if len(keys) > 1:
-        first = next(file for file, values in zip(files, found, strict=True) if tuple(values) != tuple(found[0]))
-        got = f"{shown(first.path)}, in other folders key=value than {shown(files[0].path)}"
-        return files, [Problem(KEY, got, "the same keys, in the same order, above every file")]
-    for key in next(iter(keys), ()):
-        values = [each[key] for each in found]
+    partitioned = list(files)
+    for key in dict.fromkeys(key for values in found for key in values):
+        values = [each.get(key) for each in found]
         kind = pa.int64() if all(value is None or _is_whole(value) for value in values) else pa.string()
-        for index, (file, value) in enumerate(zip(files, values, strict=True)):
+        for index, (file, value) in enumerate(zip(partitioned, values, strict=True)):
             if key not in file.schema.names:
                 scalar = pa.scalar(int(value) if value is not None and kind == pa.int64() else value, kind)
                 schema = file.schema.append(pa.field(key, kind))
-                files[index] = replace(file, schema=schema, partition=(*file.partition, (key, scalar)))
-    return files, []
+                partitioned[index] = replace(file, schema=schema, partition=(*file.partition, (key, scalar)))
+    return partitioned
 
 
 def _folder_values(src_path: str) -> dict[str, str | None]:

@@ -12,10 +12,12 @@ from echo_jobs import NUM_ROWS, origins, outcome, rows_of, segue_process, shards
 from typer.testing import CliRunner
 
 from jobs.cli import app
+from jobs.show import show_summary
 from pipeline.local_store import LocalStore
 from pipeline.manifest import Manifest
 from pipeline.results import result_schema, result_table
 from pipeline.shards import PROTOCOL, ShardFooter, commit_shard, serialize_shard
+from pipeline.summary import RunSummary
 from pipeline.units import UnitSpec
 from workers.sampling import SamplingParams
 
@@ -228,3 +230,22 @@ def test_cli_run_end_to_end_drains_on_sigterm_and_a_second_command_finishes(tmp_
     (line,) = out.splitlines()
     assert json.loads(line)["rows"] == NUM_ROWS
     assert set(rows_of(folder / "out")) == origins()
+
+
+@pytest.mark.parametrize(
+    ("status", "num_errors", "said"),
+    [
+        ("done", 0, None),
+        (
+            "done",
+            2,
+            "next: segue errors '/a b'; segue retry '/a b' --output OTHER --set KEY=VALUE answers these rows again",
+        ),
+        ("interrupted", 0, "next: the same command goes on where this one stopped"),
+        ("too_many_errors", 9, "next: segue errors '/a b'; the same command goes on where this one stopped"),
+    ],
+)
+def test_summary_ends_with_what_to_type_next(capsys, status, num_errors, said):
+    show_summary(RunSummary(status, "/a b", errors={"X": num_errors} if num_errors else {}, num_errors=num_errors))
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == said if said else not last.startswith("next")

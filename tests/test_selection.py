@@ -187,9 +187,14 @@ def test_column_of_a_file_wins_over_its_folders_name(tmp_path):
     assert checked(tmp_path).inputs[0].partition == ()
 
 
-def test_files_in_folders_of_other_keys_are_refused(tmp_path):
-    with pytest.raises(JobRefused, match="the same keys, in the same order"):
-        checked(partitioned(tmp_path, "lang=de", "year=2025"))
+def test_file_without_such_a_folder_has_null(tmp_path):
+    job = checked(partitioned(tmp_path, "lang=de", "year=2025", "plain"))
+    found = {file.src_path: {key: value.as_py() for key, value in file.partition} for file in job.inputs}
+    assert found == {
+        "lang=de/part.parquet": {"lang": "de", "year": None},
+        "plain/part.parquet": {"lang": None, "year": None},
+        "year=2025/part.parquet": {"lang": None, "year": 2025},
+    }
 
 
 def test_retry_answers_only_failed_rows_that_the_filters_took(tmp_path):
@@ -200,7 +205,7 @@ def test_retry_answers_only_failed_rows_that_the_filters_took(tmp_path):
     job = write_job(tmp_path, input={"path": "in2", "filters": [["lang", "==", "de"]]}, limits={"max_error_rate": 1.0})
     code, _, err = segue("run", job, "--quiet")
     assert code == 0, err
-    code, out, err = segue("retry", tmp_path / "out", "--output", tmp_path / "again", "--quiet")
+    code, _, err = segue("retry", tmp_path / "out", "--output", tmp_path / "again", "--quiet")
     assert code == 0, err
     assert rows_of(tmp_path / "again").keys() == {("a.parquet", 1)}
 
