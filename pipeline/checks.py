@@ -43,11 +43,11 @@ class CheckedJob:
     @cached_property
     def rows(self) -> tuple[RowNumbers, ...]:
         """Of each input the numbers of the rows that are read."""
-        rows = cut_rows(self.selected, 0, self.config.input.limit)
-        if self.failed is None:
-            return rows
-        failed = [self.failed.rows.get(file.src_path, range(0)) for file in self.inputs]
-        return tuple(common_rows(some, limited) for some, limited in zip(failed, rows, strict=True))
+        rows = self.selected
+        if self.failed is not None:
+            failed = [self.failed.rows.get(file.src_path, range(0)) for file in self.inputs]
+            rows = [common_rows(some, own) for some, own in zip(failed, rows, strict=True)]
+        return cut_rows(rows, 0, self.config.input.limit)
 
     @property
     def num_rows(self) -> int:

@@ -247,7 +247,8 @@ def _problems(config: FinetuneConfig) -> list[Problem]:
         problems.append(Problem("output.path", shown(config.output.path), "a local folder: checkpoints are kept in it"))
     if config.evaluation.path is not None:
         wanted = "it left out: files of their own are held out"
-        given = {"input.limit": config.input.limit is not None}
+        chosen = config.input.model_dump(include={"filters", "sample", "limit"}, exclude_none=True)
+        given = {f"input.{name}": True for name in chosen}
         given["evaluation.fraction"] = "fraction" in config.evaluation.model_fields_set
         problems += [Problem(key, "a value", wanted) for key, is_given in given.items() if is_given]
     foreign = {f"workers.{name}" for name in config.workers.model_fields_set - {"min_size", "max_size", "threads"}}

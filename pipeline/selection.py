@@ -22,6 +22,7 @@ from pipeline.schemas import unified
 from pipeline.sources import InputFile, RowNumbers
 
 KEY = "input.filters"
+SAMPLED_AT_ONCE = 2**20
 _COMPARED = {
     "=": operator.eq, "==": operator.eq, "!=": operator.ne,
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
@@ -33,9 +34,9 @@ def check_filters(filters: Filters | None, files: Sequence[InputFile]) -> list[P
     problems = []
     names = sorted({name for file in files for name in file.schema.names})
     for column in _columns(filters or ()):
-        lacking = [file for file in files if column not in file.schema.names]
+        lacking = [file for file in files if file.schema.names.count(column) != 1]
         if lacking:
-            got = f"{shown(column)}, which is not in {shown(lacking[0].path)}"
+            got = f"{shown(column)}, which is not, or twice, in {shown(lacking[0].path)}"
             problems.append(Problem(KEY, got, "columns of every input file", nearest(column, names)))
         elif unified(file.schema.field(column).type for file in files) is None:
             problems.append(Problem(KEY, f"{shown(column)}, of different types", "a column of one type in all files"))
@@ -43,7 +44,7 @@ def check_filters(filters: Filters | None, files: Sequence[InputFile]) -> list[P
         schema = _schema(filters, files)
         try:
             _numbers_in(schema.empty_table(), 0, filters)
-        except (pa.ArrowException, TypeError, ValueError) as error:
+        except (pa.ArrowException, TypeError, ValueError, ArithmeticError) as error:
             got = f"what its columns cannot be compared with: {error}"
             problems.append(Problem(KEY, got, "values of the columns' types: " + str(schema).replace("\n", ", ")))
     return problems
@@ -52,14 +53,16 @@ def check_filters(filters: Filters | None, files: Sequence[InputFile]) -> list[P
 def selected_rows(
     files: Sequence[InputFile], config: InputConfig, limits: LimitsConfig, seed: int
 ) -> tuple[RowNumbers, ...]:
-    """Of each file the numbers of the rows that filters and sample take.
+    """Of each file the numbers of the rows that filters and sample take. Of rows to be tried again there is no sample:
+    they are some of one already.
 
     Raises JobRefused if a filter's columns cannot be read within the limits, InputChanged, InputUnreadable.
     """
     rows: tuple[RowNumbers, ...] = tuple(range(file.num_rows) for file in files)
     if config.filters:
         rows = _filtered(files, config.filters, limits)
-    return rows if config.sample is None else sampled(rows, config.sample, seed)
+    is_sampled = config.sample is not None and config.retry_of is None
+    return sampled(rows, config.sample, seed) if is_sampled else rows
 
 
 def sampled(rows: Sequence[RowNumbers], sample: int | float, seed: int) -> tuple[RowNumbers, ...]:
@@ -68,11 +71,11 @@ def sampled(rows: Sequence[RowNumbers], sample: int | float, seed: int) -> tuple
     wanted = min(total, sample if isinstance(sample, int) else max(1, round(sample * total)))
     keys, kept = np.empty(0, np.uint64), np.empty(0, np.uint64)
     starts = np.cumsum([0, *map(len, rows)])
-    for start, stop in pairwise(starts):
-        positions = np.arange(start, stop, dtype=np.uint64)
+    for start in range(0, total, SAMPLED_AT_ONCE + wanted):  # so that each is partitioned a few times at most
+        positions = np.arange(start, min(total, start + SAMPLED_AT_ONCE + wanted), dtype=np.uint64)
         keys, kept = np.concatenate([keys, _hashed(positions, seed)]), np.concatenate([kept, positions])
         if len(kept) > wanted:
-            lowest = np.argpartition(keys, wanted - 1)[:wanted] if wanted else np.empty(0, np.int64)
+            lowest = np.argpartition(keys, wanted - 1)[:wanted]
             keys, kept = keys[lowest], kept[lowest]
     kept = np.sort(kept).astype(np.int64)
     places = np.searchsorted(kept, starts)
@@ -102,7 +105,7 @@ def _hashed(positions: np.ndarray, seed: int) -> np.ndarray:
 
 def _filtered(files: Sequence[InputFile], filters: Filters, limits: LimitsConfig) -> tuple[RowNumbers, ...]:
     found: list[list[np.ndarray]] = [[] for _ in files]
-    with LimitedProcess(limits.row_cpu_s, limits.row_memory_bytes) as child:
+    with LimitedProcess(limits.row_cpu_s, limits.row_memory_bytes, _warm_up) as child:
         try:
             for number, rows in child.stream(_matching, files, _schema(filters, files), filters):
                 found[number].append(rows)
@@ -110,10 +113,19 @@ def _filtered(files: Sequence[InputFile], filters: Filters, limits: LimitsConfig
             got = f"columns whose reading ended its process ({death})"
             wanted = "columns that can be read within limits.row_cpu_s and limits.row_memory_bytes"
             raise JobRefused([Problem(KEY, got, wanted)]) from None
+        except pa.ArrowException:  # its message quotes rows
+            got, wanted = "values in the columns that cannot be compared with its own", "values of the columns' types"
+            raise JobRefused([Problem(KEY, got, wanted)]) from None
     rows = [np.concatenate(each) if each else np.empty(0, np.int64) for each in found]
     return tuple(
         range(file.num_rows) if len(each) == file.num_rows else each for file, each in zip(files, rows, strict=True)
     )
+
+
+def _warm_up() -> None:
+    """In the child: what every filter needs, imports and Arrow's threads among it, is not charged to rows."""
+    table = pa.table({"a": [1, 2]})
+    _numbers_in(table, 0, ((("a", "==", 1),),))
 
 
 def _matching(files: Sequence[InputFile], schema: pa.Schema, filters: Filters) -> Iterator[tuple[int, np.ndarray]]:
@@ -128,21 +140,37 @@ def _matching(files: Sequence[InputFile], schema: pa.Schema, filters: Filters) -
 
 def _numbers_in(table: pa.Table, start: int, filters: Filters) -> np.ndarray:
     """Of the rows that match, counted from `start`."""
-    expression = reduce(operator.or_, (reduce(operator.and_, map(_expression, several)) for several in filters))
+    conditions = ([_expression(each, table.schema) for each in several] for several in filters)
+    expression = reduce(operator.or_, (reduce(operator.and_, several) for several in conditions))
     name = "".join(table.column_names) + "#"  # that no column has
     numbered = table.append_column(name, pa.arange(start, start + table.num_rows))
     return numbered.filter(expression)[name].to_numpy()
 
 
-def _expression(condition: tuple[str, str, Any]) -> pc.Expression:
+def _expression(condition: tuple[str, str, Any], schema: pa.Schema) -> pc.Expression:
     column, sign, value = condition
-    field = pc.field(column)
+    field, kind = pc.field(column), schema.field(column).type
     if value is None:
         return field.is_valid() if sign == "!=" else field.is_null()
     if sign in ("in", "not in"):
-        is_in = field.isin(list(value))
+        is_in = field.isin(pa.array([_typed(each, kind).as_py() for each in value], kind))
         return is_in if sign == "in" else ~is_in
-    return _COMPARED[sign](field, pc.scalar(value))
+    return _COMPARED[sign](field, pc.scalar(_typed(value, kind)))
+
+
+def _typed(value: Any, kind: pa.DataType) -> pa.Scalar:
+    """A value of the column's type, so that the column is never converted to the value's; dates are written as texts.
+
+    Raises pa.ArrowException, TypeError, ValueError or OverflowError for a value of another.
+    """
+    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+    if isinstance(value, bool) != pa.types.is_boolean(kind) or (is_number and isinstance(value, str)):
+        raise TypeError(f"{shown(value)} and {kind}")
+    if pa.types.is_temporal(kind) and isinstance(value, str):
+        return pa.scalar(value).cast(kind)
+    if pa.types.is_integer(kind) and isinstance(value, float):
+        return pa.scalar(value)  # between two of them
+    return pa.scalar(value, kind.value_type if pa.types.is_dictionary(kind) else kind)
 
 
 def _columns(filters: Filters) -> list[str]:

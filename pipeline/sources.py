@@ -24,6 +24,7 @@ MAX_FOOTER_BYTES = 64 * 2**20
 MAX_COLUMNS, MAX_ROW_GROUPS = 10_000, 1_000_000
 _TAIL_BYTES = 64 * 2**10  # most footers fit: one read a file
 _FOOTER_THREADS = 8  # footers of remote files are latency, not work
+MAX_PARTITION_KEYS = 100
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 RowNumbers = range | np.ndarray  # of rows of one file, ascending: an array, int64, where they are not consecutive
 
@@ -128,10 +129,14 @@ def _open_all(named: Sequence[tuple[str, ListedFile]]) -> tuple[InputFile, ...]:
 
 def _partitioned(files: Sequence[InputFile]) -> list[InputFile]:
     """The files with the columns that their folders give them, null where a file has no such folder; a column that a
-    file has itself stays as it is there."""
+    file has itself stays as it is there. Raises JobRefused for more keys than anybody has."""
     found = [_folder_values(file.src_path) for file in files]
     partitioned = list(files)
-    for key in dict.fromkeys(key for values in found for key in values):
+    keys = list(dict.fromkeys(key for values in found for key in values))
+    if len(keys) > MAX_PARTITION_KEYS:
+        got = f"folders key=value with {len(keys):,} keys"
+        raise JobRefused([Problem(KEY, got, f"at most {MAX_PARTITION_KEYS}")])
+    for key in keys:
         values = [each.get(key) for each in found]
         kind = pa.int64() if all(value is None or _is_whole(value) for value in values) else pa.string()
         for index, (file, value) in enumerate(zip(partitioned, values, strict=True)):
@@ -145,12 +150,12 @@ def _partitioned(files: Sequence[InputFile]) -> list[InputFile]:
 def _folder_values(src_path: str) -> dict[str, str | None]:
     """Of the folders key=value in a path, in order."""
     parts = (part.partition("=") for part in src_path.split("/")[:-1])
-    told = {key: unquote(value) for key, equals, value in parts if key and equals}
+    told = {unquote(key): unquote(value) for key, equals, value in parts if key and equals}
     return {key: None if value == HIVE_NULL else value for key, value in told.items()}
 
 
 def _is_whole(value: str) -> bool:
-    return re.fullmatch(r"-?(0|[1-9]\d{0,17})", value) is not None
+    return re.fullmatch(r"0|-?[1-9][0-9]{0,17}", value) is not None
 
 
 def _open(src_path: str, listed: ListedFile) -> InputFile | Problem:

@@ -188,7 +188,11 @@ def test_logprobs_are_the_models_own():
         ({"json": {"not": {"type": "string"}}}, "not"),
         ({"json": {"if": {"type": "string"}, "then": {"minLength": 2}}}, "if, then"),
         ({"json": {"oneOf": [{"type": "number"}, {"type": "integer"}]}}, "oneOf"),
-        ({"json": {"type": "array", "uniqueItems": True, "x-guidance": {"lenient": True}}}, "uniqueItems"),
+        ({"json": '{"const": NaN}'}, "this JSON schema"),
+        ({"json": '{"minimum": ' + "9" * 400 + "}"}, "this JSON schema"),
+        ({"json": '{"const": "\\ud800secret"}'}, "this JSON schema"),
+        ({"json": {"const": "\ud800secret"}}, "this JSON schema"),
+        ({"json": '{"items": ' * 200 + "{}" + "}" * 200}, "this JSON schema"),
         ({"json": {"type": "secret"}}, "type"),
         ({"json": {"$ref": "http://secret/x"}}, "this JSON schema"),
         ({"regex": "(?=secret)b"}, "this regular expression"),
@@ -209,6 +213,7 @@ def test_form_that_cannot_be_enforced_is_refused_in_words_that_do_not_quote_it(f
         ({"regex": "a", "choice": ["b"]}, "exactly one of json, regex and choice, got 2"),
         ({"json": "[1"}, "a JSON schema"),
         ({"json": "true"}, "a JSON schema"),
+        ({"json": {"type": "object", "x-guidance": {"whitespace_pattern": "abc"}}}, "must not have x-guidance"),
         ({"json": {"maximum": float("nan")}}, "JSON's values only"),
         ({"choice": []}, "at least 1"),
         ({"choice": [""]}, "at least 1"),
@@ -222,7 +227,14 @@ def test_form_that_says_nothing_is_refused(form, said):
 
 @pytest.mark.parametrize(
     "other",
-    [{"stop": "x"}, {"stop_token_ids": [3]}, {"min_tokens": 2}, {"ignore_eos": True}, {"skip_special_tokens": False}],
+    [
+        {"stop": "x"},
+        {"stop_token_ids": [3]},
+        {"min_tokens": 2},
+        {"ignore_eos": True},
+        {"skip_special_tokens": False},
+        {"include_stop_str_in_output": True},
+    ],
 )
 def test_what_would_break_the_form_is_refused_beside_it(other):
     with pytest.raises(ValidationError, match=f"leave out {next(iter(other))}"):
@@ -252,15 +264,16 @@ def test_rows_own_forms_are_checked_while_planning_and_never_quoted():
         {"structured_outputs": {"regex": "(secret"}},
         {"structured_outputs": {"secret": 1}},
         {"structured_outputs": {"regex": "a+"}, "stop": ["secret"]},
+        {"structured_outputs": {"json": {"const": "\ud800secret"}}},
         {"structured_outputs": {"json": '{"type": "string"}'}},
     ]
     table = pa.table({"prompt": ["x"] * len(own), "sampling_params": [json.dumps(each) for each in own]})
     rows = render_block(block_of(table, "a.parquet", 0), render_spec()).to_pylist()
     errors = [row["error"] for row in rows]
-    assert [error and error["code"] for error in errors] == [None, *["BAD_PARAMS"] * 4, None]
+    assert [error and error["code"] for error in errors] == [None, *["BAD_PARAMS"] * 5, None]
     assert "uniqueItems" in errors[1]["message"]
     assert "secret" not in str(errors)
-    assert json.loads(rows[5]["sampling_params"])["structured_outputs"] == {"json": '{"type": "string"}'}
+    assert json.loads(rows[6]["sampling_params"])["structured_outputs"] == {"json": '{"type": "string"}'}
 
 
 def test_bombs_cost_their_own_row():

@@ -5,6 +5,7 @@ Shapes: `B` rows, `V` vocabulary.
 
 import functools
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -68,10 +69,11 @@ class Grammars:
     def _made(self, outputs: StructuredOutputs) -> Grammar:
         from llguidance import LLMatcher
 
-        matcher = LLMatcher(self._tokens, outputs.grammar(), log_level=0, limits=self._limits)
-        if matcher.is_error():
-            raise RowError(RowErrorCode.BAD_PARAMS, f"structured_outputs.{outputs.kind} is wrong, or too complex")
-        return Grammar(matcher)
+        with suppress(ValueError):  # of a form that was not checked before
+            matcher = LLMatcher(self._tokens, outputs.grammar(), log_level=0, limits=self._limits)
+            if not matcher.is_error():
+                return Grammar(matcher)
+        raise RowError(RowErrorCode.BAD_PARAMS, f"structured_outputs.{outputs.kind} is wrong, or too complex")
 
 
 def forbidden_tokens(grammars: Sequence[Grammar], vocab_size: int) -> Tensor:

@@ -60,8 +60,8 @@ class RowErrorCode(StrEnum):
     )
     BAD_PARAMS = (
         "BAD_PARAMS",
-        "the row's own sampling parameters are out of range",
-        "correct the row's `sampling_params`; their names and ranges are the job's",
+        "the row's own sampling parameters are out of range, or its form is none that this model can write",
+        "correct the row's `sampling_params`, or the job's `sampling_params.structured_outputs`",
     )
     PROMPT_TOO_LONG = (
         "PROMPT_TOO_LONG",

@@ -71,6 +71,7 @@ class SamplingParams(BaseModel):
             "stop": self.stop,
             "stop_token_ids": self.stop_token_ids,
             "ignore_eos": self.ignore_eos,
+            "include_stop_str_in_output": self.include_stop_str_in_output,
             "skip_special_tokens: false": not self.skip_special_tokens,
         }
         named = ", ".join(name for name, is_told in told.items() if is_told)

@@ -66,8 +66,11 @@ class StructuredOutputs(BaseModel, frozen=True):
         told = [name for name in (self.json_schema, self.regex, self.choice) if name is not None]
         if len(told) != 1:
             raise ValueError(f"structured_outputs wants exactly one of json, regex and choice, got {len(told)}")
-        if self.json_schema is not None and not _is_object(self.json_schema):
+        schema = _object(self.json_schema) if self.json_schema is not None else {}
+        if schema is None:
             raise ValueError("structured_outputs.json wants a JSON schema: an object")
+        if "x-guidance" in schema:  # it would change what is enforced
+            raise ValueError("structured_outputs.json must not have x-guidance")
         return self
 
     @property
@@ -78,7 +81,7 @@ class StructuredOutputs(BaseModel, frozen=True):
         return "json" if self.json_schema is not None else "regex"
 
     def grammar(self) -> str:
-        """For llguidance. Raises ImportError without it."""
+        """For llguidance. Raises ImportError without it, ValueError for JSON that it cannot read."""
         from llguidance import LLMatcher
 
         if self.json_schema is not None:
@@ -96,7 +99,10 @@ def problem_of(outputs: StructuredOutputs) -> str | None:
         from llguidance import LLMatcher
     except ImportError:
         return MISSING
-    is_wrong, messages = LLMatcher.validate_grammar_with_warnings(outputs.grammar())
+    try:
+        is_wrong, messages = LLMatcher.validate_grammar_with_warnings(outputs.grammar())
+    except ValueError:  # JSON that is none to it: NaN, a number without end, a lone surrogate, a very deep one
+        is_wrong, messages = True, [""]
     if not is_wrong:
         return None
     if outputs.kind == "json":
@@ -106,8 +112,9 @@ def problem_of(outputs: StructuredOutputs) -> str | None:
     return "this regular expression is wrong, or not without look-around and back-references"
 
 
-def _is_object(text: str) -> bool:
+def _object(text: str) -> dict[str, Any] | None:
     try:
-        return isinstance(json.loads(text), dict)
+        value = json.loads(text)
     except (ValueError, RecursionError):
-        return False
+        return None
+    return value if isinstance(value, dict) else None
