@@ -61,8 +61,9 @@ def selected_rows(
     rows: tuple[RowNumbers, ...] = tuple(range(file.num_rows) for file in files)
     if config.filters:
         rows = _filtered(files, config.filters, limits)
-    is_sampled = config.sample is not None and config.retry_of is None
-    return sampled(rows, config.sample, seed) if is_sampled else rows
+    if config.sample is None or config.retry_of is not None:
+        return rows
+    return sampled(rows, config.sample, seed)
 
 
 def sampled(rows: Sequence[RowNumbers], sample: int | float, seed: int) -> tuple[RowNumbers, ...]:
