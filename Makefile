@@ -2,7 +2,7 @@
 #
 #   make demo         360 support tickets through a small model, two workers, answers in jobs/examples/triage/out/
 #   make test         everything that must hold: format, lint, types, arrows, tests, kills; three files at a time
-#   make test-commands  every command of the README, which takes minutes of its own
+#   make test-commands  every command of the README and of the how-to pages, which takes minutes of its own
 #   make chaos        an hour and a half of faults: every step of the commit protocol, 60 kills, S3 servers of other makes
 #   make fuzz         thousands of job files, rows and Parquet files that nobody thought of
 #   make test-gpu     what only a card can tell; make bench-gpu: its throughput and limits. Both without Ray

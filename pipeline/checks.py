@@ -43,11 +43,13 @@ class CheckedJob:
     @cached_property
     def rows(self) -> tuple[RowNumbers, ...]:
         """Of each input the numbers of the rows that are read."""
-        rows = self.selected
-        if self.failed is not None:
-            failed = [self.failed.rows.get(file.src_path, range(0)) for file in self.inputs]
-            rows = [common_rows(some, own) for some, own in zip(failed, rows, strict=True)]
-        return cut_rows(rows, 0, self.config.input.limit)
+        if self.failed is None:
+            return cut_rows(self.selected, 0, self.config.input.limit)
+        # The limit of a sample was one of rows that this job, which takes no sample, does not count.
+        limit = self.config.input.limit if self.config.input.sample is None else None
+        limited = cut_rows(self.selected, 0, limit)
+        failed = [self.failed.rows.get(file.src_path, range(0)) for file in self.inputs]
+        return tuple(common_rows(some, own) for some, own in zip(failed, limited, strict=True))
 
     @property
     def num_rows(self) -> int:

@@ -47,7 +47,7 @@ def printed_by(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return printed
 
 
-@pytest.mark.slow
+@pytest.mark.commands
 @pytest.mark.parametrize("name", page_names())
 def test_page_does_what_it_says(name, tmp_path, monkeypatch):
     page = (PAGES / name).read_text(encoding="utf-8")
