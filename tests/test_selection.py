@@ -254,6 +254,32 @@ def test_retry_answers_only_failed_rows_that_the_filters_took(tmp_path):
     assert rows_of(tmp_path / "again").keys() == {("a.parquet", 1)}
 
 
+def test_retry_of_a_sample_finds_its_rows_whatever_the_seed_and_the_limit(tmp_path):
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"prompt": pa.array([None] * 90, pa.string())}), tmp_path / "in" / "a.parquet")
+    inputs = {"path": "in", "sample": 2, "limit": 1}
+    code, _, err = segue("run", write_job(tmp_path, input=inputs, limits={"max_error_rate": 1.0}), "--quiet")
+    assert code == 0, err
+    code, _, err = segue("retry", tmp_path / "out", "--output", tmp_path / "again", "--quiet", "--set", "seed=5")
+    assert code == 0, err
+    assert rows_of(tmp_path / "again").keys() == rows_of(tmp_path / "out").keys()
+    assert ("a.parquet", 0) not in rows_of(tmp_path / "again")
+
+
+def test_filter_that_takes_nothing_completes_an_empty_output(tmp_path):
+    write_files(tmp_path)
+    job = write_job(tmp_path, input={"path": "in", "filters": [["length", ">", 99]], "sample": 0.5})
+    code, out, err = segue("run", job, "--quiet")
+    assert code == 0, err
+    assert json.loads(out.splitlines()[-1])["rows"] == 0
+    assert (tmp_path / "out" / "_SUCCESS").exists()
+
+
+def test_more_partition_keys_than_anybody_has_are_refused(tmp_path):
+    with pytest.raises(JobRefused, match="folders key=value with 101 keys"):
+        checked(partitioned(tmp_path, *(f"k{n}=1" for n in range(101))))
+
+
 def test_sample_on_the_command_line(tmp_path):
     write_files(tmp_path)
     code, out, err = segue("validate", write_job(tmp_path, input={"path": "in"}), "--sample", "0.2")

@@ -4,7 +4,7 @@ Knows the model, the tree and the scheduler; no text but what it generated, no R
 """
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +18,7 @@ from attention.segments import canonical_segments
 from attention.step import TreeStep
 from attention.tree import SegmentTree
 from attention.varlen import VarlenBackend
+from workers.admission import objection
 from workers.coalescing import RequestCoalescer
 from workers.decode_graphs import DecodeGraphs
 from workers.devices import BackendName, kv_memory_bytes, make_backend
@@ -85,7 +86,7 @@ class EngineCore:
         self.finisher = Finisher(model.tokenizer, model.eos_token_ids, self.max_model_len)
         self.stats = EngineStats()
         self._coalescer = RequestCoalescer()
-        self._grammars: Grammars | None = None  # once a row wants one
+        self.grammars = Grammars(model.tokenizer, model.vocab_size, model.eos_token_ids)
         self._num_added = 0
         self._refused: list[RequestOutput] = []
 
@@ -131,45 +132,11 @@ class EngineCore:
         self._num_added += 1
         self.stats.num_rows += 1
         self.stats.num_prompt_tokens += request.num_fed_tokens
-        error = self._objection(request)
+        error = objection(request, self.max_model_len, self.grammars)
         if error:
             self._refused.append(self._failed_output(request, error))
         elif not (self.config.enable_prefix_caching and self._coalescer.joins(request)):
             self.scheduler.add(request)
-
-    def _objection(self, request: Request) -> RowError | None:
-        length = request.num_prompt_tokens
-        if request.continuation is not None:
-            return self._scoring_objection(length, len(request.continuation))
-        if length == 0:
-            return RowError(RowErrorCode.EMPTY_PROMPT, "the prompt has no tokens, wanted at least one")
-        if length >= self.max_model_len:
-            message = f"the prompt has {length} tokens, wanted fewer than {self.max_model_len} (max_model_len)"
-            return RowError(RowErrorCode.PROMPT_TOO_LONG, message)
-        return self._form_objection(request.params)
-
-    def _form_objection(self, params: SamplingParams) -> RowError | None:
-        if params.structured_outputs is None:
-            return None
-        try:
-            if self._grammars is None:
-                model = self.model
-                self._grammars = Grammars(model.tokenizer, model.vocab_size, model.eos_token_ids)
-            self._grammars.begin(params.structured_outputs)
-        except RowError as error:
-            return error
-        return None
-
-    def _scoring_objection(self, num_context: int, num_continuation: int) -> RowError | None:
-        if not num_context or not num_continuation:
-            return RowError(RowErrorCode.EMPTY_PROMPT, "context and continuation must each have at least one token")
-        if num_context + num_continuation > self.max_model_len + 1:
-            message = (
-                f"context and continuation have {num_context + num_continuation} tokens, "
-                f"wanted at most {self.max_model_len + 1} (max_model_len and the last, which is not fed)"
-            )
-            return RowError(RowErrorCode.PROMPT_TOO_LONG, message)
-        return None
 
     @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
@@ -248,8 +215,7 @@ class EngineCore:
         score = Score(logprob + last[0], len(_continuation(request)), is_greedy and last[1])
         if not math.isfinite(score.logprob):
             self._discard(request)
-            message = "the model gave logits that are not finite numbers"
-            return self._failed_output(request, RowError(RowErrorCode.NUMERIC_ERROR, message))
+            return self._failed_output(request, _numeric_error())
         prefill.samples[0].finish_reason = "stop"
         self.scheduler.start_decoding(prefill)
         return request.output(num_cached_tokens=request.num_cached_tokens or 0, score=score)
@@ -259,7 +225,8 @@ class EngineCore:
         samples = [*plan.decoding, *(sample for prefill in plan.ready for sample in prefill.samples)]
         if not samples:
             return []
-        self._begin_forms(samples)
+        for sample in samples:
+            self._begin_form(sample)
         ends = [last_hidden(prefill) for prefill in plan.ready for _ in prefill.samples]
         hidden = torch.stack(ends) if not plan.decoding else torch.cat([decode_hidden, *(e[None] for e in ends)])
         logits = self.model.logits(hidden)
@@ -274,19 +241,18 @@ class EngineCore:
     def _append(self, sample: Sample, token: int | None) -> RowError | None:
         """The token that was drawn; or why the row has no answer."""
         if token is None:
-            return RowError(RowErrorCode.NUMERIC_ERROR, "the model gave logits that are not finite numbers")
+            return _numeric_error()
         if sample.grammar is not None and (error := sample.grammar.accept(token)):
             return error
         self.finisher.append(sample, token)
         self.stats.num_generated_tokens += 1
         return None
 
-    def _begin_forms(self, samples: Iterable[Sample]) -> None:
-        """Grammars of the answers that must have a form; a sample that was preempted has its own already."""
-        for sample in samples:
-            outputs = sample.request.params.structured_outputs
-            if outputs is not None and sample.grammar is None and self._grammars is not None:
-                sample.grammar = self._grammars.begin(outputs)
+    def _begin_form(self, sample: Sample) -> None:
+        """A sample that was preempted has its grammar already."""
+        outputs = sample.request.params.structured_outputs
+        if outputs is not None and sample.grammar is None:
+            sample.grammar = self.grammars.begin(outputs)
 
     def _settle(self, plan: StepPlan, broken: Mapping[Request, RowError]) -> list[RequestOutput]:
         """Move samples on: finished ones out, new ones to decoding, rows without an answer to their error."""
@@ -333,6 +299,10 @@ class EngineCore:
         """At the engine's state, for those who watch."""
         self.stats.num_running, self.stats.num_waiting = self.scheduler.num_active, len(self.scheduler.waiting)
         self.stats.kv_bytes, self.stats.kv_capacity_bytes = self.cache.allocated_bytes, self.cache.budget_bytes
+
+
+def _numeric_error() -> RowError:
+    return RowError(RowErrorCode.NUMERIC_ERROR, "the model gave logits that are not finite numbers")
 
 
 def _continuation(request: Request) -> tuple[int, ...]:

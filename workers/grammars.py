@@ -16,7 +16,7 @@ from workers.row_errors import RowError, RowErrorCode
 from workers.structured import MISSING, StructuredOutputs
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher
+    from llguidance import LLMatcher, LLTokenizer
 
 KEPT_GRAMMARS = 256
 _STUCK = "structured_outputs: too complex, or nothing that this model's tokens can write"
@@ -47,30 +47,37 @@ class Grammar:
 
 
 class Grammars:
-    """Grammars over a model's tokens. Raises RowError(BAD_PARAMS) without llguidance, or for such a tokenizer."""
+    """Grammars over a model's tokens; nothing is loaded before the first."""
 
     def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
-        try:
-            from llguidance import LLParserLimits
-            from llguidance.hf import from_tokenizer
-        except ImportError:
-            raise RowError(RowErrorCode.BAD_PARAMS, f"structured_outputs: {MISSING}") from None
-        try:
-            self._tokens = from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=sorted(eos_token_ids) or None)
-        except ValueError:
-            raise RowError(RowErrorCode.BAD_PARAMS, "structured_outputs: not with this model's tokenizer") from None
-        self._limits = LLParserLimits(verbose_errors=False)  # the rest as it is: they bound what a row may cost
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._eos_token_ids = eos_token_ids
         self._first = functools.lru_cache(KEPT_GRAMMARS)(self._made)
 
     def begin(self, outputs: StructuredOutputs) -> Grammar:
-        """Of an answer without tokens. Raises RowError(BAD_PARAMS)."""
+        """Of an answer without tokens. Raises RowError(BAD_PARAMS), also without llguidance or for such a tokenizer."""
         return self._first(outputs).copy()
 
-    def _made(self, outputs: StructuredOutputs) -> Grammar:
-        from llguidance import LLMatcher
+    @functools.cached_property
+    def _tokens(self) -> "LLTokenizer":
+        try:
+            from llguidance.hf import from_tokenizer
+        except ImportError:
+            raise RowError(RowErrorCode.BAD_PARAMS, f"structured_outputs: {MISSING}") from None
+        ends = sorted(self._eos_token_ids) or None
+        try:
+            return from_tokenizer(self._tokenizer, n_vocab=self._vocab_size, eos_token=ends)
+        except ValueError:
+            raise RowError(RowErrorCode.BAD_PARAMS, "structured_outputs: not with this model's tokenizer") from None
 
+    def _made(self, outputs: StructuredOutputs) -> Grammar:
+        tokens = self._tokens
+        from llguidance import LLMatcher, LLParserLimits
+
+        limits = LLParserLimits(verbose_errors=False)  # the rest as it is: they bound what a row may cost
         with suppress(ValueError):  # of a form that was not checked before
-            matcher = LLMatcher(self._tokens, outputs.grammar(), log_level=0, limits=self._limits)
+            matcher = LLMatcher(tokens, outputs.grammar(), log_level=0, limits=limits)
             if not matcher.is_error():
                 return Grammar(matcher)
         raise RowError(RowErrorCode.BAD_PARAMS, f"structured_outputs.{outputs.kind} is wrong, or too complex")
