@@ -219,13 +219,14 @@ def test_adapter_may_be_read_by_whoever_may_read_the_record(trained):
 
 
 def test_every_problem_of_a_job_is_told_at_once(tmp_path, monkeypatch):
-    rows = {"path": "rows.parquet", "limit": 5}
+    rows = {"path": "rows.parquet", "limit": 5, "sample": 0.5, "filters": [["question", "!=", None]]}
     path = write(tmp_path, "echo", evaluation={"path": "rows.parquet"}, input=rows, workers={"max_num_seqs": 3})
     with pytest.raises(JobRefused) as refused:
         prepare_finetune(path, ["model.adapter=nowhere"])
     text = str(refused.value)
     assert "model.source: got 'echo', wanted a model with weights" in text
-    assert "input.limit: got a value, wanted it left out" in text
+    for name in ("limit", "sample", "filters"):
+        assert f"input.{name}: got a value, wanted it left out" in text
     assert "model.adapter: got an adapter" in text
     assert "workers.max_num_seqs: got a value, wanted it left out" in text
     with pytest.raises(JobRefused, match=r"workers.num_gpus: got 1, wanted auto or 0: a training in several processes"):

@@ -155,6 +155,18 @@ def test_answers_are_the_same_alone_together_and_with_memory_for_few_rows():
     assert wide.stats.num_preemptions == 0
 
 
+def test_rows_without_a_form_are_left_alone_beside_those_with_one():
+    prompts = [[Segment((5 + number, 7, 9), False)] for number in range(6)]
+    free = SamplingParams(max_tokens=12)
+    formed = SamplingParams(max_tokens=12, structured_outputs=StructuredOutputs(regex="[a-z]{8}"))
+    engine = Engine(tiny_tree_model(), EngineConfig())
+    alone = engine.generate(prompts, free)
+    mixed = engine.generate(prompts, [free, formed] * 3)
+    assert [each.outputs[0].text for each in mixed[::2]] == [each.outputs[0].text for each in alone[::2]]
+    assert all(re.fullmatch("[a-z]{8}", each.outputs[0].text) for each in mixed[1::2])
+    assert not any(re.fullmatch("[a-z]{8}", each.outputs[0].text) for each in alone)
+
+
 def test_answer_that_is_cut_off_says_length():
     (answer,) = answers([{"regex": "[a-z]{50}"}], max_tokens=7)
     assert answer.finish_reason == "length"
