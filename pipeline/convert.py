@@ -26,6 +26,7 @@ from pyarrow import json as arrow_json
 from pipeline.listing import has_magic, is_hidden
 from pipeline.output import read_columns
 from pipeline.problems import JobRefused, Problem, shown
+from pipeline.store import OutputStorageError
 
 HUB = "hf:"  # of a dataset on Hugging Face's hub: hf:NAME, hf:NAME:SPLIT
 READ_BYTES = 16 * 2**20  # of JSON and CSV at once; a line of JSON must fit
@@ -49,19 +50,18 @@ def to_parquet(source: str, folder: str, rows_per_file: int) -> Converted:
     """A dataset of Parquet files in `folder`, which must be new or empty.
 
     `source` is a file, folder or glob of JSON lines, CSV (comma) or TSV with a first line of names; a folder that
-    `datasets.save_to_disk` wrote; or `hf:NAME[:SPLIT]`, a dataset on Hugging Face's hub. Raises JobRefused.
+    `datasets.save_to_disk` wrote; or `hf:NAME[:SPLIT]`, a dataset on Hugging Face's hub. Raises JobRefused, and
+    OutputStorageError if the folder cannot be written.
     """
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise JobRefused([Problem("TARGET", shown(folder), "a new folder, or an empty one")])
-    target.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     num_rows, schema = 0, pa.schema([])
     try:
         for table in _pieces(_batches(source), rows_per_file):
-            part = target / f".part-{len(written):06d}.parquet"
-            pq.write_table(table, part, compression="zstd", row_group_size=min(rows_per_file, 65_536))
-            written.append(part)
+            written.append(target / f".part-{len(written):06d}.parquet")
+            _write(table, written[-1], min(rows_per_file, 65_536))
             num_rows, schema = num_rows + table.num_rows, table.schema
     except BaseException:
         for part in written:
@@ -72,6 +72,14 @@ def to_parquet(source: str, folder: str, rows_per_file: int) -> Converted:
     for part in written:  # names that readers take for data, once all is there
         part.rename(part.with_name(part.name[1:]))
     return Converted(folder, num_rows, len(written), tuple(schema.names))
+
+
+def _write(table: pa.Table, part: Path, group_rows: int) -> None:
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, part, compression="zstd", row_group_size=group_rows)
+    except OSError as error:
+        raise OutputStorageError(f"{part.parent} cannot be written: {error}") from error
 
 
 def from_output(output: str, path: str) -> Converted:
@@ -99,6 +107,8 @@ def from_output(output: str, path: str) -> Converted:
     except OSError as error:
         with suppress(OSError):
             os.unlink(part)
+        if isinstance(error, OutputStorageError):  # of what is read
+            raise
         raise JobRefused(
             [Problem("TARGET", f"{shown(path)} ({error.strerror})", "a file that can be written")]
         ) from None

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -99,3 +102,21 @@ def test_convert_an_output_to_json_lines_and_csv(tmp_path):
         back = list(csv.DictReader(file))
     assert [row["note"] for row in back] == ["x,\n", "", "y"]
     assert json.loads(back[1]["error"]) == {"code": "NULL_PROMPT", "message": "m"}
+
+
+def test_convert_onto_a_full_disk_exits_5_in_a_line_and_leaves_nothing(tmp_path):
+    """The second of two files is larger than a process may write."""
+    lines = [json.dumps({"prompt": os.urandom(size).hex()}) for size in (10, 100_000)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    limited = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); from jobs.cli import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", limited, "convert", "rows.jsonl", "data", "--rows-per-file", "1"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 5, done.stderr
+    assert "data cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "data").exists()
