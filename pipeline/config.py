@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from pipeline.problems import has_credentials
+from pipeline.row_filters import Filters
 from workers.prompts import PromptTemplate
 from workers.sampling import SamplingParams
 from workers.scoring import RunTask, ScoringTemplate
@@ -85,30 +86,6 @@ def _nonempty(paths: tuple[str, ...]) -> tuple[str, ...]:
     return paths
 
 
-def _as_alternatives(value: object) -> object:
-    """Conditions that must all hold, or several lists of such; as tuples."""
-    if not isinstance(value, list) or not value:
-        return value
-    if all(isinstance(each, list) and each and isinstance(each[0], str) for each in value):
-        value = [value]
-    return _tuples(value)
-
-
-def _tuples(value: object) -> object:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def _check_filters(filters: "Filters") -> "Filters":
-    for column, operator, value in (condition for several in filters for condition in several):
-        if (operator in ("in", "not in")) != isinstance(value, tuple):
-            raise PydanticCustomError("filter", "a list of values after in and not in, one value after the others")
-        if value is None and operator not in ("=", "==", "!="):
-            raise PydanticCustomError("filter", "null after = and != only")
-        if not column:
-            raise PydanticCustomError("filter", "a column's name first")
-    return filters
-
-
 Location = Annotated[str, AfterValidator(_check_location)]
 DataLocation = Annotated[str, AfterValidator(_check_data_location)]
 _STRINGS = {"type": "array", "items": {"type": "string"}}
@@ -125,15 +102,6 @@ ColumnChoice = Annotated[
     WithJsonSchema({"anyOf": [{"const": "all"}, _STRINGS | {"uniqueItems": True}]}),
 ]
 PositiveInt = Annotated[int, Field(ge=1)]
-_Scalar = str | bool | int | float | None
-_Condition = tuple[str, Literal["=", "==", "!=", "<", "<=", ">", ">=", "in", "not in"], _Scalar | tuple[_Scalar, ...]]
-Filters = Annotated[
-    tuple[Annotated[tuple[_Condition, ...], Field(min_length=1)], ...],
-    BeforeValidator(_as_alternatives),
-    Field(min_length=1),
-    AfterValidator(_check_filters),
-    WithJsonSchema({"type": "array", "items": {"type": "array"}, "minItems": 1}),
-]
 
 
 class Section(BaseModel):

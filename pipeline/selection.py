@@ -14,9 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config import Filters, InputConfig, LimitsConfig
+from pipeline.config import InputConfig, LimitsConfig
 from pipeline.limited import ChildDied, LimitedProcess
 from pipeline.problems import JobRefused, Problem, nearest, shown
+from pipeline.row_filters import Filters
 from pipeline.rows import read_blocks
 from pipeline.schemas import unified
 from pipeline.sources import InputFile, RowNumbers
