@@ -119,6 +119,17 @@ def test_attention_imports_torch_and_nothing_above_it() -> None:
     assert not seen & {"workers", "pipeline", "jobs", "transformers", "ray", "pyarrow", "pydantic", "s3fs"}
 
 
+@pytest.mark.parametrize("policy", ["PASSIVE", "ACTIVE"])
+@pytest.mark.parametrize("module", ["workers.engine", "pipeline.unit_worker"])
+def test_threads_sleep_while_they_wait_for_each_other_unless_told(module: str, policy: str, monkeypatch) -> None:
+    if policy == "ACTIVE":
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    else:
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("OMP_DISPLAY_ENV", "TRUE")
+    assert f"OMP_WAIT_POLICY = '{policy}'" in run_python(f"import {module}, torch").stderr
+
+
 @pytest.mark.parametrize("module", ["pipeline.config", "pipeline.problems", "jobs.cli"])
 def test_reading_a_job_file_and_asking_for_help_start_neither_torch_nor_ray(module: str) -> None:
     result = run_python(
