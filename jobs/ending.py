@@ -25,15 +25,14 @@ EXIT_CODES = {
 @contextmanager
 def exit_codes() -> Iterator[None]:
     """Expected failures as one line each and their exit code; a bug keeps its traceback."""
-    from pipeline.cluster import ClusterUnavailable, WorkersFailed
     from pipeline.limited import ChildUnready
     from pipeline.manifest import ForeignOutput
-    from pipeline.problems import JobRefused
+    from pipeline.problems import ClusterUnavailable, JobRefused, WorkersFailed
     from pipeline.rows import InputChanged, InputUnreadable
     from pipeline.shards import ForeignShard
     from pipeline.store import OutputStorageError
     from workers.model_source import ModelRefused
-    from workers.train import TrainingDiverged
+    from workers.training_params import TrainingDiverged
 
     try:
         yield

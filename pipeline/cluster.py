@@ -22,23 +22,16 @@ import ray
 import ray.exceptions
 from ray.data import DataContext, Dataset
 
-from pipeline.problems import Problem
+from pipeline.problems import ClusterUnavailable, Problem, WorkersFailed
 
 REQUIRE_AUTH = "SEGUE_REQUIRE_AUTH"  # environment variable
 CLIENT_PORT = 10001  # of an address without one, as in Ray
 CONNECT_SECONDS = 10.0
+LOCAL_STARTS = 3
 QUIET_LOGGERS = ("ray", "ray.data", "ray.serve")
 
 _RAY_ADVICE = "\nFailed to apply UDF transform"  # what Ray Data appends to the message of an error in a task
 MAX_MESSAGE_CHARS = 600
-
-
-class ClusterUnavailable(RuntimeError):
-    """Ray could not be started or joined."""
-
-
-class WorkersFailed(RuntimeError):
-    """Tasks or workers cannot do the work; the message has the first cause, in one line."""
 
 
 @contextmanager
@@ -76,13 +69,7 @@ def _start(num_cpus: int | None) -> None:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
             return
         os.environ["RAY_AUTH_TOKEN_PATH"] = _private_token(scratch)
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        _start_here(num_cpus)
     except Exception as error:  # Ray has bare ones, too: a node that starts too slowly
         raise ClusterUnavailable(f"Ray at {address or 'a local address'} cannot be used: {error}") from error
     except SystemExit:
@@ -91,6 +78,25 @@ def _start(num_cpus: int | None) -> None:
     finally:
         with suppress(FileNotFoundError):  # Ray (2.60) may unpack a submitted job's folder again, in another's place
             os.chdir(here)
+
+
+def _start_here(num_cpus: int | None) -> None:
+    """On a busy machine a node may miss the thirty seconds that Ray (2.60) gives it to start; the next one gets them
+    anew."""
+    for left in reversed(range(LOCAL_STARTS)):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+            return
+        except Exception as error:
+            if not left or "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
 
 
 def is_local() -> bool:

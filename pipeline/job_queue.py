@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from pipeline.cluster import REQUIRE_AUTH, ClusterUnavailable, one_line
-from pipeline.problems import shown
+from pipeline.cluster import REQUIRE_AUTH, one_line
+from pipeline.problems import ClusterUnavailable, shown
 from pipeline.submission import JOB_FILE, SubmittedJob, copied_packages
 
 ADDRESS = "RAY_API_SERVER_ADDRESS"  # environment variable; Ray's client (2.60) lets it win over its argument

@@ -20,6 +20,7 @@ from pipeline.job import ReadyJob
 from pipeline.manifest import Manifest
 from pipeline.metrics import RunMetrics, label_of
 from pipeline.pool import reserved_cpus, run_units, threads_of, workers_a_node
+from pipeline.problems import WorkersFailed
 from pipeline.progress import ProgressDisplay, Say, Totals
 from pipeline.quarantine import Quarantine
 from pipeline.reservation import Reservation, check_gpus, gpus_of
@@ -118,7 +119,7 @@ class Passes:
                 lost = cluster.cause_of(error)
         left = self._missing()
         if watchdog.has_load_failed:
-            self._failure = cluster.WorkersFailed(watchdog.tripped)
+            self._failure = WorkersFailed(watchdog.tripped)
         elif lost is not None and len(left) == len(units):
             # Not chained: Ray's traceback holds its executor, and that holds the workers' CPUs.
             self._failure = lost
@@ -141,7 +142,7 @@ class Passes:
     def _check_that_any_survives(self, units: Sequence[UnitSpec], reason: str) -> None:
         with self._quarantined(units) as (quarantine, _):
             if units and not quarantine.does_any_survive(units):
-                self._failure = cluster.WorkersFailed(f"{reason}; single rows that were tried alone died, too")
+                self._failure = WorkersFailed(f"{reason}; single rows that were tried alone died, too")
 
     @contextmanager
     def _quarantined(self, units: Sequence[UnitSpec]) -> Iterator[tuple[Quarantine, Any]]:

@@ -1,4 +1,4 @@
-"""What is wrong with a job, as values that can be collected and shown all at once.
+"""What is wrong with a job, as values that can be collected and shown all at once, and what its cluster failed with.
 
 Knows nothing of YAML, Parquet or Ray. A printed problem is one line and never shows a credential.
 """
@@ -31,6 +31,14 @@ class Problem:
         body = f"got {self.got}, wanted {self.wanted}" if self.got else self.wanted
         line = f"{place}: {body}" + (f" ({self.hint})" if self.hint else "")
         return redact(one_line(line))
+
+
+class ClusterUnavailable(RuntimeError):
+    """Ray could not be started or joined."""
+
+
+class WorkersFailed(RuntimeError):
+    """Tasks or workers cannot do the work; the message has the first cause, in one line."""
 
 
 class JobRefused(ValueError):

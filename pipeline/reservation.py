@@ -5,6 +5,7 @@ from typing import Any
 
 from pipeline import cluster
 from pipeline.config import WorkersConfig
+from pipeline.problems import WorkersFailed
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,5 +45,5 @@ def check_gpus(num_gpus: float, max_node_gpus: float, *, is_local: bool) -> str 
         return None
     message = f"workers.num_gpus is {num_gpus:g}, and no node has more than {max_node_gpus:g} at the moment"
     if is_local:
-        raise cluster.WorkersFailed(message)
+        raise WorkersFailed(message)
     return f"{message}: waiting for the cluster to grow"

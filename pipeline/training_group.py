@@ -10,13 +10,14 @@ import ray.train
 import torch
 from ray.train.torch import TorchTrainer
 
-from pipeline.cluster import MAX_MESSAGE_CHARS, WorkersFailed, num_cluster_cpus
+from pipeline.cluster import MAX_MESSAGE_CHARS, num_cluster_cpus
 from pipeline.interrupt import Interrupt
+from pipeline.problems import WorkersFailed
 from pipeline.store import OutputStorageError
 from pipeline.training_process import TrainingSpec, train_process
 from pipeline.units import UnitDamaged
 from workers.ranks import Ranks
-from workers.train import TrainingDiverged
+from workers.training_params import TrainingDiverged
 
 MAX_FAILURES = 3  # of the group; each time it goes on from its latest checkpoint
 STOP = "_job/stop"  # while this file is there, processes finish their step, save and end

@@ -17,8 +17,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.cluster import WorkersFailed, one_line
+from pipeline.cluster import one_line
 from pipeline.metrics import EngineMetrics, label_of
+from pipeline.problems import WorkersFailed
 from pipeline.remote_models import local_source
 from pipeline.results import error_value, result_row, result_schema, result_table
 from pipeline.roster import Reporter

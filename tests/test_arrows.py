@@ -130,6 +130,12 @@ def test_threads_sleep_while_they_wait_for_each_other_unless_told(module: str, p
     assert f"OMP_WAIT_POLICY = '{policy}'" in run_python(f"import {module}, torch").stderr
 
 
+def test_telling_how_a_command_ended_needs_neither_torch_nor_ray() -> None:
+    code = "import sys; from jobs.ending import exit_codes\nwith exit_codes(): pass"
+    result = run_python(f"{code}\nprint([n for n in ('torch', 'ray', 'transformers') if n in sys.modules])")
+    assert (result.returncode, result.stdout.strip()) == (0, "[]"), result.stderr
+
+
 @pytest.mark.parametrize("module", ["pipeline.config", "pipeline.problems", "jobs.cli"])
 def test_reading_a_job_file_and_asking_for_help_start_neither_torch_nor_ray(module: str) -> None:
     result = run_python(

@@ -19,14 +19,13 @@ from typer.testing import CliRunner
 
 from jobs.cli import app
 from pipeline import training_group
-from pipeline.cluster import WorkersFailed
 from pipeline.finetune import prepare_finetune, run_finetune
 from pipeline.interrupt import Interrupt
 from pipeline.job import prepare
 from pipeline.local_store import LocalStore
 from pipeline.manifest import ForeignOutput, load_manifest
 from pipeline.output import sample_rows
-from pipeline.problems import JobRefused
+from pipeline.problems import JobRefused, WorkersFailed
 from pipeline.run import run_job
 from pipeline.store import OutputStorageError
 from pipeline.training_data import Holdout, load_training_data
@@ -37,7 +36,7 @@ from workers.engine import Engine
 from workers.model_source import ModelRefused
 from workers.ranks import Ranks
 from workers.sampling import SamplingParams
-from workers.train import TrainingDiverged
+from workers.training_params import TrainingDiverged
 
 # Ray's own code warns of itself; what it says of our calls stays an error.
 pytestmark = [

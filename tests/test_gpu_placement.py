@@ -13,6 +13,7 @@ from echo_jobs import outcome, rows_of, segue_process, write_input, write_job
 
 from pipeline import cluster, pool, reservation
 from pipeline.config import WorkersConfig
+from pipeline.problems import WorkersFailed
 from pipeline.reservation import Reservation, check_gpus, gpus_of
 from pipeline.units import UnitSpec
 
@@ -125,7 +126,7 @@ def test_more_gpus_than_any_node_has_are_waited_for_on_a_cluster_alone():
     assert check_gpus(1.0, 4.0, is_local=True) is None
     message = "workers.num_gpus is 2, and no node has more than 0 at the moment"
     assert check_gpus(2.0, 0.0, is_local=False) == f"{message}: waiting for the cluster to grow"
-    with pytest.raises(cluster.WorkersFailed, match=message):
+    with pytest.raises(WorkersFailed, match=message):
         check_gpus(2.0, 0.0, is_local=True)
 
 

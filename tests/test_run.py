@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -30,9 +30,9 @@ from echo_jobs import (
 from tiny_models import tiny_model, tiny_tokenizer
 
 from pipeline import cluster
-from pipeline.cluster import WorkersFailed
 from pipeline.job import prepare
 from pipeline.manifest import SUCCESS, ForeignOutput
+from pipeline.problems import ClusterUnavailable, WorkersFailed
 from pipeline.results import RESULT_COLUMNS
 from pipeline.rows import InputChanged
 from pipeline.run import plan_job, run_job
@@ -365,6 +365,23 @@ def test_ray_local_session_has_a_private_token_and_refuses_who_lacks_it(local_ra
         assert "auth" in refused.stderr.lower()
 
 
+@pytest.mark.parametrize(("failures", "starts"), [(1, 2), (5, cluster.LOCAL_STARTS)])
+def test_local_ray_that_a_busy_machine_starts_too_slowly_is_started_again(monkeypatch, failures, starts):
+    tried = []
+
+    def init(**_):
+        tried.append(1)
+        if len(tried) <= failures:
+            raise Exception("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.setattr(cluster.ray, "init", init)
+    monkeypatch.setattr(cluster.ray, "shutdown", lambda: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with nullcontext() if failures < cluster.LOCAL_STARTS else pytest.raises(ClusterUnavailable, match="timed out"):
+        cluster._start(2)
+    assert len(tried) == starts
+
+
 def test_joining_a_ray_without_a_token_is_warned_of_and_refused_where_it_is_required(monkeypatch, capsys):
     check = cluster._check_authentication
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
@@ -374,7 +391,7 @@ def test_joining_a_ray_without_a_token_is_warned_of_and_refused_where_it_is_requ
     check("192.0.2.1:6379")
     assert "warning: joining Ray at 192.0.2.1:6379 without token" in capsys.readouterr().err
     monkeypatch.setenv(cluster.REQUIRE_AUTH, "1")
-    with pytest.raises(cluster.ClusterUnavailable, match="without a token, and SEGUE_REQUIRE_AUTH=1"):
+    with pytest.raises(ClusterUnavailable, match="without a token, and SEGUE_REQUIRE_AUTH=1"):
         check("192.0.2.1:6379")
 
 

@@ -13,10 +13,10 @@ from tiny_models import tiny_model
 from attention.segments import Segment
 from workers.checkpoints import Checkpoints
 from workers.ranks import Ranks
-from workers.train import EvaluationReport, StepReport, Trainer, TrainingDiverged
+from workers.train import EvaluationReport, StepReport, Trainer
 from workers.training_batches import PASS_TOKENS, TrainingExample, batch_of_step, forward_passes
 from workers.training_model import TrainingModel
-from workers.training_params import LoraParams, TrainingParams
+from workers.training_params import LoraParams, TrainingDiverged, TrainingParams
 
 # The answer begins with the prompt's first token: nothing but attention to it helps. Answers have 2 to 5 tokens.
 EXAMPLES = [

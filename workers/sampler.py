@@ -82,7 +82,7 @@ def _keep_to_form_(logits: Tensor, grammars: Mapping[int, Grammar]) -> None:
 def _needs_adjustment(sample: Sample) -> bool:
     p = sample.request.params
     has_penalty = p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
-    return has_penalty or p.ignore_eos or len(sample.token_ids) < p.min_tokens
+    return has_penalty or len(sample.token_ids) < p.min_tokens
 
 
 def _adjust_row_(logits: Tensor, sample: Sample, eos_token_ids: frozenset[int]) -> None:
@@ -95,10 +95,7 @@ def _adjust_row_(logits: Tensor, sample: Sample, eos_token_ids: frozenset[int]) 
     if sample.token_ids and (p.frequency_penalty or p.presence_penalty):
         generated, counts = torch.tensor(sample.token_ids, device=logits.device).unique(return_counts=True)
         logits[generated] -= p.frequency_penalty * counts + p.presence_penalty
-    forbidden = set(eos_token_ids) if p.ignore_eos else set()
-    if len(sample.token_ids) < p.min_tokens:
-        forbidden |= {*eos_token_ids, *p.stop_token_ids}
-    if forbidden:
+    if len(sample.token_ids) < p.min_tokens and (forbidden := {*eos_token_ids, *p.stop_token_ids}):
         logits[sorted(forbidden)] = -torch.inf
 
 

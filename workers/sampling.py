@@ -31,7 +31,7 @@ class SamplingParams(BaseModel):
     stop: tuple[str, ...] = ()  # the text ends before the first of these
     stop_token_ids: tuple[int, ...] = ()  # the answer ends at the first of these
     include_stop_str_in_output: bool = False  # keep what ended the answer in its text
-    ignore_eos: bool = False  # go on to max_tokens
+    ignore_eos: bool = False  # an end-of-sequence token does not end the answer
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None  # top alternatives a token, beside the drawn one
     repetition_penalty: Annotated[float, Field(gt=0.0)] = 1.0  # above 1: tokens of prompt and answer become less likely
     # taken from the logits of tokens that the answer has

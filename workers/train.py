@@ -20,13 +20,9 @@ from workers.checkpoints import Checkpoints, Progress, TrainingState
 from workers.ranks import Ranks
 from workers.training_batches import TrainingExample, batch_of_step, forward_passes, num_steps, steps_per_epoch
 from workers.training_model import TrainingModel
-from workers.training_params import TrainingParams
+from workers.training_params import TrainingDiverged, TrainingParams
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss or its gradient is no finite number; the message names the step."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,10 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Number = Annotated[float, BeforeValidator(_int_to_float)]
 
 
+class TrainingDiverged(RuntimeError):
+    """The loss or its gradient is no finite number; the message names the step."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs.bench.arc import load
-from jobs.bench.score import SOURCE, LmEval, machine
+from jobs.bench.machine import SOURCE, machine
+from jobs.bench.peers import LmEval
 from workers.engine import Engine, EngineConfig
 from workers.model import checked_config, load_model
 from workers.model_source import locate, safetensors_directory

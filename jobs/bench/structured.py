@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from jobs.bench.score import SOURCE, machine
+from jobs.bench.machine import SOURCE, machine
 from workers.engine import Engine, EngineConfig
 from workers.grammars import Grammars, forbidden_tokens
 from workers.model import load_model

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from attention.segments import Segment, canonical_segments
-from jobs.bench.score import linear_rate, machine
+from jobs.bench.machine import linear_rate, machine
 from workers.devices import DTYPES
 from workers.memory import keep_freed_memory
 from workers.model import checked_config, load_weights

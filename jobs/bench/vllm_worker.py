@@ -1,38 +1,60 @@
-"""The pairs on stdin scored by vLLM's `prompt_logprobs`: run by `jobs/bench/score.py` in vLLM's own environment.
+"""vLLM in its own environment, driven line by line by `jobs/bench/peers.py`. Imports nothing of Segue.
 
-Reads {"model": directory, "dtype": ..., "pairs": [[context, continuation], ...]}; prints one JSON line with `seconds`,
-`logprobs`, `version`. Imports nothing of Segue, which is not installed there.
+The first line is JSON for `vllm.LLM`; each further one is {"score": [[context, continuation], ...]} or {"generate":
+[token ids, ...], "max_tokens": n}, done once with nothing cached before. Prints a JSON line for each: `version` for the
+first, then `seconds` and `logprobs` or `token_ids`.
 """
 
 import json
 import os
 import sys
 import time
+from typing import Any
 
 
 def main() -> None:
-    # Its CPU build does not start without; both cores of a machine like ours.
+    # Its CPU build does not start without; all cores of a machine like ours.
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{(os.cpu_count() or 1) - 1}")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # nothing of it spins while others are timed
     import vllm  # pyright: ignore[reportMissingImports]
-    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
 
-    job = json.load(sys.stdin)
-    engine = LLM(model=job["model"], dtype=job["dtype"], max_model_len=2048, enable_prefix_caching=True)
+    engine = vllm.LLM(enable_prefix_caching=True, **json.loads(sys.stdin.readline()))
+    _say({"version": vllm.__version__})
+    for line in sys.stdin:
+        job = json.loads(line)
+        engine.reset_prefix_cache()
+        started = time.perf_counter()
+        found = _score(engine, job["score"]) if "score" in job else _generate(engine, **job)
+        _say({"seconds": time.perf_counter() - started, **found})
+
+
+def _score(engine: Any, pairs: list[list[str]]) -> dict[str, Any]:
+    from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+
     tokenizer = engine.get_tokenizer()
     params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
-    warm = [{"prompt_token_ids": tokenizer.encode(context + rest)} for context, rest in job["pairs"][:8]]
-    engine.generate(warm, params, use_tqdm=False)
-    started = time.perf_counter()
-    wholes = [tokenizer.encode(context + rest) for context, rest in job["pairs"]]
-    starts = [len(tokenizer.encode(context)) for context, _ in job["pairs"]]
+    wholes = [tokenizer.encode(context + rest) for context, rest in pairs]
+    starts = [len(tokenizer.encode(context)) for context, _ in pairs]
     outputs = engine.generate([{"prompt_token_ids": whole} for whole in wholes], params, use_tqdm=False)
-    logprobs = [
-        sum(output.prompt_logprobs[i][whole[i]].logprob for i in range(start, len(whole)))
-        for output, whole, start in zip(outputs, wholes, starts, strict=True)
-    ]
-    seconds = time.perf_counter() - started
-    print(json.dumps({"seconds": seconds, "logprobs": logprobs, "version": vllm.__version__}))
+    return {
+        "logprobs": [
+            sum(output.prompt_logprobs[i][whole[i]].logprob for i in range(start, len(whole)))
+            for output, whole, start in zip(outputs, wholes, starts, strict=True)
+        ]
+    }
+
+
+def _generate(engine: Any, generate: list[list[int]], max_tokens: int) -> dict[str, Any]:
+    from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+
+    params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
+    outputs = engine.generate([{"prompt_token_ids": ids} for ids in generate], params, use_tqdm=False)
+    return {"token_ids": [list(output.outputs[0].token_ids) for output in outputs]}
+
+
+def _say(found: dict[str, Any]) -> None:
+    print("segue-bench " + json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

