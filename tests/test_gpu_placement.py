@@ -151,7 +151,7 @@ def with_model(tmp_path):
     return write_input(tmp_path, 12)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_worker_that_was_given_a_gpu_never_computes_on_the_cpu_instead(with_model, four_gpus, monkeypatch):
     """Ray's books say that there is one; torch sees none."""
     code, _, err = _run(with_model, four_gpus, monkeypatch, "bfloat16", num_gpus=1)
@@ -166,7 +166,7 @@ def test_precision_that_gpus_do_not_compute_is_refused_before_anything_starts(wi
     assert "dtype float32 is not computed by the attention kernels of GPUs; use bfloat16 or float16" in err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_worker_that_was_asked_to_computes_on_the_cpu_of_a_cluster_with_gpus(with_model, four_gpus, monkeypatch):
     code, out, err = _run(with_model, four_gpus, monkeypatch, "float32", num_gpus=0)
     assert code == 0, err

@@ -41,19 +41,18 @@ def own(model):
     return loaded.eval()
 
 
-@pytest.fixture(scope="module")
-def prompts(model):
+@pytest.fixture(scope="module", params=[16, pytest.param(64, marks=pytest.mark.long)])
+def prompts(request, model):
     import datetime
 
     encoder = PromptEncoder(model.tokenizer, PromptTemplate(), date=datetime.date(2026, 1, 1))
-    return [
-        encoder.encode_prompt(
-            [{"role": "system", "content": system}, {"role": "user", "content": f"About {topic}. {question}"}]
-        )
+    chats = [
+        [{"role": "system", "content": system}, {"role": "user", "content": f"About {topic}. {question}"}]
         for system in SYSTEMS
         for topic in TOPICS
         for question in QUESTIONS
     ]
+    return [encoder.encode_prompt(chat) for chat in chats[:: len(chats) // request.param]]
 
 
 def answers(model, prompts, mask, max_tokens=MAX_TOKENS, **config):
@@ -105,13 +104,13 @@ def assert_equal_up_to_ties(got: list[int], wanted: list[int], margins: list[flo
     assert margin < TIE_MARGIN
 
 
-def test_causal_greedy_tokens_of_64_prompts_equal_generate_one_by_one(model, own, prompts):
+def test_causal_greedy_tokens_of_prompts_equal_generate_one_by_one(model, own, prompts):
     for row, (got, prompt) in enumerate(zip(answers(model, prompts, "causal"), prompts, strict=True)):
         wanted, margins = own_generate(own, prompt)
         assert_equal_up_to_ties(got, wanted, margins, row)
 
 
-def test_segment_greedy_tokens_of_64_prompts_equal_a_loop_with_the_dense_mask(model, own, prompts):
+def test_segment_greedy_tokens_of_prompts_equal_a_loop_with_the_dense_mask(model, own, prompts):
     eos = model.eos_token_ids
     for row, (got, prompt) in enumerate(zip(answers(model, prompts, "segment"), prompts, strict=True)):
         wanted, margins = dense_greedy(own, prompt, eos)

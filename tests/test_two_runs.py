@@ -72,7 +72,7 @@ def test_two_runs_started_together_and_one_late_write_each_row_once(tmp_path):
     check(tmp_path)
 
 
-@pytest.mark.chaos
+@pytest.mark.long
 def test_of_two_jobs_started_together_in_one_folder_one_is_refused_and_leaves_nothing(tmp_path):
     output = {"path": "out", "max_rows_per_file": 4}
     first = write_job(write_input(tmp_path), output=output)
