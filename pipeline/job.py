@@ -17,6 +17,7 @@ from pipeline.config import JobConfig
 from pipeline.config_file import JobDraft, read_job
 from pipeline.limited import PREPARE_BYTES, ChildDied, LimitedProcess
 from pipeline.manifest import Manifest, check_same_job, code_version, fingerprint, load_manifest
+from pipeline.planned_rows import offer_child
 from pipeline.problems import JobRefused, Problem
 from pipeline.remote_models import local_source
 from pipeline.render import RenderSpec, encoder_of
@@ -148,9 +149,11 @@ def prepared(draft: JobDraft, others: Sequence[Problem] = (), *, runs_here: bool
     ready = ReadyJob(checked, facts, mask, fingerprint_fields(checked, facts, mask))
     spec = ready.render_spec(today())
     _check_adapter(ready, _checked_record(ready, spec))
-    sample = sample_of(checked, spec, _checking_process(checked.config.limits.row_memory_bytes))
+    memory_bytes = checked.config.limits.row_memory_bytes
+    sample = sample_of(checked, spec, _checking_process(memory_bytes))
     if problems := check_sample(checked, sample):
         raise JobRefused(problems)
+    offer_child(spec, functools.partial(_handed_over, memory_bytes))
     return replace(ready, sample=sample)
 
 
@@ -201,6 +204,13 @@ def _checking_process(memory_bytes: int) -> LimitedProcess:
 @functools.lru_cache(maxsize=1)
 def _process_for(memory_bytes: int, _: tuple[tuple[str, str], ...]) -> LimitedProcess:
     return LimitedProcess(CHECK_SECONDS, PREPARE_BYTES + memory_bytes, import_tokenizers)
+
+
+def _handed_over(memory_bytes: int) -> LimitedProcess:
+    """The checking process, which the next check will not find any more."""
+    child = _checking_process(memory_bytes)
+    _process_for.cache_clear()
+    return child
 
 
 def _record(spec: RenderSpec, base_identity: str) -> Iterator[AdapterRecord]:

@@ -97,6 +97,18 @@ class LimitedProcess:
         with suppress(OSError):  # it is gone, which the first call will find out
             self._connection.send((os.getpid(), self._memory_bytes, self._prepare))
 
+    def settle(self, seconds: float, memory_bytes: int, prepare: Callable[[], object]) -> None:
+        """Other work from now on. A child that is idle goes on with it, and has no more memory for it than another.
+
+        Raises what `prepare` raises.
+        """
+        self._seconds, self._memory_bytes, self._prepare = seconds, memory_bytes, prepare
+        if not self._is_ready or self._is_streaming or self._child is None or self._child.poll() is not None:
+            self.close()
+            return
+        with suppress(ChildDied):  # the next call starts another
+            list(self.stream(_settled, prepare, memory_bytes, seconds=START_SECONDS))
+
     def close(self) -> None:
         """End the child, whatever it is at."""
         self._end()
@@ -275,6 +287,12 @@ def serve(descriptor: int) -> None:
 def _prepared(prepare: Callable[[], object] | None) -> Iterator[None]:
     if prepare is not None:
         prepare()
+    yield from ()
+
+
+def _settled(prepare: Callable[[], object], memory_bytes: int) -> Iterator[None]:
+    prepare()
+    _limit_memory(memory_bytes)
     yield from ()
 
 

@@ -1,6 +1,6 @@
 """A dataset, or a window of it, to a persisted plan: rows rendered and tokenised, ordered depth-first, cut into units.
 
-Ray Data reads, renders and sorts; the sorted rows stream through one process, which counts the tree and cuts units.
+The rows come ordered (`pipeline.ordering`) and stream through this one process, which counts the tree and cuts units.
 The plan is content-addressed; a window of it is there when its manifest, or its own file, is.
 """
 
@@ -10,11 +10,8 @@ from itertools import repeat
 from typing import Any
 
 import pyarrow as pa
-import ray.data
-import ray.exceptions
 
 from attention.segments import num_tokens
-from pipeline import cluster
 from pipeline.chains import decode_chain, num_chain_tokens
 from pipeline.checks import CheckedJob
 from pipeline.manifest import (
@@ -29,19 +26,14 @@ from pipeline.manifest import (
     window_name,
     window_to_bytes,
 )
-from pipeline.planned_rows import PlannedRowReader, RowLimits
+from pipeline.ordering import ORDER
 from pipeline.render import RenderSpec
 from pipeline.request_counter import RequestCounter
-from pipeline.row_source import RowSource
-from pipeline.rows import InputChanged, InputUnreadable
 from pipeline.shards import PROTOCOL
 from pipeline.store import Store
 from pipeline.tree_stats import TreeCounter
 from pipeline.units import SCORE_FIELD, UnitSpec, score_row, serialize_unit
 from workers.score_rows import requests_of
-
-ORDER = ["chain", "src_path", "src_row"]  # a total order: equal prompts stay in the order of the input
-STREAM_ROWS = 4096
 
 
 def plan_window(
@@ -102,21 +94,6 @@ def _publish_first(
             store.discard(unit.unit_name)
         raise
     return found
-
-
-def sorted_rows(job: CheckedJob, spec: RenderSpec, window: int) -> Iterator[pa.Table]:
-    """A window of the input read, rendered and sorted by Ray Data. Raises InputChanged, InputUnreadable,
-    WorkersFailed."""
-    limits = job.config.limits
-    reader = PlannedRowReader(job.columns.schema, spec, RowLimits(limits.row_cpu_s, limits.row_memory_bytes))
-    rows = ray.data.read_datasource(RowSource(job.inputs, reader, job.window(window)))
-    cluster.wait_for_ever(rows)
-    try:
-        yield from rows.sort(ORDER).iter_batches(batch_size=STREAM_ROWS, batch_format="pyarrow", prefetch_batches=1)
-        return
-    except ray.exceptions.RayError as error:
-        failure = cluster.cause_of(error, InputChanged, InputUnreadable)
-    raise failure  # without Ray's traceback, which would hold its executor and workers
 
 
 class _UnitCutter:

@@ -6,7 +6,7 @@ are planned and the others are errors. Knows rows and limits; which rows there a
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -217,10 +217,25 @@ def _gathered(blocks: Iterator[pa.Table]) -> Iterator[pa.Table]:
 _kept: list[tuple[RenderSpec, RowLimits, LimitedProcess]] = []  # at most one
 
 
+_offered: list[tuple[RenderSpec, Callable[[], LimitedProcess]]] = []  # at most one
+
+
+def offer_child(spec: RenderSpec, take: Callable[[], LimitedProcess]) -> None:
+    """One that has loaded the tokenizer of `spec`, for another purpose which it no longer has once it is taken."""
+    _offered[:] = [(spec, take)]
+
+
 def _child_for(spec: RenderSpec, limits: RowLimits) -> LimitedProcess:
     """Kept between tasks: Ray runs many in one process, and a tokenizer takes a second to load."""
     if not _kept or _kept[0][:2] != (spec, limits):
         for *_, child in _kept:
             child.close()
-        _kept[:] = [(spec, limits, LimitedProcess(limits.seconds, limits.memory_bytes, partial(encoder_of, spec)))]
+        _kept.clear()
+        prepare = partial(encoder_of, spec)
+        if _offered and _offered[0][0] == spec:
+            child = _offered.pop()[1]()
+            child.settle(limits.seconds, limits.memory_bytes, prepare)
+        else:
+            child = LimitedProcess(limits.seconds, limits.memory_bytes, prepare)
+        _kept[:] = [(spec, limits, child)]
     return _kept[0][2]

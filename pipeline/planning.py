@@ -15,7 +15,8 @@ from pipeline import cluster
 from pipeline.interrupt import Interrupt
 from pipeline.job import ReadyJob, today
 from pipeline.manifest import ForeignOutput, Manifest, load_windows
-from pipeline.plan import plan_window, sorted_rows
+from pipeline.ordering import sorted_rows
+from pipeline.plan import plan_window
 from pipeline.progress import Say
 from pipeline.rows import InputChanged, InputUnreadable
 from pipeline.store import OutputStorageError

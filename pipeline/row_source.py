@@ -64,6 +64,18 @@ class RowSource(Datasource):
             for piece in _pieces(file, wanted)
         ]
 
+    @property
+    def num_rows(self) -> int:
+        return sum(len(wanted) for *_, wanted in self._pieces)
+
+    def empty(self) -> pa.Table:
+        return self._reader.empty()
+
+    def blocks(self) -> Iterator[pa.Table]:
+        """All rows, read by this process."""
+        for file, piece, wanted in self._pieces:
+            yield from self._reader.read(file, piece.start, piece.stop, wanted)
+
     def estimate_inmemory_data_size(self) -> int:
         return sum(piece.num_bytes for _, piece, _ in self._pieces)
 

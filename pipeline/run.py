@@ -4,13 +4,14 @@ Ray schedules, the store commits: a run can end anywhere and be run again.
 """
 
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 
 from pipeline import cluster
 from pipeline.completeness import check_complete, check_unused, missing_units, write_success
 from pipeline.interrupt import Interrupt
-from pipeline.job import ReadyJob, existing_manifest
+from pipeline.job import ReadyJob, existing_manifest, today
 from pipeline.manifest import SUCCESS, Manifest
+from pipeline.ordering import needs_ray
 from pipeline.passes import Passes, Tally
 from pipeline.planning import growing_plans, plan_all, plan_first
 from pipeline.presence import Presence
@@ -19,13 +20,15 @@ from pipeline.summary import RunSummary, committed_footers, count_rows, summary_
 
 
 def plan_job(job: ReadyJob, say: Say) -> Manifest:
-    """The job's whole plan: what is in its folder, and what that lacks. Needs Ray only if it lacks something."""
+    """The job's whole plan: what is in its folder, and what that lacks. Needs Ray only if that is more than a few
+    rows."""
     manifest = existing_manifest(job)
     if manifest is None:
         check_unused(job.store)
     elif manifest.is_complete:
         return manifest
-    with Interrupt() as interrupt, cluster.ray_session():
+    session = cluster.ray_session if needs_ray(job.checked, job.render_spec(today())) else nullcontext
+    with Interrupt() as interrupt, session():
         interrupt.install()
         return plan_all(job, manifest, say)
 

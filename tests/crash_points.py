@@ -33,8 +33,8 @@ from pipeline.checks import CheckedJob
 from pipeline.completeness import missing_units
 from pipeline.job import ReadyJob, prepare
 from pipeline.manifest import Manifest
+from pipeline.ordering import ORDER
 from pipeline.passes import Tally
-from pipeline.plan import ORDER
 from pipeline.render import RenderSpec, render_block
 from pipeline.row_source import RowReader, RowSource
 from pipeline.unit_worker import UnitWorker
@@ -257,7 +257,7 @@ class _PlannerAhead:
 
 
 def sorted_without_ray(job: CheckedJob, spec: RenderSpec, window: int) -> Iterator[pa.Table]:
-    """In place of `pipeline.plan.sorted_rows`."""
+    """In place of `pipeline.ordering.sorted_rows`."""
     tasks = RowSource(job.inputs, RowReader(job.columns.schema), job.window(window)).get_read_tasks(1)
     blocks = [render_block(block, spec) for task in tasks for block in task()]
     yield pa.concat_tables(blocks).sort_by([(name, "ascending") for name in ORDER])

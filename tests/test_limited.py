@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 
 import pytest
 
@@ -262,3 +263,40 @@ def test_ticks_outside_a_child_do_nothing():
     tick()
     with clock_paused():
         pass
+
+
+def have_memory(num_bytes: int) -> Iterator[int]:
+    yield len(bytearray(num_bytes))
+
+
+def prepare_to_say(word: str) -> None:
+    os.environ["SAID"] = word
+
+
+def said() -> Iterator[str]:
+    yield os.environ.get("SAID", "")
+
+
+def test_child_that_settles_for_other_work_goes_on_with_its_limits_and_preparation():
+    with LimitedProcess(30.0, 1024 * MIB) as process:
+        (pid,) = process.stream(my_pid)
+        assert list(process.stream(have_memory, 512 * MIB)) == [512 * MIB]
+        process.settle(30.0, 64 * MIB, partial(prepare_to_say, "once"))
+        assert list(process.stream(my_pid)) == [pid]
+        assert list(process.stream(said)) == ["once"]
+        with pytest.raises(ChildDied) as died:
+            list(process.stream(have_memory, 512 * MIB))
+        assert died.value.death == "memory"
+        assert list(process.stream(said)) == ["once"]  # by another, prepared alike
+
+
+def test_child_that_is_busy_or_dead_is_replaced_when_it_settles():
+    with LimitedProcess(30.0, 64 * MIB) as process:
+        values = process.stream(squares, 3)
+        next(values)
+        process.settle(30.0, 64 * MIB, partial(prepare_to_say, "anew"))
+        assert list(process.stream(said)) == ["anew"]
+        with pytest.raises(ChildDied):
+            list(process.stream(die_after_one, "exit"))
+        process.settle(30.0, 64 * MIB, partial(prepare_to_say, "again"))
+        assert list(process.stream(said)) == ["again"]

@@ -1,5 +1,6 @@
 """Some rows are tried before anything starts: a prompt that fits none is refused, single rows cost themselves."""
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from echo_jobs import write_job
+from echo_jobs import write_input, write_job
 from test_planned_rows import LOOPS
 
+from pipeline import planned_rows
 from pipeline.job import ReadyJob, _checking_process, prepare
 from pipeline.problems import JobRefused
+from pipeline.run import plan_job
 from pipeline.sample import ROWS_EACH
 
 
@@ -91,3 +94,17 @@ def test_process_that_checks_is_another_where_the_environment_is(monkeypatch):
     assert _checking_process(2**30) is first
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     assert _checking_process(2**30) is not first
+
+
+def test_process_that_checked_a_job_plans_it(tmp_path):
+    job = prepare(write_job(write_input(tmp_path)))
+    checking = _checking_process(job.config.limits.row_memory_bytes)
+    (pid,) = checking.stream(own_pid)
+    plan_job(job, lambda line: None)
+    ((_, _, planning),) = planned_rows._kept
+    assert list(planning.stream(own_pid)) == [pid]
+    assert _checking_process(job.config.limits.row_memory_bytes) is not checking
+
+
+def own_pid():
+    yield os.getpid()

@@ -1,0 +1,62 @@
+"""Plans of few rows, made without Ray: the same as those that Ray makes, and Ray's where there is more than said."""
+
+import pytest
+from echo_jobs import write_input, write_job
+
+from pipeline import ordering
+from pipeline.job import prepare, today
+from pipeline.ordering import needs_ray, sorted_rows
+from pipeline.planned_rows import PlannedRowReader, PreparationFailed
+from pipeline.problems import WorkersFailed
+from pipeline.run import plan_job
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray[.]")
+
+
+@pytest.fixture
+def job(tmp_path):
+    return prepare(write_job(write_input(tmp_path), output={"path": "out", "max_rows_per_file": 7}))
+
+
+def by_ray_only(monkeypatch):
+    monkeypatch.setattr(ordering, "FEW_ROWS", 0)
+
+
+def test_plan_of_few_rows_starts_no_ray(job, monkeypatch):
+    monkeypatch.setattr(ordering.cluster, "_start", lambda num_cpus: pytest.fail("Ray was started"))
+    assert plan_job(job, lambda line: None).num_rows == job.checked.num_rows
+
+
+def test_plan_is_the_same_with_and_without_ray(job, local_ray, tmp_path, monkeypatch):
+    here = plan_job(job, lambda line: None)
+    by_ray_only(monkeypatch)
+    by_ray = plan_job(
+        prepare(tmp_path / "job.yaml", [f"output.path={tmp_path / 'other'}"]),
+        lambda line: None,
+    )
+    assert [unit.unit_id for unit in here.units] == [unit.unit_id for unit in by_ray.units]
+    assert here.stats == by_ray.stats
+    assert len(here.units) > 1
+
+
+@pytest.mark.parametrize("limit", ["FEW_ROWS", "FEW_BYTES"])
+def test_more_rows_or_bytes_are_for_ray(job, monkeypatch, limit):
+    spec = job.render_spec(today())
+    assert not needs_ray(job.checked, spec)
+    monkeypatch.setattr(ordering, limit, 1)
+    assert needs_ray(job.checked, spec)
+
+
+def test_rows_that_are_larger_than_their_footer_says_are_given_to_ray(job, monkeypatch):
+    monkeypatch.setattr(ordering, "HELD_BYTES", 1)
+    monkeypatch.setattr(ordering, "_sorted_by_ray", lambda source: iter([source.empty()]))
+    assert [len(table) for table in sorted_rows(job.checked, job.render_spec(today()), 0)] == [0]
+
+
+def test_rows_that_cannot_be_made_ready_fail_as_in_a_worker(job, monkeypatch):
+    def failing(self, *_):
+        raise PreparationFailed("each row ends it\nat once")
+
+    monkeypatch.setattr(PlannedRowReader, "read", failing)
+    with pytest.raises(WorkersFailed, match=r"^PreparationFailed: each row ends it \.\.\. at once$"):
+        list(sorted_rows(job.checked, job.render_spec(today()), 0))
