@@ -127,6 +127,7 @@ def test_cli_require_auth_joins_no_cluster_without_a_token(tmp_path, monkeypatch
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     monkeypatch.setenv("SEGUE_REQUIRE_AUTH", "0")  # monkeypatch takes back what the option sets
+    monkeypatch.setattr("pipeline.ordering.FEW_ROWS", 0)  # the plan of a few needs no cluster
     code, _, err = segue(command, write_job(write_input(tmp_path)), "--require-auth")
     assert code == 4
     assert "without a token, and SEGUE_REQUIRE_AUTH=1" in err
