@@ -4,13 +4,16 @@ arena a generating row, so that one attention call serves all rows of an arena.
 Shapes: `L` layers, `Hkv` key heads, `T` tokens, `D` head width, `B` slots. Knows no tree and no scheduler.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from attention.kv_memory import TAIL_CAPACITIES, KVMemory, KVShape, Tail, next_capacity
+from attention.kv_memory import KVMemory, KVShape, Tail, capacity_for, next_capacity
 from attention.node_memory import NodeMemory
+
+MAX_COPIED_TOKENS = 256  # a longer node is worth a call of its own
 
 
 class NodeKV:
@@ -20,6 +23,10 @@ class NodeKV:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tensor.shape[3]
 
     @property
     def num_bytes(self) -> int:
@@ -59,6 +66,8 @@ class TailArena:
 class KVCache(KVMemory):
     """Node by node and arena by arena."""
 
+    max_copied_tokens = MAX_COPIED_TOKENS
+
     def __init__(self, shape: KVShape, budget_bytes: int) -> None:
         super().__init__(shape, budget_bytes)
         self.arenas: dict[int, TailArena] = {}
@@ -72,8 +81,15 @@ class KVCache(KVMemory):
     def free_node(self, kv: NodeMemory) -> None:
         self.allocated_bytes -= kv.num_bytes
 
-    def open_tail(self) -> Tail:
-        return self._place(Tail(TAIL_CAPACITIES[0], -1))
+    def open_tail(self, prompt: Sequence[NodeMemory] = ()) -> Tail:
+        nodes = [node for node in prompt if isinstance(node, NodeKV)]
+        num_tokens = sum(node.num_tokens for node in nodes)
+        tail = self._place(Tail(capacity_for(num_tokens), -1))
+        slot = self.arenas[tail.capacity].tensor[:, :, tail.place]  # [L, 2, Hkv, capacity, D]
+        for node in nodes:
+            slot[:, :, :, tail.length : tail.length + node.num_tokens] = node.tensor
+            tail.length += node.num_tokens
+        return tail
 
     def grow_tail(self, tail: Tail) -> None:
         if tail.length < tail.capacity:

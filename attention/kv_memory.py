@@ -1,10 +1,12 @@
 """What rows and nodes need of the memory for keys and values, whatever it is made of: a budget, and who takes of it.
 
-A node's keys are stored once, whatever the number of rows below it. A generating row appends its tokens to a *tail*
-that moves to a larger place when it is full. Knows no tensor's layout, no tree and no scheduler.
+A node's keys are stored once, whatever the number of rows below it. A generating row appends its tokens to a *tail*,
+which may begin with the end of its prompt, and which moves to a larger place when it is full. Knows no tensor's layout,
+no tree and no scheduler.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +14,7 @@ import torch
 from attention.node_memory import NodeMemory
 
 CPU = torch.device("cpu")
-TAIL_CAPACITIES = (16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)  # tokens; a full tail moves to the next
+TAIL_CAPACITIES = tuple(16 << power for power in range(17))  # tokens; a full tail moves to the next
 
 
 class KVMemoryExceeded(Exception):
@@ -36,7 +38,7 @@ class KVShape:
 
 @dataclass(eq=False, slots=True)
 class Tail:
-    """A generating row's own tokens: where they are and how many."""
+    """A row's own tokens, generated and at the end of its prompt: where they are and how many."""
 
     capacity: int
     place: int  # a slot of an arena, or the first token in a pool
@@ -45,6 +47,8 @@ class Tail:
 
 class KVMemory(ABC):
     """The one owner of KV memory. `allocated_bytes` never exceeds `budget_bytes`."""
+
+    max_copied_tokens = 0  # of a prompt's end that no other row has, how many a tail had better begin with
 
     def __init__(self, shape: KVShape, budget_bytes: int) -> None:
         self.shape = shape
@@ -71,8 +75,8 @@ class KVMemory(ABC):
         """Give back what `allocate_node` gave, or one of the parts it was split into."""
 
     @abstractmethod
-    def open_tail(self) -> Tail:
-        """An empty tail of the smallest capacity. Raises KVMemoryExceeded."""
+    def open_tail(self, prompt: Sequence[NodeMemory] = ()) -> Tail:
+        """A tail that begins with a copy of these consecutive nodes. Raises KVMemoryExceeded."""
 
     @abstractmethod
     def grow_tail(self, tail: Tail) -> None:
@@ -95,6 +99,11 @@ class KVMemory(ABC):
         if self.allocated_bytes + num_bytes > self.budget_bytes:
             raise KVMemoryExceeded(f"{num_bytes} bytes wanted, {self.budget_bytes - self.allocated_bytes} left")
         self.allocated_bytes += num_bytes
+
+
+def capacity_for(num_tokens: int) -> int:
+    """Of a tail that begins with so many tokens: there is room for one more."""
+    return next_capacity(num_tokens)
 
 
 def next_capacity(capacity: int) -> int:

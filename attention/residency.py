@@ -37,9 +37,10 @@ class Residency:
             node.kv = self.cache.allocate_node(len(node))
         return end.stop - num_missing
 
-    def release(self, end: Node, *, keep_idle: bool = True) -> None:
-        """Let go of a path, leaf first."""
-        for node in reversed(end.path()):
+    def release(self, end: Node, *, above: Node | None = None, keep_idle: bool = True) -> None:
+        """Let go of a path, leaf first; only of what is below `above`, if that is given."""
+        start = 0 if above is None else above.stop
+        for node in reversed([node for node in end.path() if node.start >= start]):
             node.num_active -= 1
             if node.num_active == 0 and node.kv is not None:
                 self._set_idle(node, keep_idle=keep_idle and self.keep_idle)

@@ -189,9 +189,11 @@ class SegmentTree:
         for node in end.path():
             node.num_rows += 1
 
-    def remove_row(self, end: Node) -> None:
-        """Uncount a finished row and drop structure that nobody needs and that owns nothing."""
-        for node in reversed(end.path()):
+    def remove_row(self, end: Node, *, above: Node | None = None) -> None:
+        """Uncount a row that is done with a path, or with what is below `above`, and drop structure that nobody needs
+        and that owns nothing."""
+        start = 0 if above is None else above.stop
+        for node in reversed([node for node in end.path() if node.start >= start]):
             node.num_rows -= 1
             self.prune(node)
 

@@ -3,12 +3,22 @@
 
 import pytest
 import torch
-from tiny_models import KINDS, oracle_greedy, oracle_logits, oracle_model, tiny_config, tiny_model, tiny_tree_model
+from tiny_models import (
+    KINDS,
+    oracle_greedy,
+    oracle_logits,
+    oracle_model,
+    tiny_config,
+    tiny_model,
+    tiny_tokenizer,
+    tiny_tree_model,
+)
 from transformers import AutoModelForCausalLM
 
 from attention.segments import Segment
 from workers import support
 from workers.engine import Engine, EngineConfig
+from workers.fused_decoder import FusedDecoder
 from workers.model import tree_model
 from workers.model_source import ModelRefused
 from workers.sampling import SamplingParams
@@ -126,3 +136,18 @@ def test_model_whose_attention_differs_from_what_its_configuration_says_is_caugh
 
 def test_every_kind_in_the_tests_is_known_to_transformers():
     assert all(type(tiny_config(kind)) in AutoModelForCausalLM._model_mapping for kind in KINDS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_decoder_is_there_for_llama_like_models_and_equals_the_plain_one(kind):
+    model = tree_model(tiny_model(kind, attention_bias=True) if kind == "llama" else tiny_model(kind), tiny_tokenizer())
+    assert (model.fused is not None) == (kind in {"llama", "mistral", "qwen2", "qwen3"})
+    fused = Engine(model, EngineConfig(mask="segment")).logits(PROMPTS)
+    model.fused = None
+    torch.testing.assert_close(fused, Engine(model, EngineConfig(mask="segment")).logits(PROMPTS), atol=1e-5, rtol=0)
+
+
+def test_fused_decoder_that_does_not_fit_its_model_is_not_used(monkeypatch):
+    """As with a transformers version in which a layer computes something more."""
+    monkeypatch.setattr(FusedDecoder, "__call__", lambda self, ids, positions, run: torch.zeros(ids.shape[1], 48))
+    assert tree_model(tiny_model("llama"), tiny_tokenizer()).fused is None

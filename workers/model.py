@@ -24,6 +24,7 @@ from attention.tree import SegmentTree
 from workers import support
 from workers.device_names import DeviceMap
 from workers.devices import make_backend, resolve_device, resolve_dtype
+from workers.fused_decoder import FusedDecoder
 from workers.model_source import ModelRefused, locate, safetensors_directory
 
 ATTENTION_NAME = "segue_tree"
@@ -67,6 +68,7 @@ class TreeModel:
     kv_shape: KVShape
     max_model_len: int
     eos_token_ids: frozenset[int]
+    fused: FusedDecoder | None = None  # the same decoder in fewer calls, where there is one
 
     @property
     def layer_devices(self) -> list[torch.device]:
@@ -89,6 +91,8 @@ class TreeModel:
 
     def hidden(self, ids: Tensor, positions: Tensor, run: StepRun) -> Tensor:
         """ids and positions `[1, T]` -> `[T, E]`, with `run` as the attention of every layer."""
+        if self.fused is not None:
+            return self.fused(ids, positions, run)
         output = self.model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False, segue_step=run)
         return output.last_hidden_state[0]
 
@@ -161,6 +165,9 @@ def tree_model(model: Any, tokenizer: Any) -> TreeModel:
     loaded = TreeModel(
         model, tokenizer, _kv_shape(model), support.max_model_len(model.config), eos_token_ids(model, tokenizer)
     )
+    loaded.fused = FusedDecoder.of(model.get_decoder())
+    if loaded.fused is not None and not _probed_error(loaded, wanted) <= PROBE_TOLERANCE[loaded.kv_shape.dtype]:
+        loaded.fused = None
     _probe(loaded, wanted)
     return loaded
 
@@ -247,13 +254,18 @@ def own_logits(model: Any) -> Tensor:
 
 def _probe(loaded: TreeModel, wanted: Tensor) -> None:
     """Run a short causal prompt through the tree: whatever a configuration hides shows as different logits."""
-    got = chain_logits(loaded, [Segment(tuple(probe_ids(loaded.model)), False)])
-    error = float((got - wanted).norm() / wanted.norm().clamp_min(1e-6))
+    error = _probed_error(loaded, wanted)
     if not error <= PROBE_TOLERANCE[loaded.kv_shape.dtype]:
         raise ModelRefused(
             f"model of type {loaded.model.config.model_type!r} is not supported: over the tree its logits differ from "
             f"its own by {error:.2%} of their norm"
         )
+
+
+def _probed_error(loaded: TreeModel, wanted: Tensor) -> float:
+    """As a share of the logits' norm."""
+    got = chain_logits(loaded, [Segment(tuple(probe_ids(loaded.model)), False)])
+    return float((got - wanted).norm() / wanted.norm().clamp_min(1e-6))
 
 
 def chain_logits(loaded: TreeModel, segments: list[Segment]) -> Tensor:

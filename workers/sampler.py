@@ -26,10 +26,11 @@ def uniform(seed: int, row_key: bytes, sample_index: int, position: int) -> floa
 def draw(logits: Tensor, samples: Sequence[Sample], *, seed: int, eos_token_ids: frozenset[int]) -> list[int | None]:
     """One token for each row of `logits` `[B, V]` fp32, and its log-probabilities where asked; None where the
     logits are not numbers. Log-probabilities are the model's own, before any adjustment."""
-    is_sound = torch.isfinite(logits.amax(dim=-1)).tolist()
+    highest, most_likely = logits.max(dim=-1)
+    is_sound = torch.isfinite(highest).tolist()
     _record_positions = _logprob_rows(logits, samples)
     adjusted = _adjust(logits, samples, eos_token_ids)
-    tokens = adjusted.argmax(dim=-1).tolist()
+    tokens = (most_likely if adjusted is logits else adjusted.argmax(dim=-1)).tolist()
     random_rows = [i for i, s in enumerate(samples) if s.request.params.temperature > 0 and is_sound[i]]
     if random_rows:
         drawn = _draw_random(adjusted[random_rows], [samples[i] for i in random_rows], seed)

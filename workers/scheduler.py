@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from attention.kv_memory import TAIL_CAPACITIES, KVMemory, KVMemoryExceeded, next_capacity
+from attention.kv_memory import TAIL_CAPACITIES, KVMemory, KVMemoryExceeded, capacity_for, next_capacity
 from attention.residency import Residency
 from attention.segments import Segment
 from attention.tree import Node, SegmentTree
@@ -210,10 +210,30 @@ class Scheduler:
 
     def _open_tail(self, sample: Sample) -> bool:
         """False if the sample had to give way and waits again."""
+        if self._copy_prompt(sample):
+            return True
         if not self.residency.make_room(TAIL_CAPACITIES[0]):
             self._requeue(sample)
             return False
         sample.tail = self.cache.open_tail()
+        return True
+
+    def _copy_prompt(self, sample: Sample) -> bool:
+        """Begin the tail with the end of a prompt that no other row has, if that is short and memory is not: many tails
+        are one call of attention, and every node is one of its own. The nodes may go then."""
+        nodes: list[Node] = []
+        above, num_tokens = sample.end, 0
+        while above.parent and above.num_rows == 1 and num_tokens + len(above) <= self.cache.max_copied_tokens:
+            nodes.append(above)
+            num_tokens += len(above)
+            above = above.parent
+        promised = sum(prefill.num_tail_tokens for prefill in self.prefilling)
+        if not nodes or not self.residency.make_room(2 * capacity_for(num_tokens) + promised):
+            return False
+        sample.tail = self.cache.open_tail([node.kv for node in reversed(nodes) if node.kv is not None])
+        self.residency.release(sample.end, above=above, keep_idle=sample.request.root is None)
+        self.tree.remove_row(sample.end, above=above)
+        sample.copied, sample.end = sample.end, above
         return True
 
     def _relieve(self, sample: Sample, num_tokens: int) -> None:
@@ -258,7 +278,7 @@ class Scheduler:
         request, old_end = sample.request, sample.end
         chain = _with_generated(request.segments, sample.token_ids)
         end = self.tree.insert(chain, request.root)
-        sample.end = end
+        sample.copied, sample.end = None, end
         self.waiting.appendleft(self._prefill(request, [sample], end))
         self._leave(old_end, request)
 

@@ -1,0 +1,128 @@
+"""Generating rows whose tails begin with the end of their prompt: the same answers in fewer calls of attention."""
+
+import math
+import random
+
+import pytest
+import torch
+from tiny_models import oracle_greedy, oracle_model, tiny_model, tiny_tokenizer, tiny_tree_model
+
+from attention.kv_cache import KVCache
+from attention.segments import Segment
+from workers.engine import Engine, EngineConfig
+from workers.model import tree_model
+from workers.request import GenerationRequest
+from workers.sampling import SamplingParams
+
+SYSTEM = Segment(tuple(range(40, 60)), True)
+
+
+def prompts(lengths, seed=0):
+    rng = random.Random(seed)
+    return [(SYSTEM, Segment(tuple(rng.randrange(3, 250) for _ in range(each)), True)) for each in lengths]
+
+
+def engine(**config):
+    return Engine(tiny_tree_model(), EngineConfig(mask="segment", **config))
+
+
+def start(subject, chains, max_tokens=12):
+    for index, chain in enumerate(chains):
+        subject.add(index, GenerationRequest(chain, SamplingParams(max_tokens=max_tokens, ignore_eos=True), b""))
+
+
+def finish(subject):
+    outputs = {}
+    while subject.has_work:
+        outputs.update((output.request_id, output) for output in subject.step())
+    return [outputs[index].outputs[0].token_ids for index in sorted(outputs)]
+
+
+def wanted(chains, max_tokens=12):
+    return [oracle_greedy(oracle_model(), chain, max_tokens, frozenset()) for chain in chains]
+
+
+def blocks_of_next_step(subject, monkeypatch):
+    seen = []
+    real = subject.backend.begin
+    with monkeypatch.context() as patch:
+        patch.setattr(subject.backend, "begin", lambda blocks, *rest: seen.append(blocks) or real(blocks, *rest))
+        subject.step()
+    return seen[0]
+
+
+@pytest.mark.parametrize(("max_copied", "num_blocks"), [(256, 1), (0, 5)])
+def test_rows_attend_to_their_own_prompts_in_their_tails_and_to_shared_ones_as_nodes(
+    monkeypatch, max_copied, num_blocks
+):
+    monkeypatch.setattr(KVCache, "max_copied_tokens", max_copied)
+    chains = prompts([3, 8, 17, 40])
+    subject = engine()
+    start(subject, chains)
+    subject.step()
+    blocks = blocks_of_next_step(subject, monkeypatch)
+    assert len(blocks.cross_blocks) == num_blocks
+    assert finish(subject) == wanted(chains)
+
+
+def test_long_prompt_and_one_that_several_samples_have_stay_nodes(monkeypatch):
+    (long, shared) = prompts([300, 6])
+    subject = engine()
+    params = SamplingParams(max_tokens=4, n=2, temperature=1.0, ignore_eos=True)
+    subject.add(0, GenerationRequest(long, SamplingParams(max_tokens=4, ignore_eos=True), b""))
+    subject.add(1, GenerationRequest(shared, params, b""))
+    subject.step()
+    assert len(blocks_of_next_step(subject, monkeypatch).cross_blocks) == 3
+
+
+def test_prompt_whose_node_was_evicted_goes_on_and_is_computed_again_for_another_row():
+    chain = prompts([30])[0]
+    subject = engine()
+    start(subject, [chain])
+    subject.step()
+    (sample,) = subject.scheduler.running
+    node = sample.copied
+    assert (sample.end.token_ids, node.token_ids) == (SYSTEM.token_ids, chain[1].token_ids)
+    subject.scheduler.residency.discard(node)
+    assert node.kv is None
+    subject.add(1, GenerationRequest(chain, SamplingParams(max_tokens=12, ignore_eos=True, seed=1), b""))
+    assert finish(subject) == wanted([chain, chain])
+
+
+def test_rows_that_part_from_a_copied_prompt_or_go_on_from_it_have_their_own_answers():
+    run = tuple(range(100, 130))
+    chains = [(SYSTEM, Segment(run, False))]
+    later = [(SYSTEM, Segment((*run[:10], 7, 8), False)), (SYSTEM, Segment((*run, 9, 9), False))]
+    subject = engine()
+    start(subject, chains)
+    subject.step()
+    subject.step()
+    for index, chain in enumerate(later, 1):
+        subject.add(index, GenerationRequest(chain, SamplingParams(max_tokens=12, ignore_eos=True), b""))
+    assert finish(subject) == wanted([*chains, *later])
+
+
+def test_memory_too_small_for_copies_leaves_prompts_where_they_are():
+    chains = prompts([30, 31, 32, 33])
+    subject = engine(kv_cache_memory_bytes=tiny_tree_model().kv_shape.bytes_per_token * (20 + 126 + 5 * 16))
+    start(subject, chains, max_tokens=6)
+    subject.step()
+    assert [sample.copied for sample in subject.scheduler.running] == [None] * 4
+    assert finish(subject) == wanted(chains, 6)
+    assert subject.stats.num_preemptions == 0
+
+
+def test_numbers_of_a_prompt_that_ends_in_nan_are_forgotten_where_they_were_copied_from():
+    chain = prompts([5])[0]
+    (poison, *_), *_ = wanted([chain])
+    assert poison not in {token for segment in chain for token in segment.token_ids}
+    model = tree_model(tiny_model("llama"), tiny_tokenizer())
+    with torch.no_grad():  # not the head, which is another tensor
+        model.model.get_input_embeddings().weight[poison] = math.nan
+    subject = Engine(model, EngineConfig(mask="segment"))
+    start(subject, [chain])
+    subject.step()
+    node = subject.scheduler.running[0].copied
+    (output,) = subject.step()
+    assert output.error is not None
+    assert node.kv is None
