@@ -14,7 +14,7 @@ from workers.model import tree_model
 from workers.request import GenerationRequest
 from workers.sampling import SamplingParams
 
-SYSTEM = Segment(tuple(range(40, 60)), True)
+SYSTEM = Segment(tuple(range(40, 80)), True)
 
 
 def prompts(lengths, seed=0):
@@ -66,7 +66,7 @@ def test_rows_attend_to_their_own_prompts_in_their_tails_and_to_shared_ones_as_n
 
 
 def test_long_prompt_and_one_that_several_samples_have_stay_nodes(monkeypatch):
-    (long, shared) = prompts([300, 6])
+    (long, shared) = prompts([300, 40])
     subject = engine()
     params = SamplingParams(max_tokens=4, n=2, temperature=1.0, ignore_eos=True)
     subject.add(0, GenerationRequest(long, SamplingParams(max_tokens=4, ignore_eos=True), b""))
@@ -75,18 +75,37 @@ def test_long_prompt_and_one_that_several_samples_have_stay_nodes(monkeypatch):
     assert len(blocks_of_next_step(subject, monkeypatch).cross_blocks) == 3
 
 
-def test_prompt_whose_node_was_evicted_goes_on_and_is_computed_again_for_another_row():
-    chain = prompts([30])[0]
+def test_prompt_of_which_nobody_else_has_anything_is_all_in_the_tail(monkeypatch):
+    chains = [(Segment((10 + number, 20, 30), True), Segment((40, 50), False)) for number in range(3)]
     subject = engine()
-    start(subject, [chain])
+    start(subject, chains)
     subject.step()
-    (sample,) = subject.scheduler.running
+    assert not blocks_of_next_step(subject, monkeypatch).cross_blocks
+    assert finish(subject) == wanted(chains)
+
+
+def test_small_nodes_of_a_few_rows_are_copied_for_each(monkeypatch):
+    chains = [(SYSTEM, Segment((7, 8), True), Segment((100 + number, 5), True)) for number in range(3)]
+    subject = engine()
+    start(subject, chains)
+    subject.step()
+    assert len(blocks_of_next_step(subject, monkeypatch).cross_blocks) == 1
+    assert finish(subject) == wanted(chains)
+
+
+def test_prompt_whose_node_was_evicted_goes_on_and_is_computed_again_for_another_row():
+    chain, other = prompts([30, 5])
+    subject = engine()
+    start(subject, [chain, other])
+    subject.step()
+    sample, _ = subject.scheduler.running
     node = sample.copied
+    assert node is not None
     assert (sample.end.token_ids, node.token_ids) == (SYSTEM.token_ids, chain[1].token_ids)
     subject.scheduler.residency.discard(node)
     assert node.kv is None
-    subject.add(1, GenerationRequest(chain, SamplingParams(max_tokens=12, ignore_eos=True, seed=1), b""))
-    assert finish(subject) == wanted([chain, chain])
+    subject.add(2, GenerationRequest(chain, SamplingParams(max_tokens=12, ignore_eos=True, seed=1), b""))
+    assert finish(subject) == wanted([chain, other, chain])
 
 
 def test_rows_that_part_from_a_copied_prompt_or_go_on_from_it_have_their_own_answers():
@@ -104,7 +123,7 @@ def test_rows_that_part_from_a_copied_prompt_or_go_on_from_it_have_their_own_ans
 
 def test_memory_too_small_for_copies_leaves_prompts_where_they_are():
     chains = prompts([30, 31, 32, 33])
-    subject = engine(kv_cache_memory_bytes=tiny_tree_model().kv_shape.bytes_per_token * (20 + 126 + 5 * 16))
+    subject = engine(kv_cache_memory_bytes=tiny_tree_model().kv_shape.bytes_per_token * (40 + 126 + 5 * 16))
     start(subject, chains, max_tokens=6)
     subject.step()
     assert [sample.copied for sample in subject.scheduler.running] == [None] * 4
@@ -123,6 +142,7 @@ def test_numbers_of_a_prompt_that_ends_in_nan_are_forgotten_where_they_were_copi
     start(subject, [chain])
     subject.step()
     node = subject.scheduler.running[0].copied
+    assert node is not None
     (output,) = subject.step()
     assert output.error is not None
     assert node.kv is None

@@ -79,8 +79,8 @@ class _FusedLayer:
             heads = torch.cat([*(norm(part) for norm, part in norms), parts[2]], dim=1)
         turned = _turned(heads[:, : -self._num_keys], cos, sin)
         query, key = turned.split(counts[:2], dim=1)
-        each = (part.transpose(0, 1) for part in (query, key, heads[:, -self._num_keys :]))
-        return run.attend(number, *each, self._scale)
+        value = heads[:, -self._num_keys :]
+        return run.attend(number, query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), self._scale)
 
 
 class _Norm:

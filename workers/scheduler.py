@@ -15,6 +15,7 @@ from attention.tree import Node, SegmentTree
 from workers.request import Request, Sample
 from workers.row_errors import RowError, RowErrorCode
 
+FEW_COPIES = 64  # tokens of a node, times its rows: so many are rather copied than attended to in a call of their own
 MIN_PIECE_TOKENS = 64  # a causal run is not cut for less: every cut is one more block in each later step
 
 
@@ -219,11 +220,13 @@ class Scheduler:
         return True
 
     def _copy_prompt(self, sample: Sample) -> bool:
-        """Begin the tail with the end of a prompt that no other row has, if that is short and memory is not: many tails
-        are one call of attention, and every node is one of its own. The nodes may go then."""
+        """Begin the tail with the end of a prompt that no other row has, or that is next to nothing, if memory is not
+        short: many tails are one call of attention, and every node is one of its own. The nodes may go then."""
         nodes: list[Node] = []
         above, num_tokens = sample.end, 0
-        while above.parent and above.num_rows == 1 and num_tokens + len(above) <= self.cache.max_copied_tokens:
+        while above.parent is not None and num_tokens + len(above) <= self.cache.max_copied_tokens:
+            if above.num_rows > 1 and above.num_rows * len(above) > FEW_COPIES:
+                break
             nodes.append(above)
             num_tokens += len(above)
             above = above.parent
