@@ -53,10 +53,11 @@ class _ReferenceStep:
         ends = _decode_ends(self.blocks)
         for batch in self.memory.tails:
             for slot, index in enumerate(batch.query_index.tolist()):
-                keys, values = gather(ends[index])
                 length = int(batch.lengths[slot])
-                keys = torch.cat([keys, batch.keys(layer)[slot, :, :length]], dim=1)
-                values = torch.cat([values, batch.values(layer)[slot, :, :length]], dim=1)
+                keys, values = batch.keys(layer)[slot, :, :length], batch.values(layer)[slot, :, :length]
+                if index in ends:  # else its whole prompt is in its tail
+                    above = gather(ends[index])
+                    keys, values = torch.cat([above[0], keys], dim=1), torch.cat([above[1], values], dim=1)
                 mask = torch.ones(1, keys.shape[1], dtype=torch.bool, device=query.device)
                 attended = dense_attention(query[:, index : index + 1], keys, values, mask, scale)
                 out[index] = attended[0].to(out.dtype)

@@ -14,10 +14,11 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from urllib.parse import urlsplit
 
+import psutil
 import ray
 import ray.exceptions
 from ray.data import DataContext, Dataset
@@ -84,6 +85,7 @@ def _start_here(num_cpus: int | None) -> None:
     """On a busy machine a node may miss the thirty seconds that Ray (2.60) gives it to start; the next one gets them
     anew."""
     for left in reversed(range(LOCAL_STARTS)):
+        before = {child.pid for child in psutil.Process().children()}
         try:
             ray.init(
                 address="local",
@@ -97,6 +99,15 @@ def _start_here(num_cpus: int | None) -> None:
             if not left or "timed out during startup" not in str(error):
                 raise
             ray.shutdown()
+            _end([child for child in psutil.Process().children() if child.pid not in before])
+
+
+def _end(processes: Sequence[psutil.Process]) -> None:
+    """With what they started. A node that came too late is nobody's, and Ray leaves it running."""
+    for process in processes:
+        with suppress(psutil.Error):
+            for each in [*process.children(recursive=True), process]:
+                each.kill()
 
 
 def is_local() -> bool:

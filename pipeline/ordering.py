@@ -4,7 +4,10 @@ Starting Ray's tasks takes ten seconds, a few thousand rows take one. Either way
 looks into the rows, and the order is total, so the plan is the same.
 """
 
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Generator, Iterator, Mapping
+from typing import Any
 
 import pyarrow as pa
 import ray.data
@@ -12,7 +15,9 @@ import ray.exceptions
 
 from pipeline import cluster
 from pipeline.checks import CheckedJob
-from pipeline.planned_rows import PlannedRowReader, PreparationFailed, RowLimits
+from pipeline.interrupt import SIGNALS
+from pipeline.limited import ChildUnready
+from pipeline.planned_rows import PlannedRowReader, RowLimits
 from pipeline.problems import WorkersFailed
 from pipeline.render import RenderSpec
 from pipeline.row_source import RowSource
@@ -22,10 +27,11 @@ ORDER = ["chain", "src_path", "src_row"]  # equal prompts stay in the order of t
 STREAM_ROWS = 4096
 FEW_ROWS = 8192
 FEW_BYTES = 8 * 2**20  # decompressed, as footers say, which may lie:
+FEW_PIECES = 64  # of files, which are read one after the other
 HELD_BYTES = 128 * 2**20  # rows that turn out to be larger are Ray's, which keeps on disk what does not fit
 
 
-def sorted_rows(job: CheckedJob, spec: RenderSpec, window: int) -> Iterator[pa.Table]:
+def sorted_rows(job: CheckedJob, spec: RenderSpec, window: int) -> Generator[pa.Table]:
     """A window of the input. Raises InputChanged, InputUnreadable, WorkersFailed, ChildUnready, and if Ray is needed
     and none is there, ClusterUnavailable."""
     source = _source(job, spec, window)
@@ -48,7 +54,8 @@ def _source(job: CheckedJob, spec: RenderSpec, window: int) -> RowSource:
 
 
 def _are_few(source: RowSource) -> bool:
-    return source.num_rows <= FEW_ROWS and source.estimate_inmemory_data_size() <= FEW_BYTES
+    is_small = source.num_rows <= FEW_ROWS and source.estimate_inmemory_data_size() <= FEW_BYTES
+    return is_small and source.num_pieces <= FEW_PIECES
 
 
 def _sorted_here(source: RowSource) -> pa.Table | None:
@@ -60,13 +67,17 @@ def _sorted_here(source: RowSource) -> pa.Table | None:
             size += block.nbytes
             if size > HELD_BYTES:
                 return None
-    except PreparationFailed as error:
-        raise WorkersFailed(cluster.one_line(f"{type(error).__name__}: {error}")) from None
+    except (InputChanged, InputUnreadable, ChildUnready):
+        raise
+    except Exception as error:  # what a task of Ray's would have failed with
+        raise WorkersFailed(cluster.one_line(f"{type(error).__name__}: {error}")) from error
     return pa.concat_tables(blocks).sort_by([(name, "ascending") for name in ORDER])
 
 
 def _sorted_by_ray(source: RowSource) -> Iterator[pa.Table]:
+    handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
     with cluster.ray_session():
+        _set_again(handlers)
         rows = ray.data.read_datasource(source)
         cluster.wait_for_ever(rows)
         try:
@@ -75,3 +86,11 @@ def _sorted_by_ray(source: RowSource) -> Iterator[pa.Table]:
         except ray.exceptions.RayError as error:
             failure = cluster.cause_of(error, InputChanged, InputUnreadable)
     raise failure  # without Ray's traceback, which would hold its executor and workers
+
+
+def _set_again(handlers: Mapping[signal.Signals, Any]) -> None:
+    """Ray takes SIGTERM for itself when it starts, which may be in the middle of a plan."""
+    if threading.current_thread() is threading.main_thread():
+        for signum, handler in handlers.items():
+            if handler is not None:  # else it is not Python's
+                signal.signal(signum, handler)

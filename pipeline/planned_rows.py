@@ -227,12 +227,13 @@ def offer_child(spec: RenderSpec, take: Callable[[], LimitedProcess]) -> None:
 
 def _child_for(spec: RenderSpec, limits: RowLimits) -> LimitedProcess:
     """Kept between tasks: Ray runs many in one process, and a tokenizer takes a second to load."""
-    if not _kept or _kept[0][:2] != (spec, limits):
+    is_offered = bool(_offered) and _offered[0][0] == spec
+    if is_offered or not _kept or _kept[0][:2] != (spec, limits):
         for *_, child in _kept:
             child.close()
         _kept.clear()
         prepare = partial(encoder_of, spec)
-        if _offered and _offered[0][0] == spec:
+        if is_offered:
             child = _offered.pop()[1]()
             child.settle(limits.seconds, limits.memory_bytes, prepare)
         else:

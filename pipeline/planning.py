@@ -32,8 +32,8 @@ def plan_next(job: ReadyJob, before: Manifest | None) -> Manifest:
     """
     spec = job.render_spec(before.date if before else today())
     number = before.num_planned if before else 0
-    rows = sorted_rows(job.checked, spec, number)
-    return plan_window(job.checked, job.fields, spec, job.store, rows, before)
+    with closing(sorted_rows(job.checked, spec, number)) as rows:
+        return plan_window(job.checked, job.fields, spec, job.store, rows, before)
 
 
 def plan_all(job: ReadyJob, manifest: Manifest | None, say: Say) -> Manifest:

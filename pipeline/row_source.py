@@ -68,6 +68,11 @@ class RowSource(Datasource):
     def num_rows(self) -> int:
         return sum(len(wanted) for *_, wanted in self._pieces)
 
+    @property
+    def num_pieces(self) -> int:
+        """Stretches of files that are read by themselves."""
+        return len(self._pieces)
+
     def empty(self) -> pa.Table:
         return self._reader.empty()
 

@@ -84,6 +84,38 @@ def test_prompt_of_which_nobody_else_has_anything_is_all_in_the_tail(monkeypatch
     assert finish(subject) == wanted(chains)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_row_alone_attends_to_nothing_but_its_tail(backend):
+    chain = prompts([9])[0]
+    subject = engine(backend=backend)
+    start(subject, [chain])
+    assert finish(subject) == wanted([chain])
+
+
+def test_row_that_fits_without_a_copy_is_never_out_of_memory_for_one():
+    """A tail that began with the prompt would double to more than there is."""
+    chain = (Segment(tuple(range(3, 133)), True),)
+    subject = engine(kv_cache_memory_bytes=700 * tiny_tree_model().kv_shape.bytes_per_token)
+    start(subject, [chain], max_tokens=200)
+    subject.step()
+    assert subject.scheduler.running[0].copied is not None
+    assert finish(subject) == wanted([chain], 200)
+
+
+def test_copies_take_no_memory_from_prompts_that_waiting_rows_want():
+    waiting = (SYSTEM, Segment(tuple(range(100, 140)), True))
+    chains = prompts([30, 31])
+    tokens = 40 + 40 + 61 + 2 * 16 + 60
+    subject = engine(kv_cache_memory_bytes=tokens * tiny_tree_model().kv_shape.bytes_per_token, max_num_seqs=2)
+    start(subject, [waiting], max_tokens=1)
+    finish(subject)
+    start(subject, [*chains, waiting], max_tokens=4)
+    subject.step()
+    assert [sample.copied for sample in subject.scheduler.running] == [None, None]
+    assert finish(subject) == wanted([*chains, waiting], 4)
+    assert subject.stats.num_computed_tokens == 80 + 61
+
+
 def test_small_nodes_of_a_few_rows_are_copied_for_each(monkeypatch):
     chains = [(SYSTEM, Segment((7, 8), True), Segment((100 + number, 5), True)) for number in range(3)]
     subject = engine()

@@ -1,5 +1,8 @@
 """Plans of few rows, made without Ray: the same as those that Ray makes, and Ray's where there is more than said."""
 
+import signal
+from contextlib import contextmanager
+
 import pytest
 from echo_jobs import write_input, write_job
 
@@ -39,12 +42,30 @@ def test_plan_is_the_same_with_and_without_ray(job, local_ray, tmp_path, monkeyp
     assert len(here.units) > 1
 
 
-@pytest.mark.parametrize("limit", ["FEW_ROWS", "FEW_BYTES"])
-def test_more_rows_or_bytes_are_for_ray(job, monkeypatch, limit):
+@pytest.mark.parametrize("limit", ["FEW_ROWS", "FEW_BYTES", "FEW_PIECES"])
+def test_more_rows_bytes_or_pieces_are_for_ray(job, monkeypatch, limit):
     spec = job.render_spec(today())
     assert not needs_ray(job.checked, spec)
     monkeypatch.setattr(ordering, limit, 1)
     assert needs_ray(job.checked, spec)
+
+
+def test_ray_that_starts_in_the_middle_of_a_plan_takes_no_signal(job, monkeypatch):
+    @contextmanager
+    def taking_session():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        yield
+
+    seen = []
+    monkeypatch.setattr(ordering.cluster, "ray_session", taking_session)
+    monkeypatch.setattr(
+        ordering.ray.data, "read_datasource", lambda _: seen.append(signal.getsignal(signal.SIGTERM)) or pytest.skip()
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    by_ray_only(monkeypatch)
+    with pytest.raises(pytest.skip.Exception):
+        list(sorted_rows(job.checked, job.render_spec(today()), 0))
+    assert seen == [before]
 
 
 def test_rows_that_are_larger_than_their_footer_says_are_given_to_ray(job, monkeypatch):
@@ -53,10 +74,11 @@ def test_rows_that_are_larger_than_their_footer_says_are_given_to_ray(job, monke
     assert [len(table) for table in sorted_rows(job.checked, job.render_spec(today()), 0)] == [0]
 
 
-def test_rows_that_cannot_be_made_ready_fail_as_in_a_worker(job, monkeypatch):
+@pytest.mark.parametrize("kind", [PreparationFailed, ValueError])
+def test_rows_that_cannot_be_made_ready_fail_as_in_a_worker(job, monkeypatch, kind):
     def failing(self, *_):
-        raise PreparationFailed("each row ends it\nat once")
+        raise kind("each row ends it\nat once")
 
     monkeypatch.setattr(PlannedRowReader, "read", failing)
-    with pytest.raises(WorkersFailed, match=r"^PreparationFailed: each row ends it \.\.\. at once$"):
+    with pytest.raises(WorkersFailed, match=rf"^{kind.__name__}: each row ends it \.\.\. at once$"):
         list(sorted_rows(job.checked, job.render_spec(today()), 0))

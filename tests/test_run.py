@@ -367,11 +367,12 @@ def test_ray_local_session_has_a_private_token_and_refuses_who_lacks_it(local_ra
 
 @pytest.mark.parametrize(("failures", "starts"), [(1, 2), (5, cluster.LOCAL_STARTS)])
 def test_local_ray_that_a_busy_machine_starts_too_slowly_is_started_again(monkeypatch, failures, starts):
-    tried = []
+    tried, begun = [], []
 
     def init(**_):
         tried.append(1)
         if len(tried) <= failures:
+            begun.append(subprocess.Popen(["sleep", "60"]))  # a node that comes too late
             raise Exception("The current node timed out during startup. This could happen because ...")
 
     monkeypatch.setattr(cluster.ray, "init", init)
@@ -380,6 +381,10 @@ def test_local_ray_that_a_busy_machine_starts_too_slowly_is_started_again(monkey
     with nullcontext() if failures < cluster.LOCAL_STARTS else pytest.raises(ClusterUnavailable, match="timed out"):
         cluster._start(2)
     assert len(tried) == starts
+    assert [process.wait(1) for process in begun[: starts - 1]] == [-signal.SIGKILL] * (starts - 1)
+    for process in begun[starts - 1 :]:
+        process.kill()
+        process.wait()
 
 
 def test_joining_a_ray_without_a_token_is_warned_of_and_refused_where_it_is_required(monkeypatch, capsys):

@@ -214,8 +214,10 @@ class Scheduler:
         if self._copy_prompt(sample):
             return True
         if not self.residency.make_room(TAIL_CAPACITIES[0]):
-            self._requeue(sample)
-            return False
+            self.cache.trim()
+            if not self.residency.make_room(TAIL_CAPACITIES[0]):
+                self._requeue(sample)
+                return False
         sample.tail = self.cache.open_tail()
         return True
 
@@ -231,7 +233,8 @@ class Scheduler:
             num_tokens += len(above)
             above = above.parent
         promised = sum(prefill.num_tail_tokens for prefill in self.prefilling)
-        if not nodes or not self.residency.make_room(2 * capacity_for(num_tokens) + promised):
+        promised += TAIL_CAPACITIES[0] * len(sample.request.samples)
+        if not nodes or not self.residency.make_room(2 * capacity_for(num_tokens) + promised, from_unwanted=True):
             return False
         sample.tail = self.cache.open_tail([node.kv for node in reversed(nodes) if node.kv is not None])
         self.residency.release(sample.end, above=above, keep_idle=sample.request.root is None)
@@ -245,8 +248,9 @@ class Scheduler:
         if self.residency.make_room(num_tokens):
             return
         latest = max([*self.running, *(s for p in self.prefilling for s in p.samples)], key=_age)
+        may_need_less = latest.copied is not None  # without a copy of its prompt in a tail that doubles
         self._preempt(latest)
-        if not self.num_active:
+        if not self.num_active and not may_need_less:
             self._fail(self._take_waiting(sample))
 
     def shrink_memory(self, budget_bytes: int) -> bool:
