@@ -102,6 +102,16 @@ def test_row_that_fits_without_a_copy_is_never_out_of_memory_for_one():
     assert finish(subject) == wanted([chain], 200)
 
 
+def test_row_that_fits_neither_way_is_out_of_memory_and_does_not_try_for_ever():
+    chain = (Segment(tuple(range(3, 63)), True),)
+    subject = engine(kv_cache_memory_bytes=300 * tiny_tree_model().kv_shape.bytes_per_token)
+    start(subject, [chain], max_tokens=440)
+    subject.step()
+    assert subject.scheduler.running[0].copied is not None
+    outputs = [output for _ in range(1000) if subject.has_work for output in subject.step()]
+    assert [output.error and str(output.error.code) for output in outputs] == ["ROW_OOM"]
+
+
 def test_copies_take_no_memory_from_prompts_that_waiting_rows_want():
     waiting = (SYSTEM, Segment(tuple(range(100, 140)), True))
     chains = prompts([30, 31])
