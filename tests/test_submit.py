@@ -132,6 +132,7 @@ def test_submit_with_code_runs_the_code_of_the_client(cluster, tmp_path):
 )
 def test_submit_cluster_that_cannot_be_used_exits_4_and_says_why(cluster, tmp_path, variables, address, said):
     path = write_job(write_input(tmp_path))
+    variables |= {"HOME": str(tmp_path)}  # where Ray's own token may be
     code, out, err = cluster.ended("submit", path, "--address", address or cluster.address, **variables)
     assert code == 4, err
     assert out == ""
@@ -141,7 +142,7 @@ def test_submit_cluster_that_cannot_be_used_exits_4_and_says_why(cluster, tmp_pa
 
 def test_submit_without_a_token_that_is_required_is_refused(cluster, tmp_path):
     path = write_job(write_input(tmp_path))
-    code, _, err = cluster.ended("submit", path, "--require-auth", RAY_AUTH_TOKEN_PATH="")
+    code, _, err = cluster.ended("submit", path, "--require-auth", RAY_AUTH_TOKEN_PATH="", HOME=str(tmp_path))
     assert code == 4
     assert "set RAY_AUTH_TOKEN" in err
 
