@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from attention.kv_memory import KVMemory, KVShape, Tail, capacity_for, next_capacity
+from attention.kv_memory import KVMemory, KVShape, Tail, next_capacity
 from attention.node_memory import NodeMemory
 
 MAX_COPIED_TOKENS = 256  # a longer node is worth a call of its own
@@ -84,7 +84,7 @@ class KVCache(KVMemory):
     def open_tail(self, prompt: Sequence[NodeMemory] = ()) -> Tail:
         nodes = [node for node in prompt if isinstance(node, NodeKV)]
         num_tokens = sum(node.num_tokens for node in nodes)
-        tail = self._place(Tail(capacity_for(num_tokens), -1))
+        tail = self._place(Tail(next_capacity(num_tokens), -1))
         slot = self.arenas[tail.capacity].tensor[:, :, tail.place]  # [L, 2, Hkv, capacity, D]
         for node in nodes:
             slot[:, :, :, tail.length : tail.length + node.num_tokens] = node.tensor

@@ -101,11 +101,6 @@ class KVMemory(ABC):
         self.allocated_bytes += num_bytes
 
 
-def capacity_for(num_tokens: int) -> int:
-    """Of a tail that begins with so many tokens: there is room for one more."""
-    return next_capacity(num_tokens)
-
-
-def next_capacity(capacity: int) -> int:
-    """The capacity a full tail moves to."""
-    return next(larger for larger in TAIL_CAPACITIES if larger > capacity)
+def next_capacity(num_tokens: int) -> int:
+    """Of a tail that has so many tokens and room for one more: what a new one begins with, what a full one moves to."""
+    return next(capacity for capacity in TAIL_CAPACITIES if capacity > num_tokens)

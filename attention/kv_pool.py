@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from attention.extents import Extents
-from attention.kv_memory import KVMemory, KVMemoryExceeded, KVShape, Tail, capacity_for, next_capacity
+from attention.kv_memory import KVMemory, KVMemoryExceeded, KVShape, Tail, next_capacity
 from attention.node_memory import NodeMemory
 
 MAX_POOL_TOKENS = 2**31 - 1  # kernels count in 32 bits
@@ -92,7 +92,7 @@ class KVPool(KVMemory):
     def open_tail(self, prompt: Sequence[NodeMemory] = ()) -> Tail:
         if prompt:
             raise ValueError("tails of a pool begin empty: a sequence more costs its kernel nothing")
-        capacity = capacity_for(0)
+        capacity = next_capacity(0)
         tail = Tail(capacity, self._allocate(capacity))
         self._tails[id(tail)] = tail
         return tail

@@ -39,8 +39,7 @@ class Residency:
 
     def release(self, end: Node, *, above: Node | None = None, keep_idle: bool = True) -> None:
         """Let go of a path, leaf first; only of what is below `above`, if that is given."""
-        start = 0 if above is None else above.stop
-        for node in reversed([node for node in end.path() if node.start >= start]):
+        for node in reversed(end.path(above)):
             node.num_active -= 1
             if node.num_active == 0 and node.kv is not None:
                 self._set_idle(node, keep_idle=keep_idle and self.keep_idle)

@@ -68,11 +68,11 @@ class Node:
     def is_root(self) -> bool:
         return self.parent is None
 
-    def path(self) -> list["Node"]:
-        """Root to here, the empty root left out."""
+    def path(self, above: "Node | None" = None) -> list["Node"]:
+        """Root to here, the empty root left out; what is below `above`, if that is given."""
         nodes: list[Node] = []
         node: Node | None = self
-        while node is not None and node.parent is not None:
+        while node is not None and node.parent is not None and node is not above:
             nodes.append(node)
             node = node.parent
         return nodes[::-1]
@@ -192,8 +192,7 @@ class SegmentTree:
     def remove_row(self, end: Node, *, above: Node | None = None) -> None:
         """Uncount a row that is done with a path, or with what is below `above`, and drop structure that nobody needs
         and that owns nothing."""
-        start = 0 if above is None else above.stop
-        for node in reversed([node for node in end.path() if node.start >= start]):
+        for node in reversed(end.path(above)):
             node.num_rows -= 1
             self.prune(node)
 

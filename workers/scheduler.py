@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from attention.kv_memory import TAIL_CAPACITIES, KVMemory, KVMemoryExceeded, capacity_for, next_capacity
+from attention.kv_memory import TAIL_CAPACITIES, KVMemory, KVMemoryExceeded, next_capacity
 from attention.residency import Residency
 from attention.segments import Segment
 from attention.tree import Node, SegmentTree
@@ -222,21 +222,16 @@ class Scheduler:
         return True
 
     def _copy_prompt(self, sample: Sample) -> bool:
-        """Begin the tail with the end of a prompt that no other row has, or that is next to nothing, if memory is not
-        short: many tails are one call of attention, and every node is one of its own. The nodes may go then."""
-        nodes: list[Node] = []
-        above, num_tokens = sample.end, 0
-        while above.parent is not None and num_tokens + len(above) <= self.cache.max_copied_tokens:
-            if above.num_rows > 1 and above.num_rows * len(above) > FEW_COPIES:
-                break
-            nodes.append(above)
-            num_tokens += len(above)
-            above = above.parent
+        """Begin the tail with the prompt's own end, if memory is not short: many tails are one call of attention, and
+        every node is one of its own. The nodes may go then."""
+        above = _above_own_end(sample.end, self.cache.max_copied_tokens)
+        nodes = sample.end.path(above)
         promised = sum(prefill.num_tail_tokens for prefill in self.prefilling)
         promised += TAIL_CAPACITIES[0] * len(sample.request.samples)
-        if not nodes or not self.residency.make_room(2 * capacity_for(num_tokens) + promised, from_unwanted=True):
+        wanted = 2 * next_capacity(sample.end.stop - above.stop) + promised
+        if not nodes or not self.residency.make_room(wanted, from_unwanted=True):
             return False
-        sample.tail = self.cache.open_tail([node.kv for node in reversed(nodes) if node.kv is not None])
+        sample.tail = self.cache.open_tail([node.kv for node in nodes if node.kv is not None])
         self.residency.release(sample.end, above=above, keep_idle=sample.request.root is None)
         self.tree.remove_row(sample.end, above=above)
         sample.copied, sample.end = sample.end, above
@@ -348,6 +343,16 @@ class Scheduler:
         if node.bidirectional or budget < (1 if is_first else MIN_PIECE_TOKENS):
             return None
         return self.tree.split(node, budget)
+
+
+def _above_own_end(end: Node, max_tokens: int) -> Node:
+    """What is above the last nodes of a prompt that no other row has, or that are next to nothing."""
+    above = end
+    while above.parent is not None and end.stop - above.start <= max_tokens:
+        if above.num_rows > 1 and above.num_rows * len(above) > FEW_COPIES:
+            break
+        above = above.parent
+    return above
 
 
 def _is_complete(end: Node, in_step: set[Node]) -> bool:
