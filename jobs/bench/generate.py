@@ -17,7 +17,7 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from attention.segments import Segment
@@ -65,13 +65,8 @@ def main() -> None:
     directory = str(safetensors_directory(locate(SOURCE)))
     model = load_model(directory, dtype=args.dtype)
     case = CASES[args.case]
-    case = Case(
-        args.rows or case.num_rows,
-        args.systems or case.num_systems,
-        case.system_words,
-        case.own_words,
-        args.new_tokens or case.max_tokens,
-    )
+    asked = {"num_rows": args.rows, "num_systems": args.systems, "max_tokens": args.new_tokens}
+    case = replace(case, **{name: number for name, number in asked.items() if number})
     prompts = case.prompts(model.tokenizer)
     report: dict[str, Any] = {
         "benchmark": f"generate {args.case}",

@@ -42,7 +42,8 @@ class Transformers:
         return found
 
     def best_batch_size(self, prompts: Sequence[Sequence[int]], max_tokens: int, sizes: Sequence[int]) -> int:
-        """By rows a second, each size on as many rows as it has, after a warm-up."""
+        """By rows a second, each size on as many rows as it has, after a warm-up; of those that there are rows for."""
+        sizes = [size for size in sizes if size <= len(prompts)] or [len(prompts)]
         self.generate(prompts[:1], 2, 1)
         rates = {
             size: size / seconds_of(lambda size=size: self.generate(prompts[:size], max_tokens, size)) for size in sizes
