@@ -65,6 +65,19 @@ def test_rows_attend_to_their_own_prompts_in_their_tails_and_to_shared_ones_as_n
     assert finish(subject) == wanted(chains)
 
 
+def test_rows_hold_what_their_tails_lack_and_nothing_else():
+    subject = engine()
+    start(subject, prompts([3, 8]))
+    subject.step()
+    running = subject.scheduler.running
+    assert [(sample.end.token_ids, sample.end.num_active, sample.end.num_rows) for sample in running] == [
+        (SYSTEM.token_ids, 2, 2)
+    ] * 2
+    assert [(sample.copied.num_active, sample.copied.num_rows) for sample in running if sample.copied] == [(0, 0)] * 2
+    finish(subject)
+    assert {(node.num_active, node.num_rows) for node in subject.tree} == {(0, 0)}
+
+
 def test_long_prompt_and_one_that_several_samples_have_stay_nodes(monkeypatch):
     (long, shared) = prompts([300, 40])
     subject = engine()
