@@ -240,6 +240,9 @@ def _problems(config: FinetuneConfig) -> list[Problem]:
     if config.model.adapter is not None:
         wanted = "it left out: an adapter is trained on the model itself"
         problems.append(Problem("model.adapter", "an adapter", wanted))
+    if config.model.quantization is not None:
+        wanted = "it left out: an adapter is trained over plain weights"
+        problems.append(Problem("model.quantization", shown(config.model.quantization), wanted))
     if config.workers.num_gpus not in ("auto", 0) and config.workers.max_size > 1:
         wanted = "auto or 0: a training in several processes uses CPUs"
         problems.append(Problem("workers.num_gpus", f"{config.workers.num_gpus:g}", wanted))

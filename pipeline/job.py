@@ -106,6 +106,7 @@ class ReadyJob:
             revision=self.facts.commit or self.config.model.revision,
             adapter=self.config.model.adapter,
             dtype=self.facts.dtype,
+            quantization=self.config.model.quantization,
             mask=self.mask,
             task=self.config.task,
             params=self.config.sampling_params,
@@ -247,7 +248,12 @@ def _look_at_model(config: JobConfig) -> tuple[ModelFacts | None, list[Problem]]
     try:
         source, adapter = local_source(model.source), model.adapter and local_source(model.adapter, "model.adapter")
         facts = inspect_model(
-            source, dtype=model.dtype, adapter=adapter, revision=model.revision, on_gpu=_is_on_gpu(config)
+            source,
+            dtype=model.dtype,
+            adapter=adapter,
+            revision=model.revision,
+            quantization=model.quantization,
+            on_gpu=_is_on_gpu(config),
         )
     except ModelRefused as refused:
         return None, [*problems, Problem("model", "", str(refused))]
@@ -295,6 +301,7 @@ def fingerprint_fields(checked: CheckedJob, facts: ModelFacts, mask: str) -> dic
         "model": facts.identity,
         "model.adapter": facts.adapter_identity,
         "model.dtype": facts.dtype,
+        "model.quantization": config.model.quantization,
         "mask": mask,
         "seed": config.seed,
         "prompt": checked.template.model_dump(mode="json"),

@@ -51,6 +51,7 @@ class WorkerSpec:
     revision: str | None
     adapter: str | None
     dtype: str
+    quantization: dict[str, Any] | None  # transformers' own configuration
     mask: str
     task: Task
     params: SamplingParams
@@ -223,6 +224,7 @@ def make_engine(spec: WorkerSpec) -> RowEngine:
         revision=spec.revision,
         device=spec.device,
         device_map=spec.device_map,
+        quantization=spec.quantization,
         **options,
     )
 

@@ -219,3 +219,21 @@ def test_training_on_the_card_gives_the_logprobs_and_gradients_of_the_cpu():
     torch.testing.assert_close(got, wanted, atol=1e-3, rtol=1e-3)
     for mine, other in zip(gradients, wanted_gradients, strict=True):
         torch.testing.assert_close(mine, other, atol=1e-3, rtol=1e-2)
+
+
+def test_quantised_weights_on_the_card_answer_as_on_the_cpu(tmp_path):
+    pytest.importorskip("torchao")
+    tiny_model("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    int8 = {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_data": {}}}}
+    engines = [
+        Engine.from_pretrained(str(tmp_path), dtype="bfloat16", mask="segment", device=device, quantization=int8)
+        for device in ("cuda", "cpu")
+    ]
+    assert type(engines[0].model.model.model.layers[0].mlp.up_proj.weight).__name__ != "Parameter"
+    assert engines[0].model.layer_devices == [CUDA] * 3
+    prompts = [[Segment(tuple(range(3, 40)), True), Segment(tuple(range(5, 5 + n)), True)] for n in (4, 9)]
+    got, wanted = (engine.logits(prompts).cpu() for engine in engines)
+    assert (got - wanted).norm() < 2e-2 * wanted.norm()
+    outputs = engines[0].generate(prompts, SamplingParams(max_tokens=8, ignore_eos=True))
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [8, 8]

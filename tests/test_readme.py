@@ -22,7 +22,8 @@ from pipeline.config_file import load_job
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SEGUE = str(Path(sys.executable).with_name("segue"))
-READERS = ("errors", "evaluate", "verify")  # of what other lines have written
+READERS = ("errors", "evaluate", "report", "status", "verify")  # of what other lines have written
+WRITTEN = {"--output", "--html"}
 ECHO = ["--set", "model.source=echo", "--limit", "7"]
 
 
@@ -40,12 +41,13 @@ def redirected(args: Sequence[str], folder: Path, *, extra: Sequence[str] = ()) 
     """The same command writing, or looking, below `folder` instead of the checkout."""
     if args[0] not in ("run", "plan", "validate", *READERS):
         return list(args)
-    if args[0] in READERS:
-        return [args[0], str(folder / args[1]), *args[2:]]
-    words = [*args, *extra]
-    if "--output" in words:
-        place = words.index("--output") + 1
+    words = [*args] if args[0] in READERS else [*args, *extra]
+    for option in WRITTEN.intersection(words):
+        place = words.index(option) + 1
         words[place] = str(folder / words[place])
+    if args[0] in READERS:
+        return [args[0], str(folder / args[1]), *words[2:]]
+    if "--output" in words:
         return words
     return [*words, "--output", str(folder / Path(args[1]).parent / "out")]
 

@@ -8,7 +8,7 @@ Knows prompts and models; batching is `workers/engine_core.py`. No Ray, no stora
 """
 
 import datetime
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -58,20 +58,28 @@ class Engine(EngineCore):
         revision: str | None = None,
         device: Device = "auto",
         device_map: DeviceMap = None,
+        quantization: Mapping[str, Any] | None = None,
         **config: Any,
     ) -> "Engine":
         """Load a model (see `workers.model_source` for what a source may be).
 
         `mask="auto"` is what the adapter was trained with, else causal. Raises ModelRefused with the reason, another
         mask than the adapter's among them unless `check_adapter` is False. `device="auto"` is a GPU if there is one;
-        `device_map="auto"` puts a model's layers on all of them.
+        `device_map="auto"` puts a model's layers on all of them. `quantization` is transformers' own configuration,
+        with its `quant_method`: weights are made smaller as they are loaded.
         """
         record = (load_record(Path(adapter)) if adapter else None) or AdapterRecord()
         resolved = record.mask or "causal" if mask == "auto" else mask
         if check_adapter:
             _check_adapter(record, AdapterRecord(mask=resolved))
         model = load_model(
-            source, dtype=dtype, adapter=adapter, revision=revision, device=device, device_map=device_map
+            source,
+            dtype=dtype,
+            adapter=adapter,
+            revision=revision,
+            device=device,
+            device_map=device_map,
+            quantization=quantization,
         )
         engine = cls(model, EngineConfig(mask=resolved, **config))
         engine._adapter = record if check_adapter else AdapterRecord()

@@ -30,14 +30,16 @@ class FusedDecoder:
 
     @classmethod
     def of(cls, decoder: Any) -> Self | None:
-        """None for a decoder of another kind, a large one, or one that is not on one CPU as a whole."""
+        """None for a decoder of another kind, a large, a quantised one, or one that is not on one CPU as a whole."""
         if type(decoder).__name__ not in KINDS:
             return None
         parameters = list(decoder.parameters())
         is_small = sum(parameter.nbytes for parameter in parameters) <= MAX_BYTES
         is_here = all(parameter.device.type == "cpu" for parameter in parameters)
+        is_plain = getattr(decoder.config, "quantization_config", None) is None
         is_split = any(hasattr(module, "_hf_hook") for module in decoder.modules())  # by accelerate
-        return cls(decoder) if is_small and is_here and not is_split and decoder.config.hidden_act == "silu" else None
+        is_whole = is_here and not is_split
+        return cls(decoder) if is_small and is_plain and is_whole and decoder.config.hidden_act == "silu" else None
 
     def __call__(self, ids: Tensor, positions: Tensor, run: StepRun) -> Tensor:
         """ids and positions `[1, T]` -> `[T, E]`, with `run` as the attention of every layer."""

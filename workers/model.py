@@ -26,6 +26,7 @@ from workers.device_names import DeviceMap
 from workers.devices import make_backend, resolve_device, resolve_dtype
 from workers.fused_decoder import FusedDecoder
 from workers.model_source import ModelRefused, locate, safetensors_directory
+from workers.quantization import ADAPTER_OVER_QUANTIZED, checked_quantization, own_quantization, quiet_imports
 
 ATTENTION_NAME = "segue_tree"
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}  # of the logits' norm
@@ -110,8 +111,10 @@ def load_model(
     revision: str | None = None,
     device: str = "auto",
     device_map: DeviceMap = None,
+    quantization: Mapping[str, Any] | None = None,
 ) -> TreeModel:
-    """Load, check and probe. `device_map` is for a model larger than a device: where its layers go.
+    """Load, check and probe. `device_map` is for a model larger than a device: where its layers go; `quantization` is
+    transformers' own configuration of weights of fewer bits.
 
     Raises ModelRefused with the reason.
     """
@@ -119,6 +122,12 @@ def load_model(
     torch_device = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, torch_device)
     config, tokenizer = checked_config(directory)
+    quantized = checked_quantization(config, quantization)
+    if quantized is not None or own_quantization(config) is not None:
+        if adapter:
+            raise ModelRefused(ADAPTER_OVER_QUANTIZED)
+        device_map = device_map or ({"": str(torch_device)} if torch_device.type != "cpu" else None)
+        return tree_model(load_weights(directory, config, torch_dtype, device_map, quantized), tokenizer)
     # An adapter is merged in fp32 and rounded once.
     model = load_weights(directory, config, torch.float32 if adapter else torch_dtype, device_map)
     if adapter:
@@ -172,7 +181,9 @@ def tree_model(model: Any, tokenizer: Any) -> TreeModel:
     return loaded
 
 
-def load_weights(directory: Path, config: Any, dtype: torch.dtype, device_map: DeviceMap = None) -> Any:
+def load_weights(
+    directory: Path, config: Any, dtype: torch.dtype, device_map: DeviceMap = None, quantization: Any | None = None
+) -> Any:
     """The transformers model of a checked directory, with its own eager attention. Raises ModelRefused."""
     if device_map is not None and importlib.util.find_spec("accelerate") is None:
         raise ModelRefused("a model on several devices needs the accelerate package: pip install 'segue[gpu]'")
@@ -180,26 +191,31 @@ def load_weights(directory: Path, config: Any, dtype: torch.dtype, device_map: D
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(
-        directory,
-        config=config,
-        dtype=dtype,
-        local_files_only=True,
-        use_safetensors=True,
-        attn_implementation="eager",
-        device_map=device_map,
-    )
+    options = {} if quantization is None else {"quantization_config": quantization}
+    with quiet_imports():
+        return AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            attn_implementation="eager",
+            device_map=device_map,
+            **options,
+        )
 
 
 def merge_adapter(model: Any, adapter: str) -> Any:
     """The model with an adapter's weights added to its own. Raises ModelRefused for what is no PEFT adapter."""
     try:
-        from peft import PeftModel
+        with quiet_imports():
+            from peft import PeftModel
     except ImportError as error:
         raise ModelRefused("model.adapter needs the peft package: pip install 'segue[finetune]'") from error
     if not (Path(adapter) / "adapter_model.safetensors").is_file():
         raise ModelRefused(f"model.adapter: {adapter!r} has no adapter_model.safetensors")
-    return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    with quiet_imports():
+        return PeftModel.from_pretrained(model, adapter).merge_and_unload()
 
 
 def _register_attention() -> None:
@@ -210,12 +226,11 @@ def _register_attention() -> None:
 
 def _kv_shape(model: Any) -> KVShape:
     config = model.config.get_text_config()
-    parameter = next(model.parameters())
     return KVShape(
         int(config.num_hidden_layers),
         support.num_kv_heads(config),
         support.head_dim(config),
-        parameter.dtype,
+        model.dtype,
         _device_of(model.get_decoder().layers[0]),
     )
 

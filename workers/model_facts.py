@@ -3,6 +3,7 @@
 Raises ModelRefused for everything that would fail later on the workers, as far as files can tell.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,12 @@ from workers.adapter_record import AdapterRecord, load_record
 from workers.devices import resolve_dtype
 from workers.model import checked_config
 from workers.model_source import ModelRefused, file_digest, locate, safetensors_directory, weights_identity
+from workers.quantization import (
+    ADAPTER_OVER_QUANTIZED,
+    checked_quantization,
+    own_quantization,
+    size_in_memory,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +45,13 @@ class ModelFacts:
 
 
 def inspect_model(
-    source: str, *, dtype: str, adapter: str | None, revision: str | None, on_gpu: bool | None = None
+    source: str,
+    *,
+    dtype: str,
+    adapter: str | None,
+    revision: str | None,
+    quantization: Mapping[str, Any] | None = None,
+    on_gpu: bool | None = None,
 ) -> ModelFacts:
     """Find, convert if needed, and check a model. `source: echo` has no weights and no limits.
 
@@ -50,7 +63,15 @@ def inspect_model(
     directory = safetensors_directory(files)
     config, _ = checked_config(directory)
     resolved = resolve_dtype(dtype, None if on_gpu is None else torch.device("cuda" if on_gpu else "cpu"))
-    num_weights = support.num_weights(directory)
+    quantized = checked_quantization(config, quantization)
+    is_quantized = quantized is not None or own_quantization(config) is not None
+    if is_quantized and adapter is not None:
+        raise ModelRefused(ADAPTER_OVER_QUANTIZED)
+    if is_quantized:
+        num_weights, weight_bytes = size_in_memory(directory, config, quantized, resolved)
+    else:
+        num_weights = support.num_weights(directory)
+        weight_bytes = num_weights * resolved.itemsize
     return ModelFacts(
         identity=weights_identity(files),
         commit=files.commit,
@@ -60,7 +81,7 @@ def inspect_model(
         max_model_len=support.max_model_len(config),
         window=support.sliding_window(config),
         num_weights=num_weights,
-        weight_bytes=num_weights * resolved.itemsize,
+        weight_bytes=weight_bytes,
         kv_bytes_per_token=kv_bytes_per_token(config, resolved.itemsize),
     )
 

@@ -31,6 +31,7 @@ from workers.model import (
     vocabulary_logits,
 )
 from workers.model_source import ModelRefused, locate, safetensors_directory
+from workers.quantization import own_quantization
 from workers.training_batches import TrainingExample
 from workers.training_params import LoraParams
 
@@ -112,7 +113,7 @@ class TrainingModel:
     ) -> "TrainingModel":
         """Load and check. Raises ModelRefused with the reason."""
         directory = safetensors_directory(locate(source, revision))
-        config, _ = checked_config(directory)
+        config, _ = _checked_plain_config(directory)
         return cls(load_weights(directory, config, dtype).to(resolve_device(device)), lora, seed=seed)
 
     @property
@@ -212,7 +213,7 @@ def check_trainable(source: str, revision: str | None, lora: LoraParams, answer_
 
     _import_peft()
     directory = safetensors_directory(locate(source, revision))
-    config, tokenizer = checked_config(directory)
+    config, tokenizer = _checked_plain_config(directory)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     if (directory / "generation_config.json").is_file():
@@ -224,6 +225,13 @@ def check_trainable(source: str, revision: str | None, lora: LoraParams, answer_
             f"answers would end with token {answer_end_id}, as the prompts' template ends them, and generation stops "
             f"at {', '.join(map(str, sorted(stops))) or 'none'}: name it in eos_token_id of generation_config.json"
         )
+
+
+def _checked_plain_config(directory: Path) -> tuple[Any, Any]:
+    config, tokenizer = checked_config(directory)
+    if own_quantization(config) is not None:
+        raise ModelRefused("model.source: its weights are quantised, and adapters are trained over plain ones")
+    return config, tokenizer
 
 
 def _register_attention() -> None:

@@ -6,7 +6,7 @@
 
 `prepare` turns every row into token ids by the code that plans a job; `run` trains with the loop of `segue finetune`,
 then loads model and adapter as a worker of `segue run` does, and scores and generates with its engine. What is not done
-when the time is over is left out and can be run later: `results.json` says what is there.
+when the time is over is left out and can be run later: what `results.json` has is not done again.
 """
 
 import argparse
@@ -113,6 +113,7 @@ def work(args: argparse.Namespace) -> None:
     from study import arms, load_study
 
     study = load_study()
+    done = set(_known())
     with gzip.open(args.items, "rt", encoding="utf-8") as file:
         items = json.load(file)
     orders: dict[str, tuple[str, ...]] = {}
@@ -120,7 +121,11 @@ def work(args: argparse.Namespace) -> None:
         task, order, _ = name.split("/")
         orders[task] = tuple(dict.fromkeys([*orders.get(task, ()), order]))
     number, total = map(int, args.share.split("/"))
-    wanted = [each for each in arms(study, orders) if args.only in (None, each[0].task)]
+    wanted = [
+        each
+        for each in arms(study, orders)
+        if args.only in (None, each[0].task) and _arm_of(asdict(each[0])) not in done
+    ]
     longest = 0.0
     with (args.out / f"part-{number}.jsonl").open("a", encoding="utf-8") as out:
         for arm, part in wanted[number::total]:
@@ -132,8 +137,8 @@ def work(args: argparse.Namespace) -> None:
             longest = max(longest, time.time() - started)
             out.write(json.dumps(result) + "\n")
             out.flush()
-            done = {name: result[name] for name in ("task", "order", "arm", "seed", "eval_loss", "tokens_per_second")}
-            print(f"{longest:.0f} s", done, _shares(result["right"]), file=sys.stderr, flush=True)
+            told = {name: result[name] for name in ("task", "order", "arm", "seed", "eval_loss", "tokens_per_second")}
+            print(f"{longest:.0f} s", told, _shares(result["right"]), file=sys.stderr, flush=True)
 
 
 def _result(arm: Any, part: dict[str, Any], items: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
@@ -224,13 +229,20 @@ def _result(arm: Any, part: dict[str, Any], items: dict[str, Any], args: argpars
 
 def collect(args: argparse.Namespace) -> None:
     """Adds what the processes found to results.json; of a training that is there already the newer is kept."""
-    from study import RESULTS, write_results
+    from study import write_results
 
-    found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else []
-    by_arm = {_arm_of(result): result for result in found}
+    by_arm = _known()
     for path in args.parts:
         by_arm |= {_arm_of(each): each for each in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
     write_results([by_arm[key] for key in sorted(by_arm)])
+
+
+def _known() -> dict[tuple[Any, ...], dict[str, Any]]:
+    """What results.json has."""
+    from study import RESULTS
+
+    found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else []
+    return {_arm_of(result): result for result in found}
 
 
 def _arm_of(result: dict[str, Any]) -> tuple[Any, ...]:

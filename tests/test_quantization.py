@@ -1,0 +1,110 @@
+"""Weights of fewer bits: transformers' own quantisation, passed through from a job, and checkpoints saved in it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.quantizers.auto import AutoQuantizationConfig
+
+from attention.segments import Segment
+from workers.engine import Engine
+from workers.fused_decoder import FusedDecoder
+from workers.model_facts import inspect_model
+from workers.model_source import ModelRefused
+from workers.sampling import SamplingParams
+from workers.training_model import check_trainable
+from workers.training_params import LoraParams
+
+PROMPTS = [[Segment(tuple(range(3, 30)), True), Segment(tuple(range(40, 40 + n)), True)] for n in (5, 9, 12)]
+
+
+def torchao(name: str) -> dict[str, Any]:
+    return {"quant_method": "torchao", "quant_type": {"default": {"_type": name, "_version": 2, "_data": {}}}}
+
+
+INT8 = torchao("Int8WeightOnlyConfig")
+
+
+def own_model(directory: Path) -> Any:
+    """Loaded and quantised by transformers alone."""
+    return AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, quantization_config=AutoQuantizationConfig.from_dict(INT8)
+    )
+
+
+@torch.no_grad()
+def own_logits(model: Any) -> torch.Tensor:
+    """Causal, at each prompt's end."""
+    ids = [torch.tensor([[t for segment in prompt for t in segment.token_ids]]) for prompt in PROMPTS]
+    return torch.stack([model(each).logits[0, -1] for each in ids])
+
+
+def test_answers_are_those_of_the_model_that_transformers_quantises(model_directory):
+    engine = Engine.from_pretrained(model_directory, dtype="float32", mask="causal", quantization=INT8)
+    assert type(engine.model.model.model.layers[0].mlp.up_proj.weight).__name__ == "Int8Tensor"
+    got = engine.logits(PROMPTS)
+    torch.testing.assert_close(got, own_logits(own_model(model_directory)), atol=1e-5, rtol=0)
+    plain = Engine.from_pretrained(model_directory, dtype="float32", mask="causal")
+    error = (got - plain.logits(PROMPTS)).norm() / got.norm()
+    assert 1e-4 < error < 0.05  # quantised, and not more than that
+
+
+@pytest.mark.parametrize("mask", ["segment", "causal"])
+@pytest.mark.parametrize("method", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
+def test_rows_do_not_depend_on_what_runs_beside_them(method, mask, model_directory):
+    engine = Engine.from_pretrained(model_directory, dtype="float32", mask=mask, quantization=torchao(method))
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    together = [output.outputs[0].token_ids for output in engine.generate(PROMPTS, params)]
+    alone = [engine.generate([prompt], params)[0].outputs[0].token_ids for prompt in PROMPTS]
+    assert together == alone
+
+
+def test_checkpoint_saved_with_fewer_bits_is_loaded_as_it_is(model_directory, tmp_path):
+    model = own_model(model_directory)
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(model_directory).save_pretrained(tmp_path)
+    engine = Engine.from_pretrained(str(tmp_path), dtype="float32", mask="causal")
+    torch.testing.assert_close(engine.logits(PROMPTS), own_logits(model), atol=1e-5, rtol=0)
+    with pytest.raises(ModelRefused, match=r"quantised already .*torchao"):
+        Engine.from_pretrained(str(tmp_path), quantization=INT8)
+    with pytest.raises(ModelRefused, match="adapters are trained over plain"):
+        check_trainable(str(tmp_path), None, LoraParams(), 2)
+
+
+def test_quantised_decoder_is_not_fused(model_directory):
+    assert FusedDecoder.of(own_model(model_directory).model) is None
+
+
+def test_size_in_memory_counts_a_byte_a_weight(model_directory):
+    facts = {
+        name: inspect_model(model_directory, dtype="float32", adapter=None, revision=None, quantization=quantization)
+        for name, quantization in (("plain", None), ("int8", INT8))
+    }
+    model = AutoModelForCausalLM.from_pretrained(model_directory)
+    linear = sum(p.numel() for n, p in model.named_parameters() if n.endswith("_proj.weight"))
+    assert facts["plain"].num_weights == facts["int8"].num_weights
+    assert facts["plain"].weight_bytes - facts["int8"].weight_bytes == 3 * linear
+
+
+@pytest.mark.parametrize(
+    ("wanted", "reason"),
+    [
+        ({"quant_method": "guess"}, "Unknown quantization type, got guess"),
+        ({}, "quant_method"),
+        ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int9", "_version": 2, "_data": {}}}}, "Int9"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq|GPTQ|[Oo]ptimum"),
+    ],
+)
+def test_what_cannot_be_had_is_refused_before_weights_are_read(wanted, reason, model_directory):
+    with pytest.raises(ModelRefused, match=f"model.quantization: .*({reason})"):
+        inspect_model(model_directory, dtype="auto", adapter=None, revision=None, quantization=wanted)
+
+
+def test_adapter_over_quantised_weights_is_refused(model_directory):
+    with pytest.raises(ModelRefused, match="merge it into the model first"):
+        inspect_model(model_directory, dtype="auto", adapter="anywhere", revision=None, quantization=INT8)
+    with pytest.raises(ModelRefused, match="merge it into the model first"):
+        Engine.from_pretrained(model_directory, adapter="anywhere", quantization=INT8)
