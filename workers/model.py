@@ -26,7 +26,7 @@ from workers.device_names import DeviceMap
 from workers.devices import make_backend, resolve_device, resolve_dtype
 from workers.fused_decoder import FusedDecoder
 from workers.model_source import ModelRefused, locate, safetensors_directory
-from workers.quantization import ADAPTER_OVER_QUANTIZED, checked_quantization, own_quantization, quiet_imports
+from workers.quantization import ADAPTER_OVER_QUANTIZED, checked_quantization, own_quantization
 
 ATTENTION_NAME = "segue_tree"
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}  # of the logits' norm
@@ -192,30 +192,27 @@ def load_weights(
 
     logging.disable_progress_bar()
     options = {} if quantization is None else {"quantization_config": quantization}
-    with quiet_imports():
-        return AutoModelForCausalLM.from_pretrained(
-            directory,
-            config=config,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            attn_implementation="eager",
-            device_map=device_map,
-            **options,
-        )
+    return AutoModelForCausalLM.from_pretrained(
+        directory,
+        config=config,
+        dtype=dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        attn_implementation="eager",
+        device_map=device_map,
+        **options,
+    )
 
 
 def merge_adapter(model: Any, adapter: str) -> Any:
     """The model with an adapter's weights added to its own. Raises ModelRefused for what is no PEFT adapter."""
     try:
-        with quiet_imports():
-            from peft import PeftModel
+        from peft import PeftModel
     except ImportError as error:
         raise ModelRefused("model.adapter needs the peft package: pip install 'segue[finetune]'") from error
     if not (Path(adapter) / "adapter_model.safetensors").is_file():
         raise ModelRefused(f"model.adapter: {adapter!r} has no adapter_model.safetensors")
-    with quiet_imports():
-        return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload()
 
 
 def _register_attention() -> None:

@@ -4,9 +4,7 @@ A method's package does the work, and says what it needs; here its answers becom
 model's precision.
 """
 
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ from workers.model_source import ModelRefused
 ADAPTER_OVER_QUANTIZED = (
     "model.adapter: an adapter is added to weights in fp32, and these are quantised: merge it into the model first"
 )
-_NOISY = ("torchao", "torch.utils._pytree")  # what torchao's import writes on a machine without its kernels
 
 
 def checked_quantization(config: Any, wanted: Mapping[str, Any] | None) -> Any | None:
@@ -37,9 +34,8 @@ def checked_quantization(config: Any, wanted: Mapping[str, Any] | None) -> Any |
     from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 
     try:
-        with quiet_imports():
-            built = AutoQuantizationConfig.from_dict(dict(given))
-            AutoHfQuantizer.from_config(built, pre_quantized=own is not None).validate_environment()
+        built = AutoQuantizationConfig.from_dict(dict(given))
+        AutoHfQuantizer.from_config(built, pre_quantized=own is not None).validate_environment()
     except ImportError as error:
         raise ModelRefused(f"model.quantization: a package is missing: {_first_line(error)}") from error
     except Exception as error:
@@ -68,25 +64,10 @@ def size_in_memory(directory: Path, config: Any, wanted: Any | None, dtype: torc
     num_weights = sum(parameter.numel() for parameter in parameters.values())
     if wanted is None:
         return num_weights, sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    with quiet_imports():
-        quantizer = AutoHfQuantizer.from_config(wanted, pre_quantized=False)
-        quantizer.preprocess_model(model, dtype=dtype)
-        sizes = [each.numel() * quantizer.param_element_size(model, name, each) for name, each in parameters.items()]
+    quantizer = AutoHfQuantizer.from_config(wanted, pre_quantized=False)
+    quantizer.preprocess_model(model, dtype=dtype)
+    sizes = [each.numel() * quantizer.param_element_size(model, name, each) for name, each in parameters.items()]
     return num_weights, int(sum(sizes))
-
-
-@contextmanager
-def quiet_imports() -> Iterator[None]:
-    """Without the warnings that torchao writes when something imports it, as peft does wherever it is installed."""
-    loggers = [logging.getLogger(name) for name in _NOISY]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _first_line(error: Exception) -> str:
