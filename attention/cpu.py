@@ -10,10 +10,11 @@ Shapes: `T` packed tokens, `G` query heads a key head, `H = Hkv * G`, `D` head w
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from attention.blocks import CrossBlock, SelfBlock, StepBlocks
 from attention.kv_cache import KVCache
@@ -24,6 +25,8 @@ from attention.step_memory import StepMemory, TailBatch, kv_of
 from attention.tree import Node
 
 KeysValues = tuple[Tensor, Tensor]
+KEY_TILE = 32  # torch's kernel takes up to four times as long over a number of keys that is no multiple
+FEW_KEYS = 128  # and for fewer, or fewer queries, copying them to a multiple does not pay
 
 
 def flash(
@@ -178,12 +181,16 @@ def _large_self(
     block: SelfBlock, query: Tensor, packed: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """A node over its own keys -> (`[Hkv, n, G, D]`, LSE `[Hkv, n, G]`)"""
-    rows = slice(block.start, block.stop)
+    rows, num_tokens = slice(block.start, block.stop), block.stop - block.start
     if not block.is_causal:
         return _dense(packed[:, rows], key[:, rows], value[:, rows], scale)
-    part, part_lse = flash(query[None, :, rows], key[None, :, rows], value[None, :, rows], scale=scale, is_causal=True)
-    groups = packed.shape[2]
-    return part[0].unflatten(0, (-1, groups)).transpose(1, 2), part_lse[0].unflatten(0, (-1, groups)).transpose(1, 2)
+    parts = query[:, rows], key[:, rows], value[:, rows]
+    if num_tokens >= FEW_KEYS:  # the padding comes after every query, which is where causal ones do not look
+        parts = tuple(_padded(part) for part in parts)
+    part, part_lse = flash(*(part[None] for part in parts), scale=scale, is_causal=True)  # type: ignore[misc]
+    heads = (-1, packed.shape[2])  # [Hkv, G]
+    part, part_lse = part[0, :, :num_tokens], part_lse[0, :, :num_tokens]
+    return part.unflatten(0, heads).transpose(1, 2), part_lse.unflatten(0, heads).transpose(1, 2)
 
 
 def _tail_batch(batch: TailBatch, layer: int, packed: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -214,8 +221,23 @@ def _merge_level(
 
 def _dense(queries: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """`[Hkv, n, G, D]` over all of `[Hkv, K, D]` -> (`[Hkv, n, G, D]`, LSE `[Hkv, n, G]`)."""
-    part, part_lse = flash(queries.flatten(1, 2)[None], key[None], value[None], scale=scale)
+    query, num_keys, bias = queries.flatten(1, 2), key.shape[1], None
+    if num_keys % KEY_TILE and num_keys >= FEW_KEYS and query.shape[1] >= FEW_KEYS:
+        key, value = _padded(key), _padded(value)
+        bias = _end_bias(num_keys, key.shape[1], key.dtype).expand(1, 1, query.shape[1], -1)
+    part, part_lse = flash(query[None], key[None], value[None], scale=scale, bias=bias)
     return part[0].view(queries.shape), part_lse[0].view(queries.shape[:-1])
+
+
+def _padded(tokens: Tensor) -> Tensor:
+    """`[B, n, D]` -> `[B, n up to a whole KEY_TILE, D]`"""
+    return functional.pad(tokens, (0, 0, 0, -tokens.shape[1] % KEY_TILE))
+
+
+@lru_cache(maxsize=64)
+def _end_bias(num_keys: int, padded: int, dtype: torch.dtype) -> Tensor:
+    """`[1, 1, 1, padded]`: -inf past the keys."""
+    return torch.zeros(1, 1, 1, padded, dtype=dtype).index_fill_(3, torch.arange(num_keys, padded), -torch.inf)
 
 
 def _levels(blocks: tuple[CrossBlock, ...]) -> list[list[CrossBlock]]:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from attention.segments import Segment
 from workers import support
 from workers.engine import Engine, EngineConfig
-from workers.fused_decoder import FusedDecoder
+from workers.fused_decoder import FusedDecoder, _Packed, _PackedWeights, _PlainWeights
 from workers.model import tree_model
 from workers.model_source import ModelRefused
 from workers.sampling import SamplingParams
@@ -145,6 +145,32 @@ def test_fused_decoder_is_there_for_llama_like_models_and_equals_the_plain_one(k
     fused = Engine(model, EngineConfig(mask="segment")).logits(PROMPTS)
     model.fused = None
     torch.testing.assert_close(fused, Engine(model, EngineConfig(mask="segment")).logits(PROMPTS), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_weights_compute_what_the_plain_ones_do(bias):
+    """With large weights, so that every part counts."""
+    torch.manual_seed(0)
+    layer = tiny_model("llama", attention_bias=bias, mlp_bias=bias).model.layers[0].bfloat16()
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            parameter.normal_(std=1.0 if name.endswith("bias") else parameter.shape[-1] ** -0.5)
+    hidden, residual = torch.randn(2, 37, 48).bfloat16()
+    for name in ("qkv", "output", "mlp"):
+        inputs = (hidden,) if name == "qkv" else (hidden, residual)
+        got, wanted = (getattr(kind(layer), name)(*inputs).float() for kind in (_PackedWeights, _PlainWeights))
+        assert (got - wanted).norm() < 1e-2 * wanted.norm()
+        assert wanted.norm() > 0.5 * residual.norm()
+
+
+def test_small_models_in_bf16_run_on_packed_weights_with_the_same_logits():
+    model = tree_model(tiny_model("llama").bfloat16(), tiny_tokenizer())
+    assert model.fused is not None
+    assert isinstance(model.fused.head, _Packed)
+    got = Engine(model, EngineConfig(mask="segment")).logits(PROMPTS)
+    model.fused = None
+    wanted = Engine(model, EngineConfig(mask="segment")).logits(PROMPTS)
+    assert (got - wanted).norm() < 2e-2 * wanted.norm()
 
 
 def test_fused_decoder_that_does_not_fit_its_model_is_not_used(monkeypatch):

@@ -74,7 +74,7 @@ def test_checkpoint_saved_with_fewer_bits_is_loaded_as_it_is(model_directory, tm
 
 
 def test_quantised_decoder_is_not_fused(model_directory):
-    assert FusedDecoder.of(own_model(model_directory).model) is None
+    assert FusedDecoder.of(own_model(model_directory)) is None
 
 
 def test_size_in_memory_counts_a_byte_a_weight(model_directory):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from varlen_emulation import EmulatedBackend
 
 from attention.blocks import DecodeQuery, blocks_of
-from attention.cpu import CpuBackend, flash
+from attention.cpu import FEW_KEYS, CpuBackend, flash
 from attention.kv_memory import KVShape
 from attention.kv_pool import KVPool
 from attention.merge import merge_part_
@@ -155,6 +155,22 @@ def test_tree_attention_of_long_nodes_deep_trees_and_many_queries_equals_dense_r
     for step_nodes in (nodes[:60], nodes[60:]):  # depth-first: no child before its parent
         outputs.update(harness.prefill(step_nodes))
     harness.check_prefill(outputs)
+    tails = [harness.cache.open_tail() for _ in rows]
+    fed = [[] for _ in rows]
+    harness.check_decode(harness.decode(tails, fed), fed)
+
+
+@pytest.mark.parametrize("mask", ["segment", "causal"])
+@pytest.mark.parametrize("length", [FEW_KEYS + 1, 301, 320])
+def test_keys_that_fill_no_whole_tile_of_the_kernel_are_padded_without_a_trace(length, mask):
+    ids = itertools.count()
+    root, longer = ([*itertools.islice(ids, size)] for size in (length, length + 3))
+    rows = [
+        canonical_segments([Segment(tuple(root), True), Segment(tuple(own), True)], mask=mask)
+        for own in (longer, *([next(ids) for _ in range(5)] for _ in range(40)))
+    ]
+    harness = Harness(CpuBackend(), rows, 0)
+    harness.check_prefill(harness.prefill(list(harness.tree)))
     tails = [harness.cache.open_tail() for _ in rows]
     fed = [[] for _ in rows]
     harness.check_decode(harness.decode(tails, fed), fed)

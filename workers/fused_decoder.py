@@ -1,12 +1,14 @@
 """Llama-like decoders on CPUs in fewer and larger calls: in small models a call costs as much as what it computes.
 
 Queries, keys and values are one product, gate and up another; norms and rotary positions take the fewest passes over
-their numbers. The weights are those of the transformers model, whose own code stays the oracle.
+their numbers. The weights are those of the transformers model, whose own code stays the oracle. In bf16 they are kept
+once more in the layout of oneDNN's kernels, which otherwise is made in each call and is a third of what a product of few
+tokens takes; these kernels also add and gate what they have computed before they round it.
 
 Shapes: `T` packed tokens, `E` hidden width, `H` query and `Hkv` key heads of width `D`, `F` width of the MLP.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -17,29 +19,38 @@ from attention.step import StepRun
 
 KINDS = frozenset({"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"})
 MAX_BYTES = 4 << 30  # of weights: in a larger model calls are not what counts, and fusing takes a copy
+MAX_PACKED_BYTES = 1 << 30  # of a model whose weights are kept twice, as they are and packed
 
 
 class FusedDecoder:
     """From token ids to final hidden states, as a transformers decoder of one of KINDS does it."""
 
-    def __init__(self, decoder: Any) -> None:
+    def __init__(self, model: Any, *, packs: bool) -> None:
+        decoder = model.get_decoder()
         self._embedding = decoder.embed_tokens
         self._rotary = decoder.rotary_emb
-        self._layers = [_FusedLayer(layer) for layer in decoder.layers]
+        weights = _PackedWeights if packs else _PlainWeights
+        self._layers = [_FusedLayer(layer, weights(layer)) for layer in decoder.layers]
         self._norm = _Norm(decoder.norm)
+        head = model.get_output_embeddings()
+        self.head: Callable[[Tensor], Tensor] = _Packed([head]) if packs else head  # hidden `[..., E]` -> `[..., V]`
 
     @classmethod
-    def of(cls, decoder: Any) -> Self | None:
+    def of(cls, model: Any) -> Self | None:
         """None for a decoder of another kind, a large, a quantised one, or one that is not on one CPU as a whole."""
+        decoder = model.get_decoder()
         if type(decoder).__name__ not in KINDS:
             return None
-        parameters = list(decoder.parameters())
-        is_small = sum(parameter.nbytes for parameter in parameters) <= MAX_BYTES
+        parameters = list(model.parameters())
+        num_bytes = sum(parameter.nbytes for parameter in parameters)
+        is_small = num_bytes <= MAX_BYTES
         is_here = all(parameter.device.type == "cpu" for parameter in parameters)
         is_plain = getattr(decoder.config, "quantization_config", None) is None
         is_split = any(hasattr(module, "_hf_hook") for module in decoder.modules())  # by accelerate
         is_whole = is_here and not is_split
-        return cls(decoder) if is_small and is_plain and is_whole and decoder.config.hidden_act == "silu" else None
+        if not (is_small and is_plain and is_whole and decoder.config.hidden_act == "silu"):
+            return None
+        return cls(model, packs=num_bytes <= MAX_PACKED_BYTES and model.dtype == torch.bfloat16 and _has_kernels())
 
     def __call__(self, ids: Tensor, positions: Tensor, run: StepRun) -> Tensor:
         """ids and positions `[1, T]` -> `[T, E]`, with `run` as the attention of every layer."""
@@ -52,28 +63,25 @@ class FusedDecoder:
 
 
 class _FusedLayer:
-    def __init__(self, layer: Any) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
+    def __init__(self, layer: Any, weights: "_PlainWeights | _PackedWeights") -> None:
+        attention = layer.self_attn
+        self._weights = weights
         self._head_dim = int(attention.head_dim)
         self._scale = float(attention.scaling)
         self._num_queries = attention.q_proj.out_features // self._head_dim
         self._num_keys = attention.k_proj.out_features // self._head_dim
-        self._qkv = _fused([attention.q_proj, attention.k_proj, attention.v_proj])
         self._head_norms = [_Norm(attention.q_norm), _Norm(attention.k_norm)] if hasattr(attention, "q_norm") else []
-        self._output = attention.o_proj
-        self._gate_up = _fused([mlp.gate_proj, mlp.up_proj])
-        self._down = mlp.down_proj
         self._norms = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
 
     def __call__(self, number: int, hidden: Tensor, cos: Tensor, sin: Tensor, run: StepRun) -> Tensor:
         """hidden `[T, E]`, cos and sin `[T, 1, D]` -> `[T, E]`"""
-        hidden = hidden + self._output(self._attended(number, self._norms[0](hidden), cos, sin, run).flatten(1))
-        gate, up = self._gate_up(self._norms[1](hidden)).chunk(2, dim=-1)
-        return hidden + self._down(F.silu(gate).mul_(up))
+        attended = self._attended(number, self._norms[0](hidden), cos, sin, run).flatten(1)
+        hidden = self._weights.output(attended, hidden)
+        return self._weights.mlp(self._norms[1](hidden), hidden)
 
     def _attended(self, number: int, hidden: Tensor, cos: Tensor, sin: Tensor, run: StepRun) -> Tensor:
         """-> `[T, H, D]`"""
-        heads = self._qkv(hidden).unflatten(-1, (-1, self._head_dim))  # [T, H + 2 Hkv, D]
+        heads = self._weights.qkv(hidden).unflatten(-1, (-1, self._head_dim))  # [T, H + 2 Hkv, D]
         counts = (self._num_queries, self._num_keys, self._num_keys)
         if self._head_norms:
             parts = heads.split(counts, dim=1)
@@ -83,6 +91,64 @@ class _FusedLayer:
         query, key = turned.split(counts[:2], dim=1)
         value = heads[:, -self._num_keys :]
         return run.attend(number, query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), self._scale)
+
+
+class _PlainWeights:
+    """A layer's products by torch's own linear layers."""
+
+    def __init__(self, layer: Any) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.qkv = _fused([attention.q_proj, attention.k_proj, attention.v_proj])  # `[T, E]` -> `[T, (H + 2 Hkv) D]`
+        self._output = attention.o_proj
+        self._gate_up = _fused([mlp.gate_proj, mlp.up_proj])
+        self._down = mlp.down_proj
+
+    def output(self, attended: Tensor, residual: Tensor) -> Tensor:
+        """`[T, H D]`, `[T, E]` -> `[T, E]`"""
+        return residual + self._output(attended)
+
+    def mlp(self, hidden: Tensor, residual: Tensor) -> Tensor:
+        """`[T, E]` twice -> `[T, E]`"""
+        gate, up = self._gate_up(hidden).chunk(2, dim=-1)
+        return residual + self._down(F.silu(gate).mul_(up))
+
+
+class _PackedWeights:
+    """The same by oneDNN's, with what follows a product done in it."""
+
+    def __init__(self, layer: Any) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.qkv = _Packed([attention.q_proj, attention.k_proj, attention.v_proj])
+        self._output = _Packed([attention.o_proj])
+        self._gate, self._up, self._down = (_Packed([part]) for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+
+    def output(self, attended: Tensor, residual: Tensor) -> Tensor:
+        return self._output.then("add", attended, residual)
+
+    def mlp(self, hidden: Tensor, residual: Tensor) -> Tensor:
+        gated = self._up.then("mul", hidden, self._gate(hidden, "swish"))
+        return self._down.then("add", gated, residual)
+
+
+class _Packed:
+    """Layers with the same input as one product, their weights in the layout of oneDNN's kernels."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        weight = torch.cat([layer.weight for layer in layers]).detach()
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        self._bias = torch.cat([layer.bias for layer in layers]).detach() if layers[0].bias is not None else None
+
+    def __call__(self, inputs: Tensor, activation: str = "none") -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(inputs, self._weight, self._bias, activation, [], "")
+
+    def then(self, operation: str, inputs: Tensor, other: Tensor) -> Tensor:
+        """The product, and `add` or `mul` of another tensor of its shape."""
+        return torch.ops.mkldnn._linear_pointwise.binary(inputs, other, self._weight, self._bias, operation)
+
+
+def _has_kernels() -> bool:
+    """Whether oneDNN computes in bf16 here. torch's own compiler calls the same operations."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class _Norm:

@@ -7,7 +7,7 @@ Shapes: `T` packed tokens, `N` selected tokens, `V` vocabulary, `E` hidden width
 """
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ class TreeModel:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden `[N, E]` -> `[N, V]` fp32."""
-        return vocabulary_logits(self.model, hidden)
+        return vocabulary_logits(self.model, hidden, self.fused and self.fused.head)
 
 
 def load_model(
@@ -135,10 +135,13 @@ def load_model(
     return tree_model(model if device_map else model.to(torch_device), tokenizer)
 
 
-def vocabulary_logits(model: Any, hidden: Tensor) -> Tensor:
-    """Final hidden states `[..., E]` of a transformers model -> `[..., V]` fp32, scaled and capped as it does."""
+def vocabulary_logits(model: Any, hidden: Tensor, head: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Final hidden states `[..., E]` of a transformers model -> `[..., V]` fp32, scaled and capped as it does.
+
+    `head` computes what the model's own output embeddings do.
+    """
     config = model.config.get_text_config()
-    logits = model.get_output_embeddings()(hidden).float()
+    logits = (head or model.get_output_embeddings())(hidden).float()
     scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
     if scale != 1.0:
         logits = logits * scale
@@ -174,7 +177,7 @@ def tree_model(model: Any, tokenizer: Any) -> TreeModel:
     loaded = TreeModel(
         model, tokenizer, _kv_shape(model), support.max_model_len(model.config), eos_token_ids(model, tokenizer)
     )
-    loaded.fused = FusedDecoder.of(model.get_decoder())
+    loaded.fused = FusedDecoder.of(model)
     if loaded.fused is not None and not _probed_error(loaded, wanted) <= PROBE_TOLERANCE[loaded.kv_shape.dtype]:
         loaded.fused = None
     _probe(loaded, wanted)
