@@ -61,12 +61,17 @@ class _CpuStep:
         self.blocks = blocks
         self.memory = memory
         self._levels = _levels(blocks.large_cross)
+        self._tails = [(batch, _padding_bias(batch) if batch.is_ragged else None) for batch in memory.tails]
+        prompts = (blocks.own.batches, blocks.large_self, blocks.above, self._levels, len(blocks.single))
+        self._has_tails_alone = not any(prompts)
         self._biases: dict[int, Tensor] = {}  # by batch; made in the first layer, which knows the number of heads
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """query `[H, T, D]`, key and value `[Hkv, T, D]` -> `[T, H, D]`."""
         self.memory.write(layer, key, value)
         num_heads, num_tokens, head_dim = query.shape
+        if self._has_tails_alone:
+            return self._tails_alone(layer, query, len(key), scale)
         packed = query.view(len(key), -1, num_tokens, head_dim).transpose(1, 2).contiguous()  # [Hkv, T, G, D]
         sums = _Sums(
             torch.empty(packed.shape, dtype=torch.float32), torch.empty(packed.shape[:-1], dtype=torch.float32)
@@ -77,13 +82,25 @@ class _CpuStep:
             sums.set(blocks.own.index, *self._small(blocks.own, packed, key, value, scale))
         for block in blocks.large_self:
             sums.set(slice(block.start, block.stop), *_large_self(block, query, packed, key, value, scale))
-        for batch in self.memory.tails:
-            sums.set(batch.query_index, *_tail_batch(batch, layer, packed, scale))
+        for batch, bias in self._tails:
+            queries = packed[:, batch.rows].transpose(0, 1)  # [B, Hkv, G, D]
+            part, part_lse = flash(queries, batch.keys(layer), batch.values(layer), scale=scale, bias=bias)
+            sums.set(batch.rows, part.transpose(0, 1), part_lse.transpose(0, 1))
         for above in blocks.above:
             sums.merge(above.index, *self._small(above, packed, key, value, scale))
         for level in self._levels:
             _merge_level(level, partial(_keys_of, blocks.place, layer, key, value), packed, scale, sums)
-        return sums.out.permute(1, 0, 2, 3).reshape(num_tokens, num_heads, head_dim).to(query.dtype)
+        out = sums.out.transpose(0, 1)  # [T, Hkv, G, D]
+        return torch.empty(out.shape, dtype=query.dtype).copy_(out).view(num_tokens, num_heads, head_dim)
+
+    def _tails_alone(self, layer: int, query: Tensor, num_key_heads: int, scale: float) -> Tensor:
+        """A step of generating rows whose prompts are in their tails: nothing to merge. -> `[T, H, D]`"""
+        queries = query.transpose(0, 1).unflatten(1, (num_key_heads, -1))  # [T, Hkv, G, D]
+        out = torch.empty(queries.shape, dtype=query.dtype)
+        for batch, bias in self._tails:
+            keys, values = batch.keys(layer), batch.values(layer)
+            out[batch.rows] = flash(queries[batch.rows], keys, values, scale=scale, bias=bias)[0]
+        return out.flatten(1, 2)
 
     def finish(self) -> None:
         self.memory.finish()
@@ -193,14 +210,6 @@ def _large_self(
     return part.unflatten(0, heads).transpose(1, 2), part_lse.unflatten(0, heads).transpose(1, 2)
 
 
-def _tail_batch(batch: TailBatch, layer: int, packed: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """-> (`[Hkv, B, G, D]`, LSE `[Hkv, B, G]`)"""
-    query = packed[:, batch.query_index].transpose(0, 1)  # [B, Hkv, G, D]
-    bias = _padding_bias(batch, packed.dtype) if batch.is_ragged else None
-    part, part_lse = flash(query, batch.keys(layer), batch.values(layer), scale=scale, bias=bias)
-    return part.transpose(0, 1), part_lse.transpose(0, 1)
-
-
 def _merge_level(
     level: Sequence[CrossBlock], keys_of: Callable[[Node], KeysValues], packed: Tensor, scale: float, sums: _Sums
 ) -> None:
@@ -247,8 +256,8 @@ def _levels(blocks: tuple[CrossBlock, ...]) -> list[list[CrossBlock]]:
     return [sorted(level, key=lambda block: block.start) for level in levels.values()]
 
 
-def _padding_bias(batch: TailBatch, dtype: torch.dtype) -> Tensor:
+def _padding_bias(batch: TailBatch) -> Tensor:
     """`[B, 1, 1, K]`: -inf past the end of each tail. Every tail has at least one token, so no row is empty."""
     is_padding = torch.arange(batch.max_length) >= batch.lengths[:, None]
-    bias = torch.zeros(is_padding.shape, dtype=dtype).masked_fill_(is_padding, -torch.inf)
+    bias = torch.zeros(is_padding.shape, dtype=batch.arena.tensor.dtype).masked_fill_(is_padding, -torch.inf)
     return bias[:, None, None, :]

@@ -23,6 +23,8 @@ class TailBatch:
 
     arena: TailArena
     query_index: Tensor  # [B] int64
+    rows: slice | Tensor  # the same, as a slice if the queries stand side by side
+    slots: Tensor  # [B] int64: 0, 1, ...
     positions: Tensor  # [B] int64, where the new token goes
     max_length: int  # longest tail, the new token included
     is_ragged: bool  # tails differ in length
@@ -33,9 +35,8 @@ class TailBatch:
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         """key, value: `[Hkv, T, D]` of the whole step; only the rows' own tokens are kept."""
-        slots = torch.arange(len(self.query_index), device=key.device)
         for which, new in ((0, key), (1, value)):
-            self.arena.tensor[layer, which][slots, :, self.positions] = new[:, self.query_index].transpose(0, 1)
+            self.arena.tensor[layer, which][self.slots, :, self.positions] = new[:, self.rows].transpose(0, 1)
 
     def keys(self, layer: int) -> Tensor:
         """`[B, Hkv, max_length, D]`"""
@@ -107,8 +108,21 @@ def _tail_batches(memory: KVCache, tails: Sequence[Tail], decode_index: Sequence
     index_of = {id(tail): index for tail, index in zip(tails, decode_index, strict=True)}
     batches = []
     for arena in memory.arenas.values():
-        query_index = torch.tensor([index_of[id(tail)] for tail in arena.tails], device=arena.tensor.device)
+        device = arena.tensor.device
+        indices = [index_of[id(tail)] for tail in arena.tails]
+        query_index = torch.tensor(indices, device=device)
+        is_run = indices == list(range(indices[0], indices[0] + len(indices)))
+        rows = slice(indices[0], indices[-1] + 1) if is_run else query_index
         lengths = [tail.length for tail in arena.tails]
-        positions = torch.tensor(lengths, device=arena.tensor.device)
-        batches.append(TailBatch(arena, query_index, positions, max(lengths) + 1, min(lengths) != max(lengths)))
+        batches.append(
+            TailBatch(
+                arena,
+                query_index,
+                rows,
+                torch.arange(len(indices), device=device),
+                torch.tensor(lengths, device=device),
+                max(lengths) + 1,
+                min(lengths) != max(lengths),
+            )
+        )
     return tuple(batches)

@@ -2,8 +2,8 @@
 
 Queries, keys and values are one product, gate and up another; norms and rotary positions take the fewest passes over
 their numbers. The weights are those of the transformers model, whose own code stays the oracle. In bf16 they are kept
-once more in the layout of oneDNN's kernels, which otherwise is made in each call and is a third of what a product of few
-tokens takes; these kernels also add and gate what they have computed before they round it.
+once more in the layout of oneDNN's kernels, which otherwise is made in each call and is a third of what a product of
+few tokens takes; these kernels also add and gate what they have computed before they round it.
 
 Shapes: `T` packed tokens, `E` hidden width, `H` query and `Hkv` key heads of width `D`, `F` width of the MLP.
 """

@@ -97,7 +97,7 @@ class Scheduler:
         plan = StepPlan()
         self._grow_tails()
         self._admit()
-        plan.decoding = list(self.running)
+        plan.decoding = sorted(self.running, key=_place_of)
         self._fill(plan)
         new = set(plan.new_nodes)
         complete = [prefill for prefill in self.prefilling if _is_complete(prefill.end, new)]
@@ -353,6 +353,12 @@ def _above_own_end(end: Node, max_tokens: int) -> Node:
             break
         above = above.parent
     return above
+
+
+def _place_of(sample: Sample) -> tuple[int, int]:
+    """Of its tail: a step in this order reads and writes tails side by side, without gathering."""
+    assert sample.tail is not None
+    return sample.tail.capacity, sample.tail.place
 
 
 def _is_complete(end: Node, in_step: set[Node]) -> bool:
