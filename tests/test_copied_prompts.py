@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_models import oracle_greedy, oracle_model, tiny_model, tiny_tokenizer, tiny_tree_model
 
+from attention.cpu import CpuBackend
 from attention.kv_cache import KVCache
 from attention.segments import Segment
 from workers.engine import Engine, EngineConfig
@@ -201,3 +202,22 @@ def test_numbers_of_a_prompt_that_ends_in_nan_are_forgotten_where_they_were_copi
     (output,) = subject.step()
     assert output.error is not None
     assert node.kv is None
+
+
+def test_generating_rows_stand_in_the_order_of_their_tails(monkeypatch):
+    """Also when rows have ended, and others have taken their places: nothing is gathered."""
+    seen = []
+    begin = CpuBackend.begin
+
+    def spied(self, blocks, tails, memory):
+        run = begin(self, blocks, tails, memory)
+        seen.extend(isinstance(batch.rows, slice) for batch in run.memory.tails)
+        return run
+
+    monkeypatch.setattr(CpuBackend, "begin", spied)
+    engine = Engine(tiny_tree_model(), EngineConfig(mask="segment", max_num_seqs=6))
+    prompts = [[Segment(tuple(range(3, 3 + 2 + n % 5)), True)] for n in range(20)]
+    params = [SamplingParams(max_tokens=1 + (7 * n) % 11, ignore_eos=True) for n in range(20)]
+    engine.generate(prompts, params)
+    assert len(seen) > 10
+    assert all(seen)
