@@ -30,6 +30,7 @@ from workers.model_source import locate, safetensors_directory
 from workers.sampling import SamplingParams
 
 TIE = 1e-3  # of two logits in fp32, where transformers' choice and ours may differ
+VLLM_BLOCK = 32  # tokens; its attention on CPUs wants a multiple of that
 PEER_BATCHES = (1, 4, 8, 16, 32)
 
 
@@ -159,7 +160,8 @@ def _timed(
 
 
 def _vllm(args: argparse.Namespace, directory: str) -> Vllm:
-    options = {"num_gpu_blocks_override": args.kv_tokens // 16, "block_size": 16} if args.kv_tokens else {}
+    blocks = {"num_gpu_blocks_override": args.kv_tokens // VLLM_BLOCK, "block_size": VLLM_BLOCK}
+    options = blocks if args.kv_tokens else {}
     return Vllm(args.vllm_python, directory, args.dtype, max_num_seqs=args.max_num_seqs, **options)
 
 
