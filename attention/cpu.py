@@ -233,7 +233,7 @@ def _dense(queries: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[T
     query, num_keys, bias = queries.flatten(1, 2), key.shape[1], None
     if num_keys % KEY_TILE and num_keys >= FEW_KEYS and query.shape[1] >= FEW_KEYS:
         key, value = _padded(key), _padded(value)
-        bias = _end_bias(num_keys, key.shape[1], key.dtype).expand(1, 1, query.shape[1], -1)
+        bias = _end_bias(num_keys, key.dtype).expand(1, 1, query.shape[1], -1)
     part, part_lse = flash(query[None], key[None], value[None], scale=scale, bias=bias)
     return part[0].view(queries.shape), part_lse[0].view(queries.shape[:-1])
 
@@ -244,9 +244,9 @@ def _padded(tokens: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _end_bias(num_keys: int, padded: int, dtype: torch.dtype) -> Tensor:
-    """`[1, 1, 1, padded]`: -inf past the keys."""
-    return torch.zeros(1, 1, 1, padded, dtype=dtype).index_fill_(3, torch.arange(num_keys, padded), -torch.inf)
+def _end_bias(num_keys: int, dtype: torch.dtype) -> Tensor:
+    """`[1, 1, 1, num_keys up to a whole KEY_TILE]`: -inf past the keys."""
+    return functional.pad(torch.zeros(1, 1, 1, num_keys, dtype=dtype), (0, -num_keys % KEY_TILE), value=-torch.inf)
 
 
 def _levels(blocks: tuple[CrossBlock, ...]) -> list[list[CrossBlock]]:

@@ -52,7 +52,7 @@ class _ReferenceStep:
             out[block.start : block.stop] = attended.to(out.dtype)
         ends = _decode_ends(self.blocks)
         for batch in self.memory.tails:
-            for slot, index in enumerate(batch.query_index.tolist()):
+            for slot, index in enumerate(torch.arange(query.shape[1])[batch.rows].tolist()):
                 length = int(batch.lengths[slot])
                 keys, values = batch.keys(layer)[slot, :, :length], batch.values(layer)[slot, :, :length]
                 if index in ends:  # else its whole prompt is in its tail

@@ -19,11 +19,10 @@ SMALL_TOKENS = 64  # up to here nodes are handled many at a time: calls, not num
 
 @dataclass(frozen=True, slots=True)
 class TailBatch:
-    """All generating rows of one arena: slot `b` belongs to the query at packed index `query_index[b]`."""
+    """All generating rows of one arena: slot `b` belongs to the `b`-th of the packed tokens at `rows`."""
 
     arena: TailArena
-    query_index: Tensor  # [B] int64
-    rows: slice | Tensor  # the same, as a slice if the queries stand side by side
+    rows: slice | Tensor  # B of them; a slice if they stand side by side, else [B] int64
     slots: Tensor  # [B] int64: 0, 1, ...
     positions: Tensor  # [B] int64, where the new token goes
     max_length: int  # longest tail, the new token included
@@ -40,10 +39,10 @@ class TailBatch:
 
     def keys(self, layer: int) -> Tensor:
         """`[B, Hkv, max_length, D]`"""
-        return self.arena.tensor[layer, 0, : len(self.query_index), :, : self.max_length]
+        return self.arena.tensor[layer, 0, : len(self.slots), :, : self.max_length]
 
     def values(self, layer: int) -> Tensor:
-        return self.arena.tensor[layer, 1, : len(self.query_index), :, : self.max_length]
+        return self.arena.tensor[layer, 1, : len(self.slots), :, : self.max_length]
 
 
 class StepMemory:
@@ -110,14 +109,12 @@ def _tail_batches(memory: KVCache, tails: Sequence[Tail], decode_index: Sequence
     for arena in memory.arenas.values():
         device = arena.tensor.device
         indices = [index_of[id(tail)] for tail in arena.tails]
-        query_index = torch.tensor(indices, device=device)
-        is_run = indices == list(range(indices[0], indices[0] + len(indices)))
-        rows = slice(indices[0], indices[-1] + 1) if is_run else query_index
+        run = range(indices[0], indices[0] + len(indices))
+        rows = slice(run.start, run.stop) if indices == list(run) else torch.tensor(indices, device=device)
         lengths = [tail.length for tail in arena.tails]
         batches.append(
             TailBatch(
                 arena,
-                query_index,
                 rows,
                 torch.arange(len(indices), device=device),
                 torch.tensor(lengths, device=device),

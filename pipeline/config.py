@@ -6,9 +6,18 @@ Names are vLLM's and Ray's where they have one. `JobConfig.model_json_schema()` 
 
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from pipeline.problems import has_credentials
@@ -117,7 +126,7 @@ class ModelConfig(Section):
     # auto: bfloat16, or what the hardware has instead
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     # weights of fewer bits: transformers' configuration with its quant_method, {quant_method: torchao, quant_type: ...}
-    quantization: dict[str, Any] | None = None
+    quantization: dict[str, JsonValue] | None = None
     adapter: Location | None = None  # a PEFT adapter's folder
     check_adapter: bool = True  # refuse a mask or template that the adapter says it was not trained with
     revision: str | None = None  # a hub id's branch, tag or commit

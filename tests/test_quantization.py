@@ -1,5 +1,6 @@
 """Weights of fewer bits: transformers' own quantisation, passed through from a job, and checkpoints saved in it."""
 
+import datetime
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers.auto import AutoQuantizationConfig
+from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
+from yaml_job import write
 
 from attention.segments import Segment
+from pipeline.job import prepare
+from pipeline.problems import JobRefused
 from workers.engine import Engine
 from workers.fused_decoder import FusedDecoder
 from workers.model_facts import inspect_model
@@ -101,6 +106,23 @@ def test_size_in_memory_counts_a_byte_a_weight(model_directory):
 def test_what_cannot_be_had_is_refused_before_weights_are_read(wanted, reason, model_directory):
     with pytest.raises(ModelRefused, match=f"model.quantization: .*({reason})"):
         inspect_model(model_directory, dtype="auto", adapter=None, revision=None, quantization=wanted)
+
+
+def test_a_method_that_wants_a_gpu_is_left_for_the_worker_to_try(monkeypatch, model_directory):
+    def no_gpu(*args, **kwargs):
+        raise RuntimeError("No GPU found. A GPU is needed for quantization.")
+
+    monkeypatch.setattr(TorchAoHfQuantizer, "validate_environment", no_gpu)
+    told = {"dtype": "float32", "adapter": None, "revision": None}
+    assert inspect_model(model_directory, **told, quantization=INT8).num_weights > 0
+    with pytest.raises(ModelRefused, match=r"model\.quantization: RuntimeError: No GPU found"):
+        Engine.from_pretrained(model_directory, quantization=INT8)
+
+
+def test_values_that_yaml_has_and_json_has_not_are_refused_by_key(tmp_path):
+    path = write(tmp_path, {"model": {"source": "echo", "quantization": {"bits": datetime.date(2020, 1, 1)}}})
+    with pytest.raises(JobRefused, match=r"model\.quantization"):
+        prepare(path)
 
 
 def test_adapter_over_quantised_weights_is_refused(model_directory):

@@ -26,7 +26,7 @@ from workers.device_names import DeviceMap
 from workers.devices import make_backend, resolve_device, resolve_dtype
 from workers.fused_decoder import FusedDecoder
 from workers.model_source import ModelRefused, locate, safetensors_directory
-from workers.quantization import ADAPTER_OVER_QUANTIZED, checked_quantization, own_quantization
+from workers.quantization import checked_quantization, refusal
 
 ATTENTION_NAME = "segue_tree"
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}  # of the logits' norm
@@ -122,12 +122,16 @@ def load_model(
     torch_device = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, torch_device)
     config, tokenizer = checked_config(directory)
-    quantized = checked_quantization(config, quantization)
-    if quantized is not None or own_quantization(config) is not None:
-        if adapter:
-            raise ModelRefused(ADAPTER_OVER_QUANTIZED)
+    quantized = checked_quantization(config, quantization, has_adapter=adapter is not None)
+    if quantized is not None:
         device_map = device_map or ({"": str(torch_device)} if torch_device.type != "cpu" else None)
-        return tree_model(load_weights(directory, config, torch_dtype, device_map, quantized), tokenizer)
+        try:
+            model = load_weights(directory, config, torch_dtype, device_map, quantized.wanted)
+        except (ImportError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise refusal(error) from error
+        return tree_model(model, tokenizer)
     # An adapter is merged in fp32 and rounded once.
     model = load_weights(directory, config, torch.float32 if adapter else torch_dtype, device_map)
     if adapter:

@@ -15,12 +15,7 @@ from workers.adapter_record import AdapterRecord, load_record
 from workers.devices import resolve_dtype
 from workers.model import checked_config
 from workers.model_source import ModelRefused, file_digest, locate, safetensors_directory, weights_identity
-from workers.quantization import (
-    ADAPTER_OVER_QUANTIZED,
-    checked_quantization,
-    own_quantization,
-    size_in_memory,
-)
+from workers.quantization import checked_quantization
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +58,9 @@ def inspect_model(
     directory = safetensors_directory(files)
     config, _ = checked_config(directory)
     resolved = resolve_dtype(dtype, None if on_gpu is None else torch.device("cuda" if on_gpu else "cpu"))
-    quantized = checked_quantization(config, quantization)
-    is_quantized = quantized is not None or own_quantization(config) is not None
-    if is_quantized and adapter is not None:
-        raise ModelRefused(ADAPTER_OVER_QUANTIZED)
-    if is_quantized:
-        num_weights, weight_bytes = size_in_memory(directory, config, quantized, resolved)
+    quantized = checked_quantization(config, quantization, has_adapter=adapter is not None)
+    if quantized is not None:
+        num_weights, weight_bytes = quantized.size_in_memory(directory, config, resolved)
     else:
         num_weights = support.num_weights(directory)
         weight_bytes = num_weights * resolved.itemsize

@@ -4,7 +4,9 @@ A method's package does the work, and says what it needs; here its answers becom
 model's precision.
 """
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,37 +14,54 @@ import torch
 
 from workers.model_source import ModelRefused
 
-ADAPTER_OVER_QUANTIZED = (
-    "model.adapter: an adapter is added to weights in fp32, and these are quantised: merge it into the model first"
-)
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """Of a model whose weights are, or will be, quantised."""
+
+    wanted: Any | None  # transformers' configuration of what is done while loading; None for a checkpoint's own
+
+    def size_in_memory(self, directory: Path, config: Any, dtype: torch.dtype) -> tuple[int, int]:
+        """(weights, their bytes). The files alone do not tell how many weights there are."""
+        from transformers import AutoModelForCausalLM
+        from transformers.quantizers.auto import AutoHfQuantizer
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        parameters = dict(model.named_parameters())
+        num_weights = sum(map(torch.numel, parameters.values()))
+        if self.wanted is None:
+            return num_weights, sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+        quantizer = AutoHfQuantizer.from_config(self.wanted, pre_quantized=False)
+        try:
+            quantizer.preprocess_model(model, dtype=dtype)
+        except RuntimeError:  # it wants a GPU even for that: the weights as they are now are the most there can be
+            return num_weights, num_weights * dtype.itemsize
+        sizes = (each.numel() * quantizer.param_element_size(model, name, each) for name, each in parameters.items())
+        return num_weights, math.ceil(sum(sizes))
 
 
-def checked_quantization(config: Any, wanted: Mapping[str, Any] | None) -> Any | None:
-    """transformers' quantisation configuration for `wanted`; None if nothing is wanted.
+def checked_quantization(config: Any, wanted: Mapping[str, Any] | None, *, has_adapter: bool) -> Quantization | None:
+    """What becomes of the weights of a model with this configuration; None if they are plain and stay so.
 
-    `config` is the model's own. Raises ModelRefused for a method or option that transformers does not know, one whose
-    package is missing, and a model that is quantised already. A checkpoint's own method is checked as well.
+    Raises ModelRefused for a method or option that transformers does not know, one whose package is missing, a model
+    that is quantised already, and an adapter. Whether there is the GPU that a method may want shows when it is loaded.
     """
     own = own_quantization(config)
-    if wanted is not None and own is not None:
+    given = own if wanted is None else wanted
+    if given is None:
+        return None
+    if own is not None and wanted is not None:
         raise ModelRefused(
             f"model.quantization: the model's weights are quantised already ({own.get('quant_method')}): leave it out"
         )
-    given = wanted if wanted is not None else own
-    if given is None:
-        return None
-    from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
-
-    try:
-        built = AutoQuantizationConfig.from_dict(dict(given))
-        AutoHfQuantizer.from_config(built, pre_quantized=own is not None).validate_environment()
-    except ImportError as error:
-        raise ModelRefused(f"model.quantization: a package is missing: {_first_line(error)}") from error
-    except Exception as error:
-        if own is not None and isinstance(error, RuntimeError):
-            return None  # wants a GPU, which is for the worker to tell
-        raise ModelRefused(f"model.quantization: {type(error).__name__}: {_first_line(error)}") from error
-    return built if wanted is not None else None
+    if has_adapter:
+        raise ModelRefused(
+            "model.adapter: an adapter is added to weights in fp32, and these are quantised: merge it into the model "
+            "first"
+        )
+    built = _built(given, is_own=own is not None)
+    return Quantization(None if wanted is None else built)
 
 
 def own_quantization(config: Any) -> dict[str, Any] | None:
@@ -53,22 +72,25 @@ def own_quantization(config: Any) -> dict[str, Any] | None:
     return dict(found) if isinstance(found, Mapping) else found.to_dict()
 
 
-def size_in_memory(directory: Path, config: Any, wanted: Any | None, dtype: torch.dtype) -> tuple[int, int]:
-    """(weights, their bytes) of a quantised model, of which the files alone do not tell how many weights it has."""
-    from transformers import AutoModelForCausalLM
-    from transformers.quantizers.auto import AutoHfQuantizer
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    parameters = dict(model.named_parameters())
-    num_weights = sum(parameter.numel() for parameter in parameters.values())
-    if wanted is None:
-        return num_weights, sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    quantizer = AutoHfQuantizer.from_config(wanted, pre_quantized=False)
-    quantizer.preprocess_model(model, dtype=dtype)
-    sizes = [each.numel() * quantizer.param_element_size(model, name, each) for name, each in parameters.items()]
-    return num_weights, int(sum(sizes))
+def refusal(error: Exception) -> ModelRefused:
+    """What a method or its package says against it, as a reason."""
+    first_line = (str(error).splitlines() or [""])[0]
+    return ModelRefused(f"model.quantization: {type(error).__name__}: {first_line}")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
+def _built(given: Mapping[str, Any], *, is_own: bool) -> Any:
+    """transformers' configuration. Raises ModelRefused."""
+    from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
+
+    try:
+        built = AutoQuantizationConfig.from_dict(dict(given))
+        quantizer = AutoHfQuantizer.from_config(built, pre_quantized=is_own)
+    except Exception as error:
+        raise refusal(error) from error
+    try:
+        quantizer.validate_environment()
+    except RuntimeError:
+        pass  # no GPU here
+    except Exception as error:
+        raise refusal(error) from error
+    return built
