@@ -4,6 +4,8 @@ import datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -14,6 +16,7 @@ from yaml_job import write
 from attention.segments import Segment
 from pipeline.job import prepare
 from pipeline.problems import JobRefused
+from pipeline.unit_worker import make_engine
 from workers.engine import Engine
 from workers.fused_decoder import FusedDecoder
 from workers.model_facts import inspect_model
@@ -119,8 +122,28 @@ def test_a_method_that_wants_a_gpu_is_left_for_the_worker_to_try(monkeypatch, mo
         Engine.from_pretrained(model_directory, quantization=INT8)
 
 
+def test_a_job_hands_it_to_its_workers_and_is_another_job_with_it(tmp_path, model_directory):
+    pq.write_table(pa.table({"prompt": ["a", "b"]}), tmp_path / "rows.parquet")
+    shared = {
+        "name": "q",
+        "input": {"path": "rows.parquet"},
+        "output": {"path": "out"},
+        "prompt": {"format": "text", "text": "{prompt}"},
+    }
+    jobs = [
+        prepare(write(tmp_path, {"model": {"source": model_directory, "quantization": quantization}, **shared}))
+        for quantization in (INT8, None)
+    ]
+    engines = [make_engine(job.worker_spec(threads=1)) for job in jobs]
+    kinds = [type(engine.model.model.model.layers[0].mlp.up_proj.weight).__name__ for engine in engines]
+    assert kinds == ["Int8Tensor", "Parameter"]
+    assert {key for key, value in jobs[0].fields.items() if value != jobs[1].fields[key]} == {"model.quantization"}
+
+
 def test_values_that_yaml_has_and_json_has_not_are_refused_by_key(tmp_path):
-    path = write(tmp_path, {"model": {"source": "echo", "quantization": {"bits": datetime.date(2020, 1, 1)}}})
+    path = write(
+        tmp_path, {"name": "q", "model": {"source": "echo", "quantization": {"bits": datetime.date(2020, 1, 1)}}}
+    )
     with pytest.raises(JobRefused, match=r"model\.quantization"):
         prepare(path)
 
