@@ -134,8 +134,11 @@ def test_a_job_hands_it_to_its_workers_and_is_another_job_with_it(tmp_path, mode
         prepare(write(tmp_path, {"model": {"source": model_directory, "quantization": quantization}, **shared}))
         for quantization in (INT8, None)
     ]
-    engines = [make_engine(job.worker_spec(threads=1)) for job in jobs]
-    kinds = [type(engine.model.model.model.layers[0].mlp.up_proj.weight).__name__ for engine in engines]
+    kinds: list[str] = []
+    for job in jobs:
+        engine = make_engine(job.worker_spec(threads=1))
+        assert isinstance(engine, Engine)
+        kinds.append(type(engine.model.model.model.layers[0].mlp.up_proj.weight).__name__)
     assert kinds == ["Int8Tensor", "Parameter"]
     assert {key for key, value in jobs[0].fields.items() if value != jobs[1].fields[key]} == {"model.quantization"}
 
