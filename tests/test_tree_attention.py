@@ -10,22 +10,28 @@ from hypothesis import strategies as st
 from varlen_emulation import EmulatedBackend
 
 from attention.blocks import DecodeQuery, blocks_of
-from attention.cpu import FEW_KEYS, CpuBackend, flash
+from attention.cpu import CpuBackend
+from attention.flash import FEW_KEYS, flash
 from attention.kv_memory import KVShape
 from attention.kv_pool import KVPool
 from attention.merge import merge_part_
+from attention.native import FEW_PAIRS, NativeBackend
 from attention.reference import ReferenceBackend, dense_attention
 from attention.residency import Residency
 from attention.segments import Segment, canonical_segments
 from attention.step import TreeStep
 from attention.tree import SegmentTree
 from attention.visibility import block_sequence_ids, visible
+from workers.devices import cpu_kernels
 
 H, HKV, D, SCALE = 4, 2, 8, 0.37
 SHAPE = KVShape(1, HKV, D, torch.float32)
 TOLERANCE = 1e-5
+KERNELS = cpu_kernels()
+NATIVE = {"native": FEW_PAIRS, "kernel alone": 1 << 40, "kernel merging": 0} if KERNELS else {}  # by few_pairs
 BACKENDS = [CpuBackend(), ReferenceBackend(), EmulatedBackend()]
-NAMES = ["cpu", "reference", "varlen"]
+BACKENDS += [NativeBackend(KERNELS, few_pairs) for few_pairs in NATIVE.values() if KERNELS]
+NAMES = ["cpu", "reference", "varlen", *NATIVE]
 
 
 class Harness:

@@ -4,25 +4,30 @@ Knows torch's devices; no model, no Ray.
 """
 
 import gc
+import os
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 
 from attention.cpu import CpuBackend
+from attention.kernels import DTYPES as KERNEL_DTYPES
+from attention.kernels import Kernels, load_kernels
 from attention.kv_memory import KVShape
+from attention.native import NativeBackend
 from attention.reference import ReferenceBackend
 from attention.step import Backend
 from attention.varlen import FLASH_DTYPES, VarlenBackend
 from workers.memory import GPU_KV_SHARE, KV_SHARE, free_memory_bytes
-from workers.model_source import ModelRefused
+from workers.model_source import ModelRefused, cache_root
 
-BackendName = Literal["auto", "cpu", "reference", "varlen"]
+BackendName = Literal["auto", "native", "cpu", "reference", "varlen"]
 RESERVED_SHARE = 0.9  # of what is free on a GPU, at most
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 BACKENDS: dict[str, Callable[[Sequence[torch.device]], Backend]] = {
+    "native": lambda _: NativeBackend(_wanted_kernels()),
     "cpu": lambda _: CpuBackend(),
     "reference": lambda _: ReferenceBackend(),
     "varlen": lambda layer_devices: VarlenBackend(layer_devices=layer_devices),
@@ -64,10 +69,26 @@ def resolve_dtype(dtype: str, device: torch.device | None = None) -> torch.dtype
 
 
 def make_backend(name: str, shape: KVShape, layer_devices: Sequence[torch.device]) -> Backend:
-    """`auto` is varlen on a GPU, else cpu."""
+    """`auto` is varlen on a GPU, else native where its kernels can be had, else cpu.
+
+    Raises ModelRefused for native where they cannot.
+    """
     if name == "auto":
-        name = "varlen" if shape.device.type == "cuda" else "cpu"
+        is_native = shape.device.type == "cpu" and shape.dtype in KERNEL_DTYPES and cpu_kernels() is not None
+        name = "varlen" if shape.device.type == "cuda" else "native" if is_native else "cpu"
     return BACKENDS[name](layer_devices)
+
+
+def cpu_kernels() -> Kernels | None:
+    """The compiled kernels of this machine; None if it has no compiler, or SEGUE_CPU_KERNELS is 0."""
+    return None if os.environ.get("SEGUE_CPU_KERNELS") == "0" else load_kernels(cache_root() / "kernels")
+
+
+def _wanted_kernels() -> Kernels:
+    kernels = cpu_kernels()
+    if kernels is None:
+        raise ModelRefused("the backend native wants a C++ compiler (g++) on this machine; cpu does without")
+    return kernels
 
 
 def num_gpus_here() -> int:

@@ -9,13 +9,16 @@ Shapes: `T` packed tokens, `E` hidden width, `H` query and `Hkv` key heads of wi
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attention.kernels import DTYPES, Kernels
 from attention.step import StepRun
+from workers.devices import cpu_kernels
 
 KINDS = frozenset({"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"})
 MAX_BYTES = 4 << 30  # of weights: in a larger model calls are not what counts, and fusing takes a copy
@@ -25,13 +28,14 @@ MAX_PACKED_BYTES = 1 << 30  # of a model whose weights are kept twice, as they a
 class FusedDecoder:
     """From token ids to final hidden states, as a transformers decoder of one of KINDS does it."""
 
-    def __init__(self, model: Any, *, packs: bool) -> None:
+    def __init__(self, model: Any, *, packs: bool, kernels: Kernels | None) -> None:
         decoder = model.get_decoder()
         self._embedding = decoder.embed_tokens
         self._rotary = decoder.rotary_emb
         weights = _PackedWeights if packs else _PlainWeights
-        self._layers = [_FusedLayer(layer, weights(layer)) for layer in decoder.layers]
-        self._norm = _Norm(decoder.norm)
+        small = _Small(kernels) if kernels is not None else _PlainSmall()
+        self._layers = [_FusedLayer(layer, weights(layer), small) for layer in decoder.layers]
+        self._norm = small.norm(decoder.norm)
         head = model.get_output_embeddings()
         self.head: Callable[[Tensor], Tensor] = _Packed([head]) if packs else head  # hidden `[..., E]` -> `[..., V]`
 
@@ -50,31 +54,34 @@ class FusedDecoder:
         is_whole = is_here and not is_split
         if not (is_small and is_plain and is_whole and decoder.config.hidden_act == "silu"):
             return None
-        return cls(model, packs=num_bytes <= MAX_PACKED_BYTES and model.dtype == torch.bfloat16 and _has_kernels())
+        packs = num_bytes <= MAX_PACKED_BYTES and model.dtype == torch.bfloat16 and _has_packed_products()
+        is_one_type = {parameter.dtype for parameter in parameters} <= {model.dtype} and model.dtype in DTYPES
+        return cls(model, packs=packs, kernels=cpu_kernels() if is_one_type else None)
 
     def __call__(self, ids: Tensor, positions: Tensor, run: StepRun) -> Tensor:
         """ids and positions `[1, T]` -> `[T, E]`, with `run` as the attention of every layer."""
         hidden = self._embedding(ids)[0]
         cos, sin = self._rotary(hidden[None], positions)
-        cos, sin = cos[0, :, None], sin[0, :, None]  # [T, 1, D]
         for number, layer in enumerate(self._layers):
-            hidden = layer(number, hidden, cos, sin, run)
+            hidden = layer(number, hidden, cos[0], sin[0], run)
         return self._norm(hidden)
 
 
 class _FusedLayer:
-    def __init__(self, layer: Any, weights: "_PlainWeights | _PackedWeights") -> None:
+    def __init__(self, layer: Any, weights: "_PlainWeights | _PackedWeights", small: "_PlainSmall | _Small") -> None:
         attention = layer.self_attn
         self._weights = weights
+        self._small = small
         self._head_dim = int(attention.head_dim)
         self._scale = float(attention.scaling)
         self._num_queries = attention.q_proj.out_features // self._head_dim
         self._num_keys = attention.k_proj.out_features // self._head_dim
-        self._head_norms = [_Norm(attention.q_norm), _Norm(attention.k_norm)] if hasattr(attention, "q_norm") else []
-        self._norms = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
+        has_head_norms = hasattr(attention, "q_norm")
+        self._head_norms = [small.norm(attention.q_norm), small.norm(attention.k_norm)] if has_head_norms else []
+        self._norms = small.norm(layer.input_layernorm), small.norm(layer.post_attention_layernorm)
 
     def __call__(self, number: int, hidden: Tensor, cos: Tensor, sin: Tensor, run: StepRun) -> Tensor:
-        """hidden `[T, E]`, cos and sin `[T, 1, D]` -> `[T, E]`"""
+        """hidden `[T, E]`, cos and sin `[T, D]` -> `[T, E]`"""
         attended = self._attended(number, self._norms[0](hidden), cos, sin, run).flatten(1)
         hidden = self._weights.output(attended, hidden)
         return self._weights.mlp(self._norms[1](hidden), hidden)
@@ -87,10 +94,9 @@ class _FusedLayer:
             parts = heads.split(counts, dim=1)
             norms = zip(self._head_norms, parts, strict=False)
             heads = torch.cat([*(norm(part) for norm, part in norms), parts[2]], dim=1)
-        turned = _turned(heads[:, : -self._num_keys], cos, sin)
-        query, key = turned.split(counts[:2], dim=1)
-        value = heads[:, -self._num_keys :]
-        return run.attend(number, query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), self._scale)
+        self._small.rotate_(heads[:, : -self._num_keys], cos, sin)
+        query, key, value = heads.transpose(0, 1).split(counts)
+        return run.attend(number, query, key, value, self._scale)
 
 
 class _PlainWeights:
@@ -146,28 +152,36 @@ class _Packed:
         return torch.ops.mkldnn._linear_pointwise.binary(inputs, other, self._weight, self._bias, operation)
 
 
-def _has_kernels() -> bool:
+def _has_packed_products() -> bool:
     """Whether oneDNN computes in bf16 here. torch's own compiler calls the same operations."""
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-class _Norm:
-    """A root-mean-square norm."""
+class _PlainSmall:
+    """Norms and rotary positions by torch's operations."""
 
-    def __init__(self, norm: Any) -> None:
-        self._weight, self._epsilon = norm.weight, float(norm.variance_epsilon)
+    def norm(self, norm: Any) -> Callable[[Tensor], Tensor]:
+        weight, epsilon = norm.weight, float(norm.variance_epsilon)
+        return lambda hidden: F.rms_norm(hidden, weight.shape, weight, epsilon)
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        return F.rms_norm(hidden, self._weight.shape, self._weight, self._epsilon)
+    def rotate_(self, heads: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """Heads `[T, N, D]`, in place: each half is turned by the other. cos and sin `[T, D]`"""
+        low, high = (part.clone() for part in heads.chunk(2, dim=-1))
+        middle = low.shape[-1]
+        heads.mul_(cos[:, None])
+        heads[..., :middle].addcmul_(high, sin[:, None, :middle], value=-1)
+        heads[..., middle:].addcmul_(low, sin[:, None, middle:])
 
 
-def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: heads `[T, N, D]`, each half of a head turned by the other."""
-    middle = heads.shape[-1] // 2
-    turned = heads * cos
-    turned[..., :middle].addcmul_(heads[..., middle:], sin[..., :middle], value=-1)
-    turned[..., middle:].addcmul_(heads[..., :middle], sin[..., middle:])
-    return turned
+class _Small:
+    """The same by compiled kernels, each in one pass."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
+        self.rotate_ = kernels.rotate_
+
+    def norm(self, norm: Any) -> Callable[[Tensor], Tensor]:
+        return partial(self._kernels.rms_norm, weight=norm.weight, epsilon=float(norm.variance_epsilon))
 
 
 def _fused(layers: Sequence[nn.Linear]) -> nn.Linear:

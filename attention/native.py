@@ -1,0 +1,125 @@
+"""The default backend without a GPU: large blocks by torch's flash attention, everything else by one call of a compiled
+kernel, which also merges the two by log-sum-exp and writes the answer.
+
+A step is told to the kernel as *runs*, queries with the same keys: a node's own tokens, or a generating row's one. A
+run has *spans*, keys it still has to see, and *parts*, what flash attention has made of its large blocks. The tables
+are made once a step; of a layer only the parts' addresses are new.
+
+Shapes: `T` packed tokens, `G` query heads a key head, `H = Hkv * G`, `n` queries of a block, `D` head width.
+"""
+
+from array import array
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from attention.blocks import CrossBlock, SelfBlock, StepBlocks
+from attention.flash import attend_all, attend_self
+from attention.kernels import SPAN_FIELDS, Kernels
+from attention.kv_cache import KVCache
+from attention.kv_memory import KVMemory, KVShape, Tail
+from attention.step_memory import StepMemory, kv_of
+
+FEW_PAIRS = 4096  # of a query and a key: up to here a block is cheaper in the kernel than in a call of its own
+
+Block = SelfBlock | CrossBlock
+
+
+class NativeBackend:
+    """Executes a step's blocks on the CPU. `few_pairs`: blocks up to this size are left to the kernel."""
+
+    def __init__(self, kernels: Kernels, few_pairs: int = FEW_PAIRS) -> None:
+        self._kernels = kernels
+        self._few_pairs = few_pairs
+
+    def new_memory(self, shape: KVShape, budget_bytes: int) -> KVCache:
+        return KVCache(shape, budget_bytes)
+
+    def begin(self, blocks: StepBlocks, tails: Sequence[Tail], memory: KVMemory) -> "_NativeStep":
+        large = [block for block in (*blocks.self_blocks, *blocks.cross_blocks) if _num_pairs(block) > self._few_pairs]
+        return _NativeStep(self._kernels, blocks, large, StepMemory(blocks, tails, memory))
+
+
+class _NativeStep:
+    """What all layers of a step share: the kernel's tables, and the blocks that are flash attention's."""
+
+    def __init__(self, kernels: Kernels, blocks: StepBlocks, large: Sequence[Block], memory: StepMemory) -> None:
+        self._kernels = kernels
+        self._memory = memory
+        self._large = large
+        self._place = {block.node: slice(block.start, block.stop) for block in blocks.self_blocks}
+        self._runs, self._spans, self._indices = array("q"), array("q"), array("q")
+        number_of = {id(block): number for number, block in enumerate(large)}
+        for start, stop, seen in _runs(blocks):
+            first = len(self._spans) // SPAN_FIELDS, len(self._indices)
+            for block in seen:
+                if id(block) in number_of:
+                    self._indices.append(number_of[id(block)])
+                else:
+                    self._spans.extend(self._span(block))
+            if (tail := memory.tail_at(start)) is not None:
+                self._spans.extend(_span_in_memory(*tail))
+            end = len(self._spans) // SPAN_FIELDS, len(self._indices)
+            self._runs.extend((start, stop, first[0], end[0], first[1], end[1]))
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """query `[H, T, D]`, key and value `[Hkv, T, D]` -> `[T, H, D]`."""
+        self._memory.write(layer, key, value)
+        parts, results = array("q"), []
+        if self._large:
+            packed = query.unflatten(0, (len(key), -1)).transpose(1, 2).contiguous()  # [Hkv, T, G, D]
+            for block in self._large:
+                out, lse = self._flash(block, layer, query, packed, key, value, scale)
+                results.append((out, lse))  # which keeps their memory
+                parts.extend((block.start, out.data_ptr(), lse.data_ptr(), *out.stride()[:3], *lse.stride()))
+        tables = {"runs": self._runs, "spans": self._spans, "parts": parts, "indices": self._indices}
+        return self._kernels.attend(layer, query, key, value, scale, **tables)
+
+    def finish(self) -> None:
+        self._memory.finish()
+
+    def _flash(
+        self, block: Block, layer: int, query: Tensor, packed: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """-> (`[Hkv, n, G, D]`, LSE `[Hkv, n, G]`)"""
+        if isinstance(block, SelfBlock):
+            return attend_self(block, query, packed, key, value, scale)
+        if block.node in self._place:
+            place = self._place[block.node]
+            keys, values = key[:, place], value[:, place]
+        else:
+            kv = kv_of(block.node)
+            keys, values = kv.keys(layer), kv.values(layer)
+        return attend_all(packed[:, block.start : block.stop], keys, values, scale)
+
+    def _span(self, block: Block) -> tuple[int, ...]:
+        if block.node not in self._place:
+            kv = kv_of(block.node)
+            return _span_in_memory(kv.tensor, kv.num_tokens)
+        start = self._place[block.node].start
+        return (0, 0, 0, 0, 0, start, len(block.node), isinstance(block, SelfBlock) and block.is_causal)
+
+
+def _span_in_memory(tensor: Tensor, num_keys: int) -> tuple[int, ...]:
+    """Of `[L, 2, Hkv, n, D]` the first keys."""
+    return (tensor.data_ptr(), *tensor.stride()[:4], 0, num_keys, False)
+
+
+def _num_pairs(block: Block) -> int:
+    return (block.stop - block.start) * len(block.node)
+
+
+def _runs(blocks: StepBlocks) -> Iterator[tuple[int, int, list[Block]]]:
+    """Queries `[start, stop)` with the same keys, in order, and their blocks, save for tails."""
+    below = sorted(blocks.cross_blocks, key=lambda block: (block.start, block.level))
+    own: list[tuple[int, int, list[Block]]] = [(block.start, block.stop, [block]) for block in blocks.self_blocks]
+    own += [(index, index + 1, []) for index in blocks.decode_index]
+    above: list[Block] = []
+    num_begun = 0
+    for start, stop, self_blocks in sorted(own, key=lambda run: run[0]):
+        while above and above[-1].stop <= start:
+            above.pop()
+        while num_begun < len(below) and below[num_begun].start <= start:
+            above.append(below[num_begun])
+            num_begun += 1
+        yield start, stop, [*above, *self_blocks]

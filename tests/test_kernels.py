@@ -1,0 +1,230 @@
+"""The compiled kernels against torch's own operations, and what becomes of a machine that cannot build them."""
+
+import logging
+import os
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from attention.flash import flash
+from attention.kernels import Kernels, load_kernels
+from attention.kv_memory import KVShape
+from attention.native import NativeBackend
+from workers.devices import cpu_kernels, make_backend
+from workers.model_source import ModelRefused
+
+CPU = torch.device("cpu")
+SCALE = 0.3
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of numbers of about one
+dtypes = pytest.mark.parametrize("dtype", TOLERANCES, ids=["fp32", "bf16"])
+
+
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def kernels(request) -> Iterator[Kernels]:
+    found = cpu_kernels()
+    if found is None:
+        pytest.skip("no C++ compiler on this machine")
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield found
+    torch.set_num_threads(before)
+
+
+def randn(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(sum(size))).to(dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("width", [1, 48, 576, 1000])
+def test_rms_norm_is_torchs(kernels, width, dtype):
+    hidden, weight = 3 * randn(7, width, dtype=dtype), randn(width, dtype=dtype)
+    wanted = functional.rms_norm(hidden.double(), (width,), weight.double(), 1e-5).to(dtype)
+    torch.testing.assert_close(kernels.rms_norm(hidden, weight, 1e-5), wanted)
+
+
+@dtypes
+@pytest.mark.parametrize("head_dim", [2, 16, 64, 96])
+def test_rotation_of_some_heads_leaves_the_others(kernels, head_dim, dtype):
+    heads, angles = randn(9, 5, head_dim, dtype=dtype), randn(9, head_dim // 2).repeat(1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    wanted = heads.double()
+    low, high = wanted[:, :3].chunk(2, dim=-1)
+    wanted[:, :3] = wanted[:, :3] * cos[:, None].double() + torch.cat([-high, low], -1) * sin[:, None].double()
+    kernels.rotate_(heads[:, :3], cos, sin)
+    torch.testing.assert_close(heads, wanted.to(dtype))
+
+
+@dtypes
+@pytest.mark.parametrize("head_dim", [8, 64, 80, 128])
+@pytest.mark.parametrize("groups", [1, 3, 4])
+def test_keys_in_memory_of_the_step_and_in_parts_are_one_softmax(kernels, groups, head_dim, dtype):
+    """40 causal queries and one more, over 100 keys in memory, 70 that flash attention has seen, and their own."""
+    num_key_heads, num_tokens, layer = 2, 41, 1
+    num_heads = num_key_heads * groups
+    query = randn(num_tokens, num_heads, head_dim, dtype=dtype).transpose(0, 1)
+    key, value = (
+        randn(num_tokens, 3 + more, head_dim, dtype=dtype)[:, :num_key_heads].transpose(0, 1) for more in (0, 1)
+    )
+    memory = randn(2, 2, num_key_heads, 100, head_dim, dtype=dtype)
+    above = randn(2, num_key_heads, 70, head_dim, dtype=dtype)
+    part, lse = flash(query[None], *above[:, None], scale=SCALE)
+    grouped = [tensor[0].unflatten(0, (num_key_heads, groups)) for tensor in (part, lse)]  # [Hkv, G, T(, D)]
+    strides = [tensor.stride(axis) for tensor in grouped for axis in (0, 2, 1)]
+    got = kernels.attend(
+        layer,
+        query,
+        key,
+        value,
+        SCALE,
+        runs=array("q", (0, 40, 0, 2, 0, 1, 40, 41, 1, 3, 1, 1)),
+        spans=array(
+            "q",
+            (
+                *(0, 0, 0, 0, 0, 0, 40, True),
+                *(memory.data_ptr(), *memory.stride()[:4], 0, 100, False),
+                *(0, 0, 0, 0, 0, 40, 1, False),
+            ),
+        ),
+        parts=array("q", (0, part.data_ptr(), lse.data_ptr(), *strides)),
+        indices=array("q", (0,)),
+    )
+    assert got.dtype == dtype
+    for token in (0, 1, 17, 39, 40):
+        own = slice(token, 41) if token == 40 else slice(0, token + 1)
+        seen = [[memory[layer, which], both[:, own]] for which, both in ((0, key), (1, value))]
+        if token < 40:
+            seen = [[*parts, above[which]] for which, parts in enumerate(seen)]
+        keys, values = (torch.cat(parts, dim=1).double().repeat_interleave(groups, dim=0) for parts in seen)
+        scores = torch.einsum("hd,hkd->hk", query[:, token].double(), keys) * SCALE
+        wanted = torch.einsum("hk,hkd->hd", scores.softmax(-1), values)
+        torch.testing.assert_close(got[token].double(), wanted, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_numbers_that_are_none_are_kept(kernels, bad):
+    """A row whose numbers overflow is told as a row error, so nothing may hide it."""
+    query, key = randn(1, 1, 8), randn(1, 1, 8)
+    spans = array("q", (0, 0, 0, 0, 0, 0, 1, False))
+    tables = {"runs": array("q", (0, 1, 0, 1, 0, 0)), "spans": spans, "parts": array("q"), "indices": array("q")}
+    assert kernels.attend(0, query, key, torch.full((1, 1, 8), bad), 1.0, **tables).isfinite().logical_not().all()
+    assert kernels.attend(0, torch.full((1, 1, 8), bad), key, key, 1.0, **tables).isnan().all()
+    assert not kernels.rms_norm(torch.full((1, 8), bad), randn(8), 1e-5).isfinite().any()
+
+
+def test_large_and_small_scores_do_not_overflow(kernels):
+    keys = torch.tensor([1000.0, -1000.0, 999.0]).reshape(1, 3, 1)
+    spans = array("q", (0, 0, 0, 0, 0, 0, 3, False))
+    tables = {"runs": array("q", (0, 3, 0, 1, 0, 0)), "spans": spans, "parts": array("q"), "indices": array("q")}
+    got = kernels.attend(0, torch.ones(1, 3, 1), keys, torch.tensor([1.0, 5.0, 2.0]).reshape(1, 3, 1), 1.0, **tables)
+    torch.testing.assert_close(got[:, 0, 0], torch.full((3,), float(torch.tensor([1000.0, 999.0]).softmax(0)[1]) + 1))
+
+
+# -- machines
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """Nothing has been loaded yet."""
+    load_kernels.cache_clear()
+    yield
+    load_kernels.cache_clear()
+
+
+def test_library_is_built_once_and_is_its_owners_alone(tmp_path, fresh, monkeypatch):
+    if load_kernels(tmp_path / "kernels") is None:
+        pytest.skip("no C++ compiler on this machine")
+    (library,) = (tmp_path / "kernels").iterdir()  # no leftovers
+    built = library.stat().st_mtime_ns
+    assert (tmp_path / "kernels").stat().st_mode & 0o077 == 0
+    load_kernels.cache_clear()
+    assert load_kernels(tmp_path / "kernels") is not None
+    assert library.stat().st_mtime_ns == built
+    stranger = tmp_path / "stranger"  # written beside: the library is mapped into this process
+    stranger.write_bytes(b"anything")
+    os.chmod(stranger, 0o777)
+    os.replace(stranger, library)
+    load_kernels.cache_clear()
+    assert load_kernels(tmp_path / "kernels") is not None
+    assert library.stat().st_mtime_ns != built
+    assert library.stat().st_mode & 0o022 == 0
+
+
+@pytest.mark.parametrize(
+    ("compiler", "told"),
+    [("/nowhere/g++", "nowhere"), ("false", "false"), ("broken", "an error of the compiler")],
+)
+def test_machine_without_a_working_compiler_uses_torchs_operations_and_says_so(
+    tmp_path, fresh, monkeypatch, caplog, compiler, told
+):
+    if compiler == "broken":
+        compiler = str(tmp_path / "compiler")
+        script = '#!/bin/sh\n[ "$1" = --version ] && exit 0\necho an error of the compiler >&2; exit 1\n'
+        Path(compiler).write_text(script)
+        os.chmod(compiler, 0o755)
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("SEGUE_CACHE", str(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        assert cpu_kernels() is None
+        assert cpu_kernels() is None
+    assert len(caplog.records) == 1
+    assert told in caplog.text
+    assert _backend_names()["auto"] == "CpuBackend"
+    with pytest.raises(ModelRefused, match=r"native wants a C\+\+ compiler"):
+        make_backend("native", _shape(), [CPU])
+
+
+def test_no_compiler_at_all(tmp_path, fresh, monkeypatch, caplog):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        assert load_kernels(tmp_path) is None
+    assert "no C++ compiler found" in caplog.text
+
+
+def test_library_that_lacks_a_function_is_not_used(tmp_path, fresh, monkeypatch, caplog):
+    source = tmp_path / "other.cpp"
+    source.write_text('extern "C" void segue_rms_norm() {}\n')
+    monkeypatch.setattr("attention.kernels.SOURCE", source)
+    with caplog.at_level(logging.WARNING):
+        assert load_kernels(tmp_path / "kernels") is None
+    assert "segue_rotate" in caplog.text or "no C++ compiler" in caplog.text
+
+
+def test_switched_off_by_the_environment(monkeypatch):
+    monkeypatch.setenv("SEGUE_CPU_KERNELS", "0")
+    assert cpu_kernels() is None
+    assert _backend_names()["auto"] == "CpuBackend"
+
+
+def test_auto_is_the_kernels_where_they_can_be_had():
+    if cpu_kernels() is None:
+        pytest.skip("no C++ compiler on this machine")
+    assert _backend_names() == {"auto": "NativeBackend", "cpu": "CpuBackend", "native": "NativeBackend"}
+    assert isinstance(make_backend("auto", _shape(torch.bfloat16), [CPU]), NativeBackend)
+    assert not isinstance(make_backend("auto", _shape(torch.float16), [CPU]), NativeBackend)
+
+
+def test_tensors_of_mixed_types_are_refused_rather_than_misread(kernels):
+    hidden, other = randn(3, 1, 48), randn(3, 48, dtype=torch.bfloat16)
+    tables = {"runs": array("q"), "spans": array("q"), "parts": array("q"), "indices": array("q")}
+    for call in (
+        lambda: kernels.rms_norm(hidden, other[0], 1e-5),
+        lambda: kernels.rotate_(hidden, other, other),
+        lambda: kernels.attend(0, hidden, hidden, hidden.bfloat16(), 1.0, **tables),
+        lambda: kernels.rms_norm(hidden.double(), hidden.double()[0, 0], 1e-5),
+    ):
+        with pytest.raises(TypeError, match="fp32 or all bf16"):
+            call()
+
+
+def _shape(dtype: torch.dtype = torch.float32) -> KVShape:
+    return KVShape(1, 2, 8, dtype)
+
+
+def _backend_names() -> dict[str, str]:
+    names = ("auto", "cpu", "native") if cpu_kernels() is not None else ("auto", "cpu")
+    return {name: type(make_backend(name, _shape(), [CPU])).__name__ for name in names}
