@@ -2,6 +2,7 @@
 //
 // Compiled on the machine it runs on by attention/kernels.py, which says what every argument is; torch's own operations
 // are the oracle. Numbers are read and written as bf16 or fp32, and computed in fp32. NaN and infinities are kept.
+// Vectors of 16 numbers are what GCC and Clang make of them: one register of AVX-512, several of narrower ones.
 //
 // Threads are those of torch: linked against no OpenMP of its own, the library finds the one torch has loaded.
 
@@ -11,67 +12,145 @@
 #include <cstring>
 #include <limits>
 #include <vector>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 namespace {
 
+constexpr int64_t kLanes = 16;
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Bits __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+
 constexpr float kNever = -std::numeric_limits<float>::infinity();
-constexpr int64_t kBlockKeys = 64;    // staged in fp32 at a time: 16 KiB each of keys and values at a width of 64
-constexpr int64_t kChunkTokens = 16;  // of a run, that share what is staged
+constexpr int64_t kBlockKeys = 64;      // staged in fp32 at a time: 16 KiB each of keys and values at a width of 64
+constexpr int64_t kChunkTokens = 16;    // of a run, that share what is staged
+constexpr int64_t kAlone = 1 << 16;     // numbers to compute, up to which waking another thread takes longer
 
 struct BFloat16 {
     uint16_t bits;
 };
 
-inline float load(float number) { return number; }
+inline Floats all(float number) { return number - Floats{}; }
 
-inline float load(BFloat16 number) {
-    const uint32_t bits = static_cast<uint32_t>(number.bits) << 16;
-    float result;
-    std::memcpy(&result, &bits, sizeof result);
+inline Floats load16(const float* from) {
+    Floats result;
+    std::memcpy(&result, from, sizeof result);
     return result;
 }
 
-inline void store(float& to, float number) { to = number; }
-
-// To nearest, ties to even.
-inline void store(BFloat16& to, float number) {
-    uint32_t bits;
-    std::memcpy(&bits, &number, sizeof bits);
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    to.bits = static_cast<uint16_t>(number == number ? rounded : 0x7fc0u);
+inline Floats load16(const BFloat16* from) {
+#ifdef __AVX512F__  // what compilers make of the other form are five shuffles
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    return reinterpret_cast<Floats>(_mm512_slli_epi32(wide, 16));
+#else
+    Halves halves;
+    std::memcpy(&halves, from, sizeof halves);
+    return reinterpret_cast<Floats>(__builtin_convertvector(halves, Bits) << 16);
+#endif
 }
 
-// Of numbers up to 0, within 2 units in the last place; 0 and less than the smallest normal number are both harmless.
-inline float exp_of(float number) {
-    constexpr float kLog2E = 1.44269504088896341f;
-    const float clamped = number < -87.0f ? -87.0f : number;  // NaN stays
-    const float whole = std::floor(clamped * kLog2E + 0.5f);
-    float rest = clamped - whole * 0.693359375f;
-    rest -= whole * -2.12194440e-4f;
-    float power = 1.9875691500e-4f;
-    power = power * rest + 1.3981999507e-3f;
+inline void store16(float* to, Floats numbers) { std::memcpy(to, &numbers, sizeof numbers); }
+
+// To nearest, ties to even.
+inline void store16(BFloat16* to, Floats numbers) {
+    const Bits bits = reinterpret_cast<Bits>(numbers);
+    const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const Halves halves = __builtin_convertvector(numbers == numbers ? rounded : Bits{} + 0x7fc0u, Halves);
+    std::memcpy(to, &halves, sizeof halves);
+}
+
+// The first `count` numbers, then zeros.
+template <typename Number>
+inline Floats load_some(const Number* from, int64_t count) {
+    if (count >= kLanes) return load16(from);
+    Number padded[kLanes] = {};
+    std::memcpy(padded, from, count * sizeof(Number));
+    return load16(padded);
+}
+
+template <typename Number>
+inline void store_some(Number* to, Floats numbers, int64_t count) {
+    if (count >= kLanes) return store16(to, numbers);
+    Number padded[kLanes];
+    store16(padded, numbers);
+    std::memcpy(to, padded, count * sizeof(Number));
+}
+
+#ifdef __clang__
+#define SEGUE_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SEGUE_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Ints{__VA_ARGS__})
+#endif
+
+// Lane i of the result is the sum of vector i.
+inline Floats sums_of(Floats (&v)[kLanes]) {
+    for (int i = 0; i < 8; ++i)
+        v[i] = SEGUE_SHUFFLE(v[i], v[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+               SEGUE_SHUFFLE(v[i], v[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    for (int i = 0; i < 4; ++i)
+        v[i] = SEGUE_SHUFFLE(v[i], v[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+               SEGUE_SHUFFLE(v[i], v[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+    for (int i = 0; i < 2; ++i)
+        v[i] = SEGUE_SHUFFLE(v[i], v[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+               SEGUE_SHUFFLE(v[i], v[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    return SEGUE_SHUFFLE(v[0], v[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+           SEGUE_SHUFFLE(v[0], v[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+}
+
+inline float sum_of(Floats numbers) {
+    float sum = 0.0f;
+    for (int i = 0; i < kLanes; ++i) sum += numbers[i];
+    return sum;
+}
+
+inline float highest_of(Floats numbers) {
+    Floats other = SEGUE_SHUFFLE(numbers, numbers, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    numbers = numbers > other ? numbers : other;
+    other = SEGUE_SHUFFLE(numbers, numbers, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    numbers = numbers > other ? numbers : other;
+    other = SEGUE_SHUFFLE(numbers, numbers, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    numbers = numbers > other ? numbers : other;
+    return numbers[0] > numbers[1] ? numbers[0] : numbers[1];
+}
+
+// Of numbers up to 0, within 2 units in the last place; below -87 it is 0. NaN stays.
+inline Floats exp_of(Floats numbers) {
+    const Floats clamped = numbers < all(-87.0f) ? all(-87.0f) : numbers;
+    const Ints whole = __builtin_convertvector(clamped * 1.44269504088896341f - 0.5f, Ints);  // to nearest
+    const Floats rounded = __builtin_convertvector(whole, Floats);
+    const Floats rest = clamped - rounded * 0.693359375f + rounded * 2.12194440e-4f;
+    Floats power = rest * 1.9875691500e-4f + 1.3981999507e-3f;
     power = power * rest + 8.3334519073e-3f;
     power = power * rest + 4.1665795894e-2f;
     power = power * rest + 1.6666665459e-1f;
     power = power * rest + 5.0000001201e-1f;
     power = power * rest * rest + rest + 1.0f;
-    const int32_t exponent = (static_cast<int32_t>(whole) + 127) << 23;
-    float scale;
-    std::memcpy(&scale, &exponent, sizeof scale);
-    return number < -87.0f ? 0.0f : power * scale;
+    const Floats scaled = power * reinterpret_cast<Floats>((whole + 127) << 23);
+    return numbers < all(-87.0f) ? Floats{} : scaled;
 }
+
+inline float exp_of(float number) { return exp_of(all(number))[0]; }
+
+inline int threads_for(int64_t size, int num_threads) { return size <= kAlone ? 1 : num_threads; }
 
 template <typename Number>
 void rms_norm(const Number* inputs, const Number* weight, Number* outputs, int64_t num_tokens, int64_t width,
               float epsilon, int num_threads) {
-#pragma omp parallel for num_threads(num_threads) schedule(static)
+#pragma omp parallel for num_threads(threads_for(num_tokens * width, num_threads)) schedule(static)
     for (int64_t token = 0; token < num_tokens; ++token) {
         const Number* from = inputs + token * width;
         Number* to = outputs + token * width;
-        float sum = 0.0f;
-        for (int64_t i = 0; i < width; ++i) sum += load(from[i]) * load(from[i]);
-        const float scale = 1.0f / std::sqrt(sum / static_cast<float>(width) + epsilon);
-        for (int64_t i = 0; i < width; ++i) store(to[i], load(from[i]) * scale * load(weight[i]));
+        Floats squares{};
+        for (int64_t i = 0; i < width; i += kLanes) {
+            const Floats numbers = load_some(from + i, width - i);
+            squares += numbers * numbers;
+        }
+        const float scale = 1.0f / std::sqrt(sum_of(squares) / static_cast<float>(width) + epsilon);
+        for (int64_t i = 0; i < width; i += kLanes)
+            store_some(to + i, load_some(from + i, width - i) * scale * load_some(weight + i, width - i), width - i);
     }
 }
 
@@ -79,189 +158,284 @@ template <typename Number>
 void rotate(Number* heads, const Number* cosines, const Number* sines, int64_t num_tokens, int64_t token_stride,
             int64_t num_heads, int64_t head_dim, int num_threads) {
     const int64_t middle = head_dim / 2;
-#pragma omp parallel for num_threads(num_threads) schedule(static)
+#pragma omp parallel for num_threads(threads_for(num_tokens * num_heads * head_dim, num_threads)) schedule(static)
     for (int64_t token = 0; token < num_tokens; ++token) {
         const Number* cosine = cosines + token * head_dim;
         const Number* sine = sines + token * head_dim;
         for (int64_t head = 0; head < num_heads; ++head) {
             Number* low = heads + token * token_stride + head * head_dim;
             Number* high = low + middle;
-#pragma GCC ivdep
-            for (int64_t i = 0; i < middle; ++i) {
-                const float a = load(low[i]), b = load(high[i]);
-                store(low[i], a * load(cosine[i]) - b * load(sine[i]));
-                store(high[i], b * load(cosine[middle + i]) + a * load(sine[middle + i]));
+            for (int64_t i = 0; i < middle; i += kLanes) {
+                const int64_t count = middle - i;
+                const Floats a = load_some(low + i, count), b = load_some(high + i, count);
+                store_some(low + i, a * load_some(cosine + i, count) - b * load_some(sine + i, count), count);
+                store_some(high + i,
+                           b * load_some(cosine + middle + i, count) + a * load_some(sine + middle + i, count), count);
             }
         }
     }
 }
 
-// Rows of the tables that attention/kernels.py fills.
+// Of each row of logits the largest, the first place where it is, and, where wanted, the logarithm of the sum of all
+// exponentials.
+template <typename Number>
+void summarise(const Number* logits, int64_t num_rows, int64_t width, float* highest, int64_t* most_likely,
+               float* log_totals, int num_threads) {
+#pragma omp parallel for num_threads(threads_for(num_rows * width, num_threads)) schedule(static)
+    for (int64_t row = 0; row < num_rows; ++row) {
+        const Number* from = logits + row * width;
+        const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        Floats tops = all(kNever);
+        Ints places = lanes, is_nan{};
+        const int64_t whole = width - width % kLanes;
+        for (int64_t i = 0; i < whole; i += kLanes) {
+            const Floats numbers = load16(from + i);
+            const auto is_higher = numbers > tops;
+            tops = is_higher ? numbers : tops;
+            places = is_higher ? lanes + static_cast<int32_t>(i) : places;
+            is_nan |= numbers != numbers;
+        }
+        float top = kNever;
+        int64_t place = 0;
+        bool has_nan = false;
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+            has_nan |= is_nan[lane] != 0;
+            if (tops[lane] > top || (tops[lane] == top && places[lane] < place)) top = tops[lane], place = places[lane];
+        }
+        for (int64_t i = whole; i < width; ++i) {
+            const float number = load_some(from + i, 1)[0];
+            has_nan |= number != number;
+            if (number > top) top = number, place = i;
+        }
+        highest[row] = has_nan ? std::numeric_limits<float>::quiet_NaN() : top;
+        most_likely[row] = place;
+        if (!log_totals) continue;
+        Floats totals{};
+        for (int64_t i = 0; i < whole; i += kLanes) totals += exp_of(load16(from + i) - top);
+        float total = sum_of(totals);
+        for (int64_t i = whole; i < width; ++i) total += exp_of(load_some(from + i, 1)[0] - top);
+        log_totals[row] = top + std::log(total);
+    }
+}
+
+// Rows of the tables that attention/native.py fills; addresses in bytes, the rest in numbers.
 struct Run {
-    int64_t start, stop;                // queries
-    int64_t first_span, end_span;       // keys that all of them see, save for what comes after them in their own node
-    int64_t first_part, end_part;       // of the indices: what they have attended to already
+    int64_t start, stop;           // queries
+    int64_t first_span, end_span;  // keys that all of them see, save for what comes after them in their own node
+    int64_t first_part, end_part;  // of the indices: what they have attended to already
+};
+
+struct Place {                     // of keys and values in memory, those of layer 0
+    int64_t address, layer_stride, value_offset, head_stride, token_stride;
 };
 
 struct Span {
-    int64_t address;        // of layer 0's keys; 0 if they are the step's own
-    int64_t layer_stride, value_offset, head_stride, token_stride;  // of memory; of the step's own see Step
-    int64_t start;          // the first one's place among the step's tokens, if they are its own
+    Place place;        // without an address: keys of the step itself
+    int64_t start;      // the first one among the step's tokens, if they are its own
     int64_t num_keys;
-    int64_t is_causal;      // a query then sees no key after itself
+    int64_t is_causal;  // a query then sees no key after itself
+};
+
+struct Kept {
+    Place place;        // of the first
+    int64_t start, stop;  // of the step's tokens
 };
 
 struct Part {
-    int64_t start;          // the first query
-    int64_t out, lse;       // addresses: of a number each for every query, head and place; of an fp32
-    int64_t out_head, out_token, out_group;
-    int64_t lse_head, lse_token, lse_group;
+    int64_t start;      // the first query
+    int64_t out, lse;   // addresses
+    int64_t out_head, out_token, out_group, lse_head, lse_token, lse_group;  // strides
 };
 
 struct Step {
     int64_t query, key, value, out;  // addresses; out is `[T, H, D]`
     int64_t query_head, query_token, key_head, key_token, value_head, value_token;  // strides
     int64_t num_key_heads, num_groups, head_dim, layer;
-    float scale;
 };
 
-// What some queries of one key head have seen so far: weighted sums of values, their weights' sums, largest scores.
-struct Sums {
-    std::vector<float> values, weights, highest;
-};
-
-inline float dot(const float* a, const float* b, int64_t width) {
-    float sum = 0.0f;
-    for (int64_t i = 0; i < width; ++i) sum += a[i] * b[i];
-    return sum;
+template <typename Number>
+const Number* in_memory(const Place& place, int64_t layer, int64_t head) {
+    return reinterpret_cast<const Number*>(place.address) + layer * place.layer_stride + head * place.head_stride;
 }
 
-template <int64_t kWidth>
-inline void attend_keys(const float* query, const float* keys, const float* values, int64_t num_keys, int64_t width_,
-                        float* sum, float& weight_sum, float& highest) {
-    const int64_t width = kWidth ? kWidth : width_;
-    float scores[kBlockKeys];
-    float top = highest;
-    for (int64_t k = 0; k < num_keys; ++k) scores[k] = dot(query, keys + k * width, width);
-    for (int64_t k = 0; k < num_keys; ++k) top = scores[k] > top ? scores[k] : top;
-    const float kept = exp_of(highest - top);
-    float total = 0.0f;
-    for (int64_t k = 0; k < num_keys; ++k) {
-        scores[k] = exp_of(scores[k] - top);
-        total += scores[k];
+template <typename Number>
+void keep(const Step& step, const Kept* kept, int64_t num_kept) {
+    const int64_t size = step.head_dim * static_cast<int64_t>(sizeof(Number));
+    for (const Kept* each = kept; each != kept + num_kept; ++each)
+        for (int64_t head = 0; head < step.num_key_heads; ++head) {
+            Number* to = const_cast<Number*>(in_memory<Number>(each->place, step.layer, head));
+            const Number* key = reinterpret_cast<const Number*>(step.key) + head * step.key_head;
+            const Number* value = reinterpret_cast<const Number*>(step.value) + head * step.value_head;
+            for (int64_t token = each->start; token < each->stop; ++token, to += each->place.token_stride) {
+                std::memcpy(to, key + token * step.key_token, size);
+                std::memcpy(to + each->place.value_offset, value + token * step.value_token, size);
+            }
+        }
+}
+
+// What a thread works with. Rows are queries of one key head; widths are in vectors, the last one filled with zeros.
+struct Workspace {
+    std::vector<float> queries, keys, values, sums, weights, highest;
+};
+
+// Further keys of one query: `sum`, `weight` and `highest` are what it has seen so far.
+template <int64_t kVectors>
+inline void attend_keys(const float* query, const float* keys, const float* values, int64_t num_keys,
+                        int64_t num_vectors, float* sum, float& weight, float& highest) {
+    const int64_t vectors = kVectors ? kVectors : num_vectors, width = vectors * kLanes;
+    Floats scores[kBlockKeys / kLanes];
+    Floats tops = all(highest);
+    const int64_t num_groups = (num_keys + kLanes - 1) / kLanes;
+    for (int64_t group = 0; group < num_groups; ++group) {
+        Floats products[kLanes];
+        for (int64_t k = 0; k < kLanes; ++k) {
+            const float* key = keys + (group * kLanes + k) * width;
+            products[k] = load16(query) * load16(key);
+            for (int64_t i = 1; i < vectors; ++i) products[k] += load16(query + i * kLanes) * load16(key + i * kLanes);
+        }
+        scores[group] = sums_of(products);
+        if (const int64_t left = num_keys - group * kLanes; left < kLanes) {
+            const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+            scores[group] = lane < static_cast<int32_t>(left) ? scores[group] : all(kNever);
+        }
+        tops = scores[group] > tops ? scores[group] : tops;
     }
-    weight_sum = weight_sum * kept + total;
+    const float top = highest_of(tops), kept = exp_of(highest - top);
     highest = top;
-    for (int64_t i = 0; i < width; ++i) sum[i] *= kept;
-    for (int64_t k = 0; k < num_keys; ++k) {
-        const float weight = scores[k];
-        const float* value = values + k * width;
-        for (int64_t i = 0; i < width; ++i) sum[i] += weight * value[i];
+    Floats total{};
+    for (int64_t group = 0; group < num_groups; ++group) {
+        scores[group] = exp_of(scores[group] - top);
+        total += scores[group];
+    }
+    weight = weight * kept + sum_of(total);
+    const float* weights = reinterpret_cast<const float*>(scores);
+    if constexpr (kVectors > 0) {
+        Floats even[kVectors], odd[kVectors];
+        for (int64_t i = 0; i < kVectors; ++i) even[i] = load16(sum + i * kLanes) * kept, odd[i] = Floats{};
+        int64_t k = 0;
+        for (; k + 1 < num_keys; k += 2)
+            for (int64_t i = 0; i < kVectors; ++i) {
+                even[i] += load16(values + k * width + i * kLanes) * weights[k];
+                odd[i] += load16(values + (k + 1) * width + i * kLanes) * weights[k + 1];
+            }
+        if (k < num_keys)
+            for (int64_t i = 0; i < kVectors; ++i) even[i] += load16(values + k * width + i * kLanes) * weights[k];
+        for (int64_t i = 0; i < kVectors; ++i) store16(sum + i * kLanes, even[i] + odd[i]);
+    } else {
+        for (int64_t i = 0; i < width; i += kLanes) {
+            Floats sums = load16(sum + i) * kept;
+            for (int64_t k = 0; k < num_keys; ++k) sums += load16(values + k * width + i) * weights[k];
+            store16(sum + i, sums);
+        }
     }
 }
 
 template <typename Number>
-inline void stage(const Number* from, int64_t stride, int64_t num_keys, int64_t width, float* to) {
-    for (int64_t k = 0; k < num_keys; ++k)
-        for (int64_t i = 0; i < width; ++i) to[k * width + i] = load(from[k * stride + i]);
+inline void stage(const Number* from, int64_t stride, int64_t num_rows, int64_t width, int64_t num_vectors, float* to) {
+    for (int64_t row = 0; row < num_rows; ++row)
+        for (int64_t i = 0; i < num_vectors; ++i, to += kLanes)
+            store16(to, load_some(from + row * stride + i * kLanes, width - i * kLanes));
 }
 
-template <typename Number, int64_t kWidth>
+template <typename Number, int64_t kVectors>
 void attend_chunk(const Step& step, const Run& run, const Span* spans, const Part* parts, const int64_t* indices,
-                  int64_t start, int64_t stop, int64_t head) {
-    const int64_t width = kWidth ? kWidth : step.head_dim;
-    const int64_t groups = step.num_groups, num_rows = (stop - start) * groups;
-    static thread_local std::vector<float> queries, keys, values, sums, weight_sums, highest;
-    queries.resize(num_rows * width);
-    keys.resize(kBlockKeys * width);
-    values.resize(kBlockKeys * width);
-    sums.assign(num_rows * width, 0.0f);
-    weight_sums.assign(num_rows, 0.0f);
-    highest.assign(num_rows, kNever);
-    const Number* all_queries = reinterpret_cast<const Number*>(step.query);
-    for (int64_t token = start; token < stop; ++token)
-        for (int64_t group = 0; group < groups; ++group) {
-            const Number* from = all_queries + (head * groups + group) * step.query_head + token * step.query_token;
-            float* to = queries.data() + ((token - start) * groups + group) * width;
-            for (int64_t i = 0; i < width; ++i) to[i] = load(from[i]) * step.scale;
-        }
+                  float scale, int64_t start, int64_t stop, int64_t head, Workspace& space) {
+    const int64_t width = step.head_dim, vectors = kVectors ? kVectors : (width + kLanes - 1) / kLanes;
+    const int64_t padded = vectors * kLanes, groups = step.num_groups, num_rows = (stop - start) * groups;
+    space.queries.resize(num_rows * padded);
+    space.keys.resize(kBlockKeys * padded);
+    space.values.resize(kBlockKeys * padded);
+    space.sums.assign(num_rows * padded, 0.0f);
+    space.weights.assign(num_rows, 0.0f);
+    space.highest.assign(num_rows, kNever);
+    for (int64_t token = start; token < stop; ++token) {
+        const Number* from = reinterpret_cast<const Number*>(step.query) + token * step.query_token;
+        float* to = space.queries.data() + (token - start) * groups * padded;
+        stage(from + head * groups * step.query_head, step.query_head, groups, width, vectors, to);
+    }
+    for (int64_t i = 0; i < num_rows * padded; ++i) space.queries[i] *= scale;
+
     for (const int64_t* index = indices + run.first_part; index != indices + run.end_part; ++index) {
-        const Part* part = parts + *index;
-        for (int64_t token = start; token < stop; ++token)
-            for (int64_t group = 0; group < groups; ++group) {
-                const int64_t row = (token - start) * groups + group, place = token - part->start;
-                const float lse = reinterpret_cast<const float*>(
-                    part->lse)[head * part->lse_head + place * part->lse_token + group * part->lse_group];
-                if (lse == kNever) continue;
-                const Number* out = reinterpret_cast<const Number*>(part->out) + head * part->out_head +
-                                    place * part->out_token + group * part->out_group;
-                const float top = highest[row] > lse ? highest[row] : lse;
-                const float kept = exp_of(highest[row] - top), weight = exp_of(lse - top);
-                float* sum = sums.data() + row * width;
-                for (int64_t i = 0; i < width; ++i) sum[i] = sum[i] * kept + weight * load(out[i]);
-                weight_sums[row] = weight_sums[row] * kept + weight;
-                highest[row] = top;
-            }
+        const Part& part = parts[*index];
+        for (int64_t row = 0; row < num_rows; ++row) {
+            const int64_t place = start + row / groups - part.start, group = row % groups;
+            const float lse = reinterpret_cast<const float*>(
+                part.lse)[head * part.lse_head + place * part.lse_token + group * part.lse_group];
+            if (lse == kNever) continue;
+            const Number* out = reinterpret_cast<const Number*>(part.out) + head * part.out_head +
+                                place * part.out_token + group * part.out_group;
+            const float top = lse > space.highest[row] ? lse : space.highest[row];
+            const float kept = exp_of(space.highest[row] - top), weight = exp_of(lse - top);
+            float* sum = space.sums.data() + row * padded;
+            for (int64_t i = 0; i < padded; i += kLanes)
+                store16(sum + i, load16(sum + i) * kept + load_some(out + i, width - i) * weight);
+            space.weights[row] = space.weights[row] * kept + weight;
+            space.highest[row] = top;
+        }
     }
     for (const Span* span = spans + run.first_span; span != spans + run.end_span; ++span) {
+        const bool is_own = !span->place.address;
+        const int64_t key_stride = is_own ? step.key_token : span->place.token_stride;
+        const int64_t value_stride = is_own ? step.value_token : span->place.token_stride;
         const Number *key, *value;
-        int64_t key_stride, value_stride;
-        if (span->address) {
-            key = reinterpret_cast<const Number*>(span->address) + step.layer * span->layer_stride +
-                  head * span->head_stride;
-            value = key + span->value_offset;
-            key_stride = value_stride = span->token_stride;
-        } else {
-            key_stride = step.key_token;
-            value_stride = step.value_token;
+        if (is_own) {
             key = reinterpret_cast<const Number*>(step.key) + head * step.key_head + span->start * key_stride;
             value = reinterpret_cast<const Number*>(step.value) + head * step.value_head + span->start * value_stride;
+        } else {
+            key = in_memory<Number>(span->place, step.layer, head);
+            value = key + span->place.value_offset;
         }
         const int64_t seen = span->is_causal ? std::min(span->num_keys, stop - span->start) : span->num_keys;
         for (int64_t first = 0; first < seen; first += kBlockKeys) {
             const int64_t num_keys = std::min(kBlockKeys, seen - first);
-            stage(key + first * key_stride, key_stride, num_keys, width, keys.data());
-            stage(value + first * value_stride, value_stride, num_keys, width, values.data());
-            for (int64_t token = start; token < stop; ++token) {
-                const int64_t visible =
-                    span->is_causal ? std::min(num_keys, token - span->start + 1 - first) : num_keys;
-                if (visible <= 0) continue;
-                for (int64_t group = 0; group < groups; ++group) {
-                    const int64_t row = (token - start) * groups + group;
-                    attend_keys<kWidth>(queries.data() + row * width, keys.data(), values.data(), visible, width,
-                                        sums.data() + row * width, weight_sums[row], highest[row]);
-                }
+            stage(key + first * key_stride, key_stride, num_keys, width, vectors, space.keys.data());
+            stage(value + first * value_stride, value_stride, num_keys, width, vectors, space.values.data());
+            for (int64_t row = 0; row < num_rows; ++row) {
+                const int64_t before = start + row / groups - span->start + 1 - first;  // of the query, itself included
+                const int64_t visible = span->is_causal ? std::min(num_keys, before) : num_keys;
+                if (visible > 0)
+                    attend_keys<kVectors>(space.queries.data() + row * padded, space.keys.data(), space.values.data(),
+                                          visible, vectors, space.sums.data() + row * padded, space.weights[row],
+                                          space.highest[row]);
             }
         }
     }
-    Number* out = reinterpret_cast<Number*>(step.out);
-    for (int64_t token = start; token < stop; ++token)
-        for (int64_t group = 0; group < groups; ++group) {
-            const int64_t row = (token - start) * groups + group;
-            Number* to = out + ((token * step.num_key_heads + head) * groups + group) * width;
-            const float scale = 1.0f / weight_sums[row];
-            for (int64_t i = 0; i < width; ++i) store(to[i], sums[row * width + i] * scale);
-        }
+    for (int64_t row = 0; row < num_rows; ++row) {
+        const int64_t token = start + row / groups, group = row % groups;
+        Number* to = reinterpret_cast<Number*>(step.out) + ((token * step.num_key_heads + head) * groups + group) * width;
+        const float share = 1.0f / space.weights[row];
+        for (int64_t i = 0; i < padded; i += kLanes)
+            store_some(to + i, load16(space.sums.data() + row * padded + i) * share, width - i);
+    }
 }
 
 template <typename Number>
-void attend(const Step& step, const Run* runs, int64_t num_runs, const Span* spans, const Part* parts,
+void attend(const Step& step, float scale, const Run* runs, int64_t num_runs, const Span* spans, const Part* parts,
             const int64_t* indices, int num_threads) {
     struct Chunk {
         int64_t run, start, stop;
     };
     std::vector<Chunk> chunks;
-    for (int64_t run = 0; run < num_runs; ++run)
+    int64_t size = 0;  // numbers to compute
+    for (int64_t run = 0; run < num_runs; ++run) {
         for (int64_t start = runs[run].start; start < runs[run].stop; start += kChunkTokens)
             chunks.push_back({run, start, std::min(start + kChunkTokens, runs[run].stop)});
+        for (int64_t span = runs[run].first_span; span < runs[run].end_span; ++span)
+            size += (runs[run].stop - runs[run].start) * spans[span].num_keys;
+    }
     const int64_t heads = step.num_key_heads, num_items = static_cast<int64_t>(chunks.size()) * heads;
-#pragma omp parallel for num_threads(num_threads) schedule(dynamic, 4)
-    for (int64_t item = 0; item < num_items; ++item) {
-        const Chunk& chunk = chunks[item / heads];
-        const auto one = step.head_dim == 64    ? attend_chunk<Number, 64>
-                         : step.head_dim == 128 ? attend_chunk<Number, 128>
-                                                : attend_chunk<Number, 0>;
-        one(step, runs[chunk.run], spans, parts, indices, chunk.start, chunk.stop, item % heads);
+    const auto one = step.head_dim == 64    ? attend_chunk<Number, 4>
+                     : step.head_dim == 128 ? attend_chunk<Number, 8>
+                                            : attend_chunk<Number, 0>;
+    size *= heads * step.num_groups * 4;
+#pragma omp parallel num_threads(threads_for(size, num_threads))
+    {
+        Workspace space;
+#pragma omp for schedule(dynamic, 4)
+        for (int64_t item = 0; item < num_items; ++item) {
+            const Chunk& chunk = chunks[item / heads];
+            one(step, runs[chunk.run], spans, parts, indices, scale, chunk.start, chunk.stop, item % heads, space);
+        }
     }
 }
 
@@ -289,17 +463,27 @@ void segue_rotate(int is_bf16, void* heads, const void* cosines, const void* sin
                num_tokens, token_stride, num_heads, head_dim, num_threads);
 }
 
-void segue_attend(int is_bf16, const int64_t* step, float scale, const void* runs, int64_t num_runs, const void* spans,
-                  const void* parts, const int64_t* indices, int num_threads) {
-    const Step whole{step[0], step[1], step[2],  step[3],  step[4],  step[5],  step[6], step[7],
-                     step[8], step[9], step[10], step[11], step[12], step[13], scale};
+void segue_summarise(int is_bf16, const void* logits, int64_t num_rows, int64_t width, float* highest,
+                     int64_t* most_likely, float* log_totals, int num_threads) {
+    if (is_bf16)
+        summarise(static_cast<const BFloat16*>(logits), num_rows, width, highest, most_likely, log_totals, num_threads);
+    else
+        summarise(static_cast<const float*>(logits), num_rows, width, highest, most_likely, log_totals, num_threads);
+}
+
+void segue_attend(int is_bf16, const void* step, float scale, const void* kept, int64_t num_kept, const void* runs,
+                  int64_t num_runs, const void* spans, const void* parts, const int64_t* indices, int num_threads) {
+    const auto& whole = *static_cast<const Step*>(step);
     const auto* all_runs = static_cast<const Run*>(runs);
     const auto* all_spans = static_cast<const Span*>(spans);
     const auto* all_parts = static_cast<const Part*>(parts);
-    if (is_bf16)
-        attend<BFloat16>(whole, all_runs, num_runs, all_spans, all_parts, indices, num_threads);
-    else
-        attend<float>(whole, all_runs, num_runs, all_spans, all_parts, indices, num_threads);
+    if (is_bf16) {
+        keep<BFloat16>(whole, static_cast<const Kept*>(kept), num_kept);
+        attend<BFloat16>(whole, scale, all_runs, num_runs, all_spans, all_parts, indices, num_threads);
+    } else {
+        keep<float>(whole, static_cast<const Kept*>(kept), num_kept);
+        attend<float>(whole, scale, all_runs, num_runs, all_spans, all_parts, indices, num_threads);
+    }
 }
 
 }  // extern "C"

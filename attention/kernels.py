@@ -4,7 +4,7 @@ Where there is no compiler, or the result does not load, there are no kernels, a
 library is kept under a name that is a digest of its source, the compiler and the processor, so that a folder may be
 shared by machines. It computes with torch's threads.
 
-Shapes: `T` packed tokens, `H` query heads, `Hkv` key heads, `D` head width, `E` hidden width.
+Shapes: `T` packed tokens, `H` query heads, `Hkv` key heads, `D` head width, `E` hidden width, `V` vocabulary.
 """
 
 import ctypes
@@ -26,7 +26,13 @@ from torch import Tensor
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = [
     *("-O3", "-std=c++17", "-fPIC", "-fopenmp"),
-    *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"),  # sums in vectors; NaN stays
+    *(
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-fno-signed-zeros",
+        "-fassociative-math",
+    ),  # sums in any order; NaN stays
+    "-Wno-psabi",  # vectors are passed to nobody else
 ]
 PROCESSOR_FLAGS = {
     "x86_64": ["-march=native", "-mprefer-vector-width=512"],
@@ -35,6 +41,7 @@ PROCESSOR_FLAGS = {
 DTYPES = (torch.float32, torch.bfloat16)
 RUN_FIELDS = 6  # as in the C++ structs of the same names
 SPAN_FIELDS = 8
+KEPT_FIELDS = 7
 
 _log = logging.getLogger(__name__)
 
@@ -53,10 +60,12 @@ class Kernels:
         self._rotate.argtypes = [ctypes.c_int, address, address, address, count, count, count, count, ctypes.c_int]
         self._attend = library.segue_attend
         self._attend.argtypes = [
-            *(ctypes.c_int, address, number, address, count),
-            *(address, address, address, ctypes.c_int),
+            *(ctypes.c_int, address, number),
+            *(address, count, address, count, address, address, address, ctypes.c_int),
         ]
-        for function in (self._rms_norm, self._rotate, self._attend):
+        self._summarise = library.segue_summarise
+        self._summarise.argtypes = [ctypes.c_int, address, count, count, address, address, address, ctypes.c_int]
+        for function in (self._rms_norm, self._rotate, self._attend, self._summarise):
             function.restype = None
 
     def rms_norm(self, inputs: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -91,6 +100,23 @@ class Kernels:
             torch.get_num_threads(),
         )
 
+    def summarise(self, logits: Tensor, *, with_totals: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Of logits `[N, V]`: the largest, `[N]` fp32, where it first is, `[N]` int64, and the log of the sum of all
+        exponentials, `[N]` fp32, if asked for."""
+        logits = logits.contiguous()
+        highest, most_likely = torch.empty(len(logits)), torch.empty(len(logits), dtype=torch.int64)
+        totals = torch.empty(len(logits) if with_totals else 0)
+        self._summarise(
+            _is_bf16(logits),
+            logits.data_ptr(),
+            *logits.shape,
+            highest.data_ptr(),
+            most_likely.data_ptr(),
+            totals.data_ptr() if with_totals else None,
+            torch.get_num_threads(),
+        )
+        return highest, most_likely, totals
+
     def attend(
         self,
         layer: int,
@@ -99,6 +125,7 @@ class Kernels:
         value: Tensor,
         scale: float,
         *,
+        kept: array,
         runs: array,
         spans: array,
         parts: array,
@@ -106,10 +133,10 @@ class Kernels:
     ) -> Tensor:
         """query `[H, T, D]`, key and value `[Hkv, T, D]` of a step's tokens -> `[T, H, D]`.
 
-        Every query belongs to one of `runs`: queries `[start, stop)` that see the same `spans[first:end]` of keys, and
-        that have attended to the same parts before, `parts[i]` for i in `indices[first:end]`. A span's keys are the
-        step's own or at an address. All are rows of int64, field by field as in kernels.cpp, in elements but for
-        addresses.
+        First the keys and values that `kept` names are copied to where they stay. Every query belongs to one of `runs`:
+        queries `[start, stop)` that see the same `spans[first:end]` of keys, and that have attended to the same parts
+        before, `parts[i]` for i in `indices[first:end]`. A span's keys are the step's own or at an address. All are
+        rows of int64, field by field as in kernels.cpp.
         """
         num_heads, num_tokens, head_dim = query.shape
         out = torch.empty((num_tokens, num_heads, head_dim), dtype=query.dtype)
@@ -121,6 +148,8 @@ class Kernels:
             _is_bf16(query, key, value),
             step.buffer_info()[0],
             scale,
+            kept.buffer_info()[0],
+            len(kept) // KEPT_FIELDS,
             runs.buffer_info()[0],
             len(runs) // RUN_FIELDS,
             spans.buffer_info()[0],

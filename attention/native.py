@@ -9,7 +9,7 @@ Shapes: `T` packed tokens, `G` query heads a key head, `H = Hkv * G`, `n` querie
 """
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from attention.flash import attend_all, attend_self
 from attention.kernels import SPAN_FIELDS, Kernels
 from attention.kv_cache import KVCache
 from attention.kv_memory import KVMemory, KVShape, Tail
-from attention.step_memory import StepMemory, kv_of
+from attention.step_memory import kv_of
 
 FEW_PAIRS = 4096  # of a query and a key: up to here a block is cheaper in the kernel than in a call of its own
 
@@ -36,19 +36,31 @@ class NativeBackend:
         return KVCache(shape, budget_bytes)
 
     def begin(self, blocks: StepBlocks, tails: Sequence[Tail], memory: KVMemory) -> "_NativeStep":
+        if not isinstance(memory, KVCache):
+            raise TypeError(f"wanted memory of nodes and arenas, got {type(memory).__name__}")
         large = [block for block in (*blocks.self_blocks, *blocks.cross_blocks) if _num_pairs(block) > self._few_pairs]
-        return _NativeStep(self._kernels, blocks, large, StepMemory(blocks, tails, memory))
+        slots = [memory.arenas[tail.capacity].tensor[:, :, tail.place] for tail in tails]
+        own = {index: (slot, tail.length) for index, slot, tail in zip(blocks.decode_index, slots, tails, strict=True)}
+        return _NativeStep(self._kernels, blocks, large, own)
 
 
 class _NativeStep:
-    """What all layers of a step share: the kernel's tables, and the blocks that are flash attention's."""
+    """What all layers of a step share: the kernel's tables, and the blocks that are flash attention's.
 
-    def __init__(self, kernels: Kernels, blocks: StepBlocks, large: Sequence[Block], memory: StepMemory) -> None:
+    `tails`: of generating rows by packed index, `[L, 2, Hkv, capacity, D]` and how many tokens are in it.
+    """
+
+    def __init__(
+        self, kernels: Kernels, blocks: StepBlocks, large: Sequence[Block], tails: Mapping[int, tuple[Tensor, int]]
+    ) -> None:
         self._kernels = kernels
-        self._memory = memory
         self._large = large
         self._place = {block.node: slice(block.start, block.stop) for block in blocks.self_blocks}
-        self._runs, self._spans, self._indices = array("q"), array("q"), array("q")
+        self._kept, self._runs, self._spans, self._indices = (array("q") for _ in range(4))
+        for own in blocks.self_blocks:
+            self._kept.extend((*_place(kv_of(own.node).tensor), own.start, own.stop))
+        for index, (slot, length) in tails.items():
+            self._kept.extend((*_place(slot[:, :, :, length:]), index, index + 1))
         number_of = {id(block): number for number, block in enumerate(large)}
         for start, stop, seen in _runs(blocks):
             first = len(self._spans) // SPAN_FIELDS, len(self._indices)
@@ -57,14 +69,14 @@ class _NativeStep:
                     self._indices.append(number_of[id(block)])
                 else:
                     self._spans.extend(self._span(block))
-            if (tail := memory.tail_at(start)) is not None:
-                self._spans.extend(_span_in_memory(*tail))
+            if start in tails:
+                slot, length = tails[start]
+                self._spans.extend((*_place(slot), 0, length + 1, False))
             end = len(self._spans) // SPAN_FIELDS, len(self._indices)
             self._runs.extend((start, stop, first[0], end[0], first[1], end[1]))
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """query `[H, T, D]`, key and value `[Hkv, T, D]` -> `[T, H, D]`."""
-        self._memory.write(layer, key, value)
         parts, results = array("q"), []
         if self._large:
             packed = query.unflatten(0, (len(key), -1)).transpose(1, 2).contiguous()  # [Hkv, T, G, D]
@@ -72,11 +84,11 @@ class _NativeStep:
                 out, lse = self._flash(block, layer, query, packed, key, value, scale)
                 results.append((out, lse))  # which keeps their memory
                 parts.extend((block.start, out.data_ptr(), lse.data_ptr(), *out.stride()[:3], *lse.stride()))
-        tables = {"runs": self._runs, "spans": self._spans, "parts": parts, "indices": self._indices}
-        return self._kernels.attend(layer, query, key, value, scale, **tables)
+        tables = {"kept": self._kept, "runs": self._runs, "spans": self._spans, "indices": self._indices}
+        return self._kernels.attend(layer, query, key, value, scale, parts=parts, **tables)
 
     def finish(self) -> None:
-        self._memory.finish()
+        """Everything is where it stays."""
 
     def _flash(
         self, block: Block, layer: int, query: Tensor, packed: Tensor, key: Tensor, value: Tensor, scale: float
@@ -94,15 +106,14 @@ class _NativeStep:
 
     def _span(self, block: Block) -> tuple[int, ...]:
         if block.node not in self._place:
-            kv = kv_of(block.node)
-            return _span_in_memory(kv.tensor, kv.num_tokens)
-        start = self._place[block.node].start
-        return (0, 0, 0, 0, 0, start, len(block.node), isinstance(block, SelfBlock) and block.is_causal)
+            return (*_place(kv_of(block.node).tensor), 0, len(block.node), False)
+        is_causal = isinstance(block, SelfBlock) and block.is_causal
+        return (0, 0, 0, 0, 0, self._place[block.node].start, len(block.node), is_causal)
 
 
-def _span_in_memory(tensor: Tensor, num_keys: int) -> tuple[int, ...]:
-    """Of `[L, 2, Hkv, n, D]` the first keys."""
-    return (tensor.data_ptr(), *tensor.stride()[:4], 0, num_keys, False)
+def _place(tensor: Tensor) -> tuple[int, ...]:
+    """Of `[L, 2, Hkv, n, D]`."""
+    return (tensor.data_ptr(), *tensor.stride()[:4])
 
 
 def _num_pairs(block: Block) -> int:

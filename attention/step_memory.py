@@ -52,17 +52,9 @@ class StepMemory:
         if not isinstance(memory, KVCache):
             raise TypeError(f"wanted memory of nodes and arenas, got {type(memory).__name__}")
         own = blocks.self_blocks
-        self._arenas = memory.arenas
-        self._tail_at = dict(zip(blocks.decode_index, tails, strict=True))
         self.tails = _tail_batches(memory, tails, blocks.decode_index)
         self._large = tuple(block for block in own if len(block.node) > SMALL_TOKENS)
         self._staged = _StagedKV([block for block in own if len(block.node) <= SMALL_TOKENS], memory.shape)
-
-    def tail_at(self, index: int) -> tuple[Tensor, int] | None:
-        """Of the generating row at a packed index: its slot `[L, 2, Hkv, capacity, D]`, and how many tokens are in it
-        with the new one; None where no row generates."""
-        tail = self._tail_at.get(index)
-        return tail and (self._arenas[tail.capacity].tensor[:, :, tail.place], tail.length + 1)
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         """key, value: `[Hkv, T, D]` of the whole step."""

@@ -20,6 +20,7 @@ from workers.model_source import ModelRefused
 CPU = torch.device("cpu")
 SCALE = 0.3
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of numbers of about one
+NOTHING = {name: array("q") for name in ("kept", "runs", "spans", "parts", "indices")}
 dtypes = pytest.mark.parametrize("dtype", TOLERANCES, ids=["fp32", "bf16"])
 
 
@@ -59,6 +60,22 @@ def test_rotation_of_some_heads_leaves_the_others(kernels, head_dim, dtype):
 
 
 @dtypes
+@pytest.mark.parametrize("width", [1, 15, 49, 5000])
+def test_summary_of_logits_is_torchs(kernels, width, dtype):
+    logits = (3 * randn(40, width, dtype=dtype)).round()  # with ties
+    logits[3], logits[4, width // 2], logits[5, width // 2] = 7.0, torch.inf, -torch.inf
+    highest, most_likely, totals = kernels.summarise(logits, with_totals=True)
+    assert torch.equal(highest, logits.float().amax(-1))
+    assert torch.equal(most_likely, logits.argmax(-1))
+    sound = highest.isfinite()
+    wanted = logits.double().logsumexp(-1).float()
+    torch.testing.assert_close(totals[sound], wanted[sound], atol=1e-5, rtol=1e-6)
+    assert not totals[~sound].isfinite().any()
+    logits[::2, -1], logits[1::2, 0] = torch.nan, torch.nan
+    assert kernels.summarise(logits, with_totals=False)[0].isnan().all()
+
+
+@dtypes
 @pytest.mark.parametrize("head_dim", [8, 64, 80, 128])
 @pytest.mark.parametrize("groups", [1, 3, 4])
 def test_keys_in_memory_of_the_step_and_in_parts_are_one_softmax(kernels, groups, head_dim, dtype):
@@ -74,12 +91,14 @@ def test_keys_in_memory_of_the_step_and_in_parts_are_one_softmax(kernels, groups
     part, lse = flash(query[None], *above[:, None], scale=SCALE)
     grouped = [tensor[0].unflatten(0, (num_key_heads, groups)) for tensor in (part, lse)]  # [Hkv, G, T(, D)]
     strides = [tensor.stride(axis) for tensor in grouped for axis in (0, 2, 1)]
+    stays = torch.zeros(2, 2, num_key_heads, 50, head_dim, dtype=dtype)
     got = kernels.attend(
         layer,
         query,
         key,
         value,
         SCALE,
+        kept=array("q", (stays[:, :, :, 7:].data_ptr(), *stays.stride()[:4], 1, 41)),
         runs=array("q", (0, 40, 0, 2, 0, 1, 40, 41, 1, 3, 1, 1)),
         spans=array(
             "q",
@@ -93,6 +112,9 @@ def test_keys_in_memory_of_the_step_and_in_parts_are_one_softmax(kernels, groups
         indices=array("q", (0,)),
     )
     assert got.dtype == dtype
+    assert torch.equal(stays[layer, :, :, 7:47], torch.stack([key[:, 1:], value[:, 1:]]))
+    assert not stays[:, :, :, [*range(7), 47, 48, 49]].any()
+    assert not stays[1 - layer].any()
     for token in (0, 1, 17, 39, 40):
         own = slice(token, 41) if token == 40 else slice(0, token + 1)
         seen = [[memory[layer, which], both[:, own]] for which, both in ((0, key), (1, value))]
@@ -109,7 +131,7 @@ def test_numbers_that_are_none_are_kept(kernels, bad):
     """A row whose numbers overflow is told as a row error, so nothing may hide it."""
     query, key = randn(1, 1, 8), randn(1, 1, 8)
     spans = array("q", (0, 0, 0, 0, 0, 0, 1, False))
-    tables = {"runs": array("q", (0, 1, 0, 1, 0, 0)), "spans": spans, "parts": array("q"), "indices": array("q")}
+    tables = NOTHING | {"runs": array("q", (0, 1, 0, 1, 0, 0)), "spans": spans}
     assert kernels.attend(0, query, key, torch.full((1, 1, 8), bad), 1.0, **tables).isfinite().logical_not().all()
     assert kernels.attend(0, torch.full((1, 1, 8), bad), key, key, 1.0, **tables).isnan().all()
     assert not kernels.rms_norm(torch.full((1, 8), bad), randn(8), 1e-5).isfinite().any()
@@ -118,7 +140,7 @@ def test_numbers_that_are_none_are_kept(kernels, bad):
 def test_large_and_small_scores_do_not_overflow(kernels):
     keys = torch.tensor([1000.0, -1000.0, 999.0]).reshape(1, 3, 1)
     spans = array("q", (0, 0, 0, 0, 0, 0, 3, False))
-    tables = {"runs": array("q", (0, 3, 0, 1, 0, 0)), "spans": spans, "parts": array("q"), "indices": array("q")}
+    tables = NOTHING | {"runs": array("q", (0, 3, 0, 1, 0, 0)), "spans": spans}
     got = kernels.attend(0, torch.ones(1, 3, 1), keys, torch.tensor([1.0, 5.0, 2.0]).reshape(1, 3, 1), 1.0, **tables)
     torch.testing.assert_close(got[:, 0, 0], torch.full((3,), float(torch.tensor([1000.0, 999.0]).softmax(0)[1]) + 1))
 
@@ -210,11 +232,10 @@ def test_auto_is_the_kernels_where_they_can_be_had():
 
 def test_tensors_of_mixed_types_are_refused_rather_than_misread(kernels):
     hidden, other = randn(3, 1, 48), randn(3, 48, dtype=torch.bfloat16)
-    tables = {"runs": array("q"), "spans": array("q"), "parts": array("q"), "indices": array("q")}
     for call in (
         lambda: kernels.rms_norm(hidden, other[0], 1e-5),
         lambda: kernels.rotate_(hidden, other, other),
-        lambda: kernels.attend(0, hidden, hidden, hidden.bfloat16(), 1.0, **tables),
+        lambda: kernels.attend(0, hidden, hidden, hidden.bfloat16(), 1.0, **NOTHING),
         lambda: kernels.rms_norm(hidden.double(), hidden.double()[0, 0], 1e-5),
     ):
         with pytest.raises(TypeError, match="fp32 or all bf16"):

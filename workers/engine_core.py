@@ -175,7 +175,9 @@ class EngineCore:
             for tail in tails:
                 tail.length += 1
         ends = [(prefill.end, _continuation(prefill.request)[-1]) for prefill in plan.scored]
-        scores, num_states = score_step(blocks.self_blocks, ends, hidden, self.model.logits, self.model.vocab_size)
+        scores, num_states = score_step(
+            blocks.self_blocks, ends, hidden, self.model.rounded_logits, self.model.vocab_size
+        )
         self.stats.num_scored_positions += num_states
         return (hidden[torch.tensor(blocks.decode_index, device=hidden.device)] if decode else hidden[:0]), scores
 
@@ -229,7 +231,7 @@ class EngineCore:
             self._begin_form(sample)
         ends = [last_hidden(prefill) for prefill in plan.ready for _ in prefill.samples]
         hidden = torch.stack(ends) if not plan.decoding else torch.cat([decode_hidden, *(e[None] for e in ends)])
-        logits = self.model.logits(hidden)
+        logits = self.model.rounded_logits(hidden)
         tokens = draw(logits, samples, seed=self.config.seed, eos_token_ids=self.model.eos_token_ids)
         broken: dict[Request, RowError] = {}
         for sample, token in zip(samples, tokens, strict=True):

@@ -100,6 +100,11 @@ class TreeModel:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden `[N, E]` -> `[N, V]` fp32."""
+        return self.rounded_logits(hidden).float()
+
+    @torch.inference_mode()
+    def rounded_logits(self, hidden: Tensor) -> Tensor:
+        """The same in the model's own type, half of what there is to read, where nothing is done to them any more."""
         return vocabulary_logits(self.model, hidden, self.fused and self.fused.head)
 
 
@@ -140,17 +145,17 @@ def load_model(
 
 
 def vocabulary_logits(model: Any, hidden: Tensor, head: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """Final hidden states `[..., E]` of a transformers model -> `[..., V]` fp32, scaled and capped as it does.
+    """Final hidden states `[..., E]` of a transformers model -> `[..., V]`, scaled and capped, in fp32, as it does.
 
     `head` computes what the model's own output embeddings do.
     """
     config = model.config.get_text_config()
-    logits = (head or model.get_output_embeddings())(hidden).float()
+    logits = (head or model.get_output_embeddings())(hidden)
     scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
     if scale != 1.0:
-        logits = logits * scale
+        logits = logits.float() * scale
     cap = getattr(config, "final_logit_softcapping", None)
-    logits = torch.tanh(logits / cap) * cap if cap else logits
+    logits = torch.tanh(logits.float() / cap) * cap if cap else logits
     return logits.to(hidden.device)  # the head may be elsewhere
 
 

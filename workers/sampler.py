@@ -15,6 +15,7 @@ from torch import Tensor
 from workers.grammars import Grammar, forbidden_tokens
 from workers.request import Sample, TokenLogprobs
 from workers.sampling import SamplingParams
+from workers.vocabulary import summarise
 
 
 def uniform(seed: int, row_key: bytes, sample_index: int, position: int) -> float:
@@ -24,16 +25,16 @@ def uniform(seed: int, row_key: bytes, sample_index: int, position: int) -> floa
 
 
 def draw(logits: Tensor, samples: Sequence[Sample], *, seed: int, eos_token_ids: frozenset[int]) -> list[int | None]:
-    """One token for each row of `logits` `[B, V]` fp32, and its log-probabilities where asked; None where the
+    """One token for each row of `logits` `[B, V]`, and its log-probabilities where asked; None where the
     logits are not numbers. Log-probabilities are the model's own, before any adjustment."""
-    highest, most_likely = logits.max(dim=-1)
+    highest, most_likely, _ = summarise(logits)
     is_sound = torch.isfinite(highest).tolist()
     _record_positions = _logprob_rows(logits, samples)
     adjusted = _adjust(logits, samples, eos_token_ids)
     tokens = (most_likely if adjusted is logits else adjusted.argmax(dim=-1)).tolist()
     random_rows = [i for i, s in enumerate(samples) if s.request.params.temperature > 0 and is_sound[i]]
     if random_rows:
-        drawn = _draw_random(adjusted[random_rows], [samples[i] for i in random_rows], seed)
+        drawn = _draw_random(adjusted[random_rows].float(), [samples[i] for i in random_rows], seed)
         for row, token in zip(random_rows, drawn, strict=True):
             tokens[row] = token
     for row, logprobs in _record_positions.items():
@@ -44,7 +45,7 @@ def draw(logits: Tensor, samples: Sequence[Sample], *, seed: int, eos_token_ids:
 
 def _logprob_rows(logits: Tensor, samples: Sequence[Sample]) -> dict[int, Tensor]:
     return {
-        row: logits[row].log_softmax(dim=-1)
+        row: logits[row].float().log_softmax(dim=-1)
         for row, sample in enumerate(samples)
         if sample.request.params.logprobs is not None
     }
@@ -57,12 +58,12 @@ def _token_logprobs(logprobs: Tensor, token: int, params: SamplingParams) -> Tok
 
 
 def _adjust(logits: Tensor, samples: Sequence[Sample], eos_token_ids: frozenset[int]) -> Tensor:
-    """Penalties and forbidden tokens. Copies only if some row asks for any."""
+    """Penalties and forbidden tokens, in fp32. Copies only if some row asks for any."""
     needy = [row for row, sample in enumerate(samples) if _needs_adjustment(sample)]
     formed = {row: sample.grammar for row, sample in enumerate(samples) if sample.grammar is not None}
     if not needy and not formed:
         return logits
-    adjusted = logits.clone()
+    adjusted = logits.to(torch.float32, copy=True)
     for row in needy:
         _adjust_row_(adjusted[row], samples[row], eos_token_ids)
     if formed:

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from attention.blocks import SelfBlock
 from attention.tree import Node
+from workers.vocabulary import summarise
 
-MAX_LOGITS = 1 << 22  # numbers of fp32 logits held at once: 16 MiB, whatever the vocabulary
-CACHED_ROWS = 16
+MAX_LOGITS = 1 << 22  # logits held at once: 16 MiB in fp32, whatever the vocabulary
 
-Head = Callable[[Tensor], Tensor]  # hidden [N, E] -> logits [N, V] fp32
+Head = Callable[[Tensor], Tensor]  # hidden [N, E] -> logits [N, V] of any type
 TokenScore = tuple[float, bool]  # log-probability; is the token the most likely one
 
 
@@ -125,16 +125,9 @@ def score_tokens(hidden: Tensor, rows: Tensor, targets: Tensor, head: Head, voca
         logits = head(hidden[chunk])
         which = order[borders[chunk.start] : borders[chunk.stop]]
         local = rows[which] - chunk.start
-        chosen = logits[local, targets[which]]
-        # A few rows at a time: what passes over the vocabulary several times should stay in the processor's cache.
-        parts = [(part.logsumexp(dim=-1), part.amax(dim=-1)) for part in logits.split(CACHED_ROWS)]
-        totals, tops = (torch.cat(column) for column in zip(*parts, strict=True))
-        logprobs[which] = chosen - totals[local]
-        is_top = chosen == tops[local]
-        # Only where the token has the largest logit can it be the first of these.
-        top = is_top.nonzero()[:, 0]
-        is_top[top] = logits[local[top]].argmax(dim=-1) == targets[which[top]]
-        is_greedy[which] = is_top
+        _, most_likely, totals = summarise(logits, with_totals=True)
+        logprobs[which] = logits[local, targets[which]].float() - totals[local]
+        is_greedy[which] = most_likely[local] == targets[which]
     return logprobs, is_greedy
 
 

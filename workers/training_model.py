@@ -190,7 +190,7 @@ class TrainingModel:
         return torch.cat(pieces)
 
     def _target_logprobs(self, states: Tensor, targets: Tensor) -> Tensor:
-        return -F.cross_entropy(vocabulary_logits(self._model, states), targets, reduction="none")
+        return -F.cross_entropy(vocabulary_logits(self._model, states).float(), targets, reduction="none")
 
     @torch.no_grad()
     def _probe(self, wanted: Tensor) -> None:
@@ -198,7 +198,7 @@ class TrainingModel:
         self.train(False)
         ids = torch.tensor([probe_ids(self._model)], device=self.device)
         hidden = self._model.get_decoder()(input_ids=ids, use_cache=False, segue_mask=TrainingMask(None))
-        got = vocabulary_logits(self._model, hidden.last_hidden_state[:, -1])[0]
+        got = vocabulary_logits(self._model, hidden.last_hidden_state[:, -1])[0].float()
         error = float((got - wanted).norm() / wanted.norm().clamp_min(1e-6))
         if not error <= PROBE_TOLERANCE[self._model.dtype]:
             raise ModelRefused(
