@@ -6,7 +6,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from workers.tokenizer import Piece, RunTokenizer, control_ids
+from workers.tokenizer import Piece, RunTokenizer, control_ids, run_tokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -143,3 +143,14 @@ def test_added_prefix_is_what_the_tokenizer_adds_to_text() -> None:
     )
     runs = RunTokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
     assert (runs.prefix_ids, runs.suffix_ids) == ((256,), (257,))
+
+
+def test_run_tokenizer_is_made_once_and_again_for_a_tokenizer_that_was_changed():
+    tokenizer, other = _wrap(_bpe(), "<x>"), _wrap(_bpe(), "<x>")
+    runs = run_tokenizer(tokenizer)
+    assert run_tokenizer(tokenizer) is runs
+    assert run_tokenizer(other) is not runs
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<y>"]})
+    assert set(run_tokenizer(tokenizer).control_ids) == {"<x>", "<y>"}
+    with pytest.raises(ValueError, match="fast tokenizer"):
+        run_tokenizer(object())  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from workers.placeholders import Placeholder, fill
 from workers.presets import Author, Block, Row, alpaca_blocks, commonsense_blocks, segmented, text_blocks
 from workers.prompts import PromptTemplate
 from workers.row_errors import RowError
-from workers.tokenizer import Piece, RunTokenizer
+from workers.tokenizer import Piece, run_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,7 +56,7 @@ class PromptEncoder:
         self._template = template
         self._date = date
         self._max_prompt_bytes = max_prompt_bytes
-        self._tokenizer = RunTokenizer(tokenizer)
+        self._tokenizer = run_tokenizer(tokenizer)
         self._check_template()
 
     @classmethod

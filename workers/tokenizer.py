@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from tokenizers import Tokenizer
 
@@ -164,6 +165,19 @@ class RunTokenizer:
             before, after = _CANARIES[number % len(_CANARIES)], _CANARIES[(number * 3 + 1) % len(_CANARIES)]
             texts += [before + control + after, control + before + controls[number - 1] + control + after]
         return texts + [control + text for text in _CANARIES for control in controls[:3]]
+
+
+_known: WeakKeyDictionary[Any, tuple[str, RunTokenizer]] = WeakKeyDictionary()
+
+
+def run_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> RunTokenizer:
+    """The RunTokenizer of a tokenizer: it takes half a second to make, and is made again only if that was changed."""
+    if not getattr(tokenizer, "is_fast", False):
+        return RunTokenizer(tokenizer)  # which says why not
+    serialised = tokenizer.backend_tokenizer.to_str()  # type: ignore[attr-defined]
+    if tokenizer not in _known or _known[tokenizer][0] != serialised:
+        _known[tokenizer] = serialised, RunTokenizer(tokenizer)
+    return _known[tokenizer][1]
 
 
 def control_ids(pieces: Iterable[Piece]) -> tuple[int, ...]:
