@@ -33,7 +33,7 @@ class NativeBackend:
         self._few_pairs = few_pairs
 
     def new_memory(self, shape: KVShape, budget_bytes: int) -> KVCache:
-        return KVCache(shape, budget_bytes)
+        return KVCache(shape, budget_bytes, max_copied_tokens=0)
 
     def begin(self, blocks: StepBlocks, tails: Sequence[Tail], memory: KVMemory) -> "_NativeStep":
         if not isinstance(memory, KVCache):
