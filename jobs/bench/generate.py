@@ -160,8 +160,9 @@ def _timed(
 
 
 def _vllm(args: argparse.Namespace, directory: str) -> Vllm:
-    blocks = {"num_gpu_blocks_override": args.kv_tokens // VLLM_BLOCK, "block_size": VLLM_BLOCK}
-    options = blocks if args.kv_tokens else {}
+    options: dict[str, int] = {}
+    if args.kv_tokens:
+        options = {"num_gpu_blocks_override": args.kv_tokens // VLLM_BLOCK, "block_size": VLLM_BLOCK}
     return Vllm(args.vllm_python, directory, args.dtype, max_num_seqs=args.max_num_seqs, **options)
 
 
