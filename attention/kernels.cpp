@@ -233,7 +233,7 @@ struct Span {
     Place place;        // without an address: keys of the step itself
     int64_t start;      // the first one among the step's tokens, if they are its own
     int64_t num_keys;
-    int64_t is_causal;  // a query then sees no key after itself
+    int64_t is_causal;  // a query then sees no key after itself; only a run's last span is
 };
 
 struct Kept {
@@ -373,6 +373,18 @@ void attend_chunk(const Step& step, const Run& run, const Span* spans, const Par
             space.highest[row] = top;
         }
     }
+    int64_t num_staged = 0, own = -1, own_token = 0;  // own: the first staged key that causality may hide, and its token
+    const auto attend_staged = [&] {
+        for (int64_t row = 0; row < num_rows; ++row) {
+            const int64_t before = std::max<int64_t>(0, start + row / groups - own_token + 1);
+            const int64_t visible = own < 0 ? num_staged : std::min(num_staged, own + before);
+            if (visible > 0)
+                attend_keys<kVectors>(space.queries.data() + row * padded, space.keys.data(), space.values.data(),
+                                      visible, vectors, space.sums.data() + row * padded, space.weights[row],
+                                      space.highest[row]);
+        }
+        num_staged = 0, own = -1;
+    };
     for (const Span* span = spans + run.first_span; span != spans + run.end_span; ++span) {
         const bool is_own = !span->place.address;
         const int64_t key_stride = is_own ? step.key_token : span->place.token_stride;
@@ -386,20 +398,17 @@ void attend_chunk(const Step& step, const Run& run, const Span* spans, const Par
             value = key + span->place.value_offset;
         }
         const int64_t seen = span->is_causal ? std::min(span->num_keys, stop - span->start) : span->num_keys;
-        for (int64_t first = 0; first < seen; first += kBlockKeys) {
-            const int64_t num_keys = std::min(kBlockKeys, seen - first);
-            stage(key + first * key_stride, key_stride, num_keys, width, vectors, space.keys.data());
-            stage(value + first * value_stride, value_stride, num_keys, width, vectors, space.values.data());
-            for (int64_t row = 0; row < num_rows; ++row) {
-                const int64_t before = start + row / groups - span->start + 1 - first;  // of the query, itself included
-                const int64_t visible = span->is_causal ? std::min(num_keys, before) : num_keys;
-                if (visible > 0)
-                    attend_keys<kVectors>(space.queries.data() + row * padded, space.keys.data(), space.values.data(),
-                                          visible, vectors, space.sums.data() + row * padded, space.weights[row],
-                                          space.highest[row]);
-            }
+        for (int64_t first = 0, count; first < seen; first += count) {
+            count = std::min(kBlockKeys - num_staged, seen - first);
+            const int64_t at = num_staged * padded;
+            stage(key + first * key_stride, key_stride, count, width, vectors, space.keys.data() + at);
+            stage(value + first * value_stride, value_stride, count, width, vectors, space.values.data() + at);
+            if (span->is_causal) own = num_staged, own_token = span->start + first;
+            num_staged += count;
+            if (num_staged == kBlockKeys) attend_staged();
         }
     }
+    if (num_staged) attend_staged();
     for (int64_t row = 0; row < num_rows; ++row) {
         const int64_t token = start + row / groups, group = row % groups;
         Number* to = reinterpret_cast<Number*>(step.out) + ((token * step.num_key_heads + head) * groups + group) * width;

@@ -16,8 +16,8 @@ from torch import Tensor
 from attention.blocks import CrossBlock, SelfBlock, StepBlocks
 from attention.flash import attend_all, attend_self
 from attention.kernels import SPAN_FIELDS, Kernels
-from attention.kv_cache import KVCache
 from attention.kv_memory import KVMemory, KVShape, Tail
+from attention.kv_pieces import KVPieces
 from attention.step_memory import kv_of
 
 FEW_PAIRS = 4096  # of a query and a key: up to here a block is cheaper in the kernel than in a call of its own
@@ -32,35 +32,39 @@ class NativeBackend:
         self._kernels = kernels
         self._few_pairs = few_pairs
 
-    def new_memory(self, shape: KVShape, budget_bytes: int) -> KVCache:
-        return KVCache(shape, budget_bytes, max_copied_tokens=0)
+    def new_memory(self, shape: KVShape, budget_bytes: int) -> KVPieces:
+        return KVPieces(shape, budget_bytes)
 
     def begin(self, blocks: StepBlocks, tails: Sequence[Tail], memory: KVMemory) -> "_NativeStep":
-        if not isinstance(memory, KVCache):
-            raise TypeError(f"wanted memory of nodes and arenas, got {type(memory).__name__}")
+        if not isinstance(memory, KVPieces):
+            raise TypeError(f"wanted memory of pieces, got {type(memory).__name__}")
         large = [block for block in (*blocks.self_blocks, *blocks.cross_blocks) if _num_pairs(block) > self._few_pairs]
-        slots = [memory.arenas[tail.capacity].tensor[:, :, tail.place] for tail in tails]
-        own = {index: (slot, tail.length) for index, slot, tail in zip(blocks.decode_index, slots, tails, strict=True)}
-        return _NativeStep(self._kernels, blocks, large, own)
+        seen = [list(memory.pieces(tail, tail.length + 1)) for tail in tails]
+        return _NativeStep(self._kernels, blocks, large, dict(zip(blocks.decode_index, seen, strict=True)))
 
 
 class _NativeStep:
     """What all layers of a step share: the kernel's tables, and the blocks that are flash attention's.
 
-    `tails`: of generating rows by packed index, `[L, 2, Hkv, capacity, D]` and how many tokens are in it.
+    `tails`: of generating rows by packed index, the pieces with their new token and how much of each is used.
     """
 
     def __init__(
-        self, kernels: Kernels, blocks: StepBlocks, large: Sequence[Block], tails: Mapping[int, tuple[Tensor, int]]
+        self,
+        kernels: Kernels,
+        blocks: StepBlocks,
+        large: Sequence[Block],
+        tails: Mapping[int, Sequence[tuple[Tensor, int]]],
     ) -> None:
         self._kernels = kernels
         self._large = large
-        self._place = {block.node: slice(block.start, block.stop) for block in blocks.self_blocks}
+        self._own = {block.node: slice(block.start, block.stop) for block in blocks.self_blocks}
         self._kept, self._runs, self._spans, self._indices = (array("q") for _ in range(4))
         for own in blocks.self_blocks:
             self._kept.extend((*_place(kv_of(own.node).tensor), own.start, own.stop))
-        for index, (slot, length) in tails.items():
-            self._kept.extend((*_place(slot[:, :, :, length:]), index, index + 1))
+        for index, pieces in tails.items():
+            last, used = pieces[-1]
+            self._kept.extend((*_place(last[:, :, :, used - 1 :]), index, index + 1))
         number_of = {id(block): number for number, block in enumerate(large)}
         for start, stop, seen in _runs(blocks):
             first = len(self._spans) // SPAN_FIELDS, len(self._indices)
@@ -69,9 +73,8 @@ class _NativeStep:
                     self._indices.append(number_of[id(block)])
                 else:
                     self._spans.extend(self._span(block))
-            if start in tails:
-                slot, length = tails[start]
-                self._spans.extend((*_place(slot), 0, length + 1, False))
+            for piece, used in tails.get(start, ()):
+                self._spans.extend((*_place(piece), 0, used, False))
             end = len(self._spans) // SPAN_FIELDS, len(self._indices)
             self._runs.extend((start, stop, first[0], end[0], first[1], end[1]))
 
@@ -96,8 +99,8 @@ class _NativeStep:
         """-> (`[Hkv, n, G, D]`, LSE `[Hkv, n, G]`)"""
         if isinstance(block, SelfBlock):
             return attend_self(block, query, packed, key, value, scale)
-        if block.node in self._place:
-            place = self._place[block.node]
+        if block.node in self._own:
+            place = self._own[block.node]
             keys, values = key[:, place], value[:, place]
         else:
             kv = kv_of(block.node)
@@ -105,10 +108,10 @@ class _NativeStep:
         return attend_all(packed[:, block.start : block.stop], keys, values, scale)
 
     def _span(self, block: Block) -> tuple[int, ...]:
-        if block.node not in self._place:
+        if block.node not in self._own:
             return (*_place(kv_of(block.node).tensor), 0, len(block.node), False)
         is_causal = isinstance(block, SelfBlock) and block.is_causal
-        return (0, 0, 0, 0, 0, self._place[block.node].start, len(block.node), is_causal)
+        return (0, 0, 0, 0, 0, self._own[block.node].start, len(block.node), is_causal)
 
 
 def _place(tensor: Tensor) -> tuple[int, ...]:

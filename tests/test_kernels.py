@@ -99,13 +99,13 @@ def test_keys_in_memory_of_the_step_and_in_parts_are_one_softmax(kernels, groups
         value,
         SCALE,
         kept=array("q", (stays[:, :, :, 7:].data_ptr(), *stays.stride()[:4], 1, 41)),
-        runs=array("q", (0, 40, 0, 2, 0, 1, 40, 41, 1, 3, 1, 1)),
+        runs=array("q", (0, 40, 1, 3, 0, 1, 40, 41, 0, 2, 1, 1)),
         spans=array(
             "q",
             (
-                *(0, 0, 0, 0, 0, 0, 40, True),
-                *(memory.data_ptr(), *memory.stride()[:4], 0, 100, False),
                 *(0, 0, 0, 0, 0, 40, 1, False),
+                *(memory.data_ptr(), *memory.stride()[:4], 0, 100, False),
+                *(0, 0, 0, 0, 0, 0, 40, True),
             ),
         ),
         parts=array("q", (0, part.data_ptr(), lse.data_ptr(), *strides)),

@@ -13,6 +13,7 @@ from attention.blocks import DecodeQuery, blocks_of
 from attention.cpu import CpuBackend
 from attention.flash import FEW_KEYS, flash
 from attention.kv_memory import KVShape
+from attention.kv_pieces import KVPieces
 from attention.kv_pool import KVPool
 from attention.merge import merge_part_
 from attention.native import FEW_PAIRS, NativeBackend
@@ -190,6 +191,9 @@ def _prefeed(harness, tail, fed, count):
         if isinstance(harness.cache, KVPool):
             place = tail.place + tail.length
             harness.cache.tensors[0][0, place], harness.cache.tensors[0][1, place] = k[:, 0], v[:, 0]
+        elif isinstance(harness.cache, KVPieces):
+            *_, (piece, used) = harness.cache.pieces(tail, tail.length + 1)
+            piece[0, 0, :, used - 1], piece[0, 1, :, used - 1] = k[:, 0], v[:, 0]
         else:
             arena = harness.cache.arenas[tail.capacity].tensor
             arena[0, 0, tail.place, :, tail.length], arena[0, 1, tail.place, :, tail.length] = k[:, 0], v[:, 0]

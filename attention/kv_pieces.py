@@ -1,0 +1,67 @@
+"""Keys and values where a kernel is told by address what a row sees: one tensor a tree node, and for each generating
+row as many tensors as it has outgrown. Nothing is ever moved.
+
+Shapes: `L` layers, `Hkv` key heads, `T` tokens, `D` head width. Knows no tree and no scheduler.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from attention.kv_cache import NodeKV
+from attention.kv_memory import KVMemory, KVShape, Tail, next_capacity
+from attention.node_memory import NodeMemory
+
+
+class KVPieces(KVMemory):
+    """Node by node and tail by tail. Each further piece of a tail is as long as all before it."""
+
+    def __init__(self, shape: KVShape, budget_bytes: int) -> None:
+        super().__init__(shape, budget_bytes)
+        self._pieces: dict[int, list[Tensor]] = {}  # by a tail's place, which is a number
+        self._num_opened = 0
+
+    def allocate_node(self, num_tokens: int) -> NodeKV:
+        return NodeKV(self._allocate(num_tokens))
+
+    def free_node(self, kv: NodeMemory) -> None:
+        self.allocated_bytes -= kv.num_bytes
+
+    def open_tail(self, prompt: Sequence[NodeMemory] = ()) -> Tail:
+        if prompt:
+            raise ValueError("tails begin empty here: a node more costs the kernel nothing")
+        tail = Tail(next_capacity(0), self._num_opened)
+        self._pieces[tail.place] = [self._allocate(tail.capacity)]
+        self._num_opened += 1
+        return tail
+
+    def grow_tail(self, tail: Tail) -> None:
+        if tail.length < tail.capacity:
+            return
+        capacity = next_capacity(tail.capacity)
+        self._pieces[tail.place].append(self._allocate(capacity - tail.capacity))
+        tail.capacity = capacity
+
+    def close_tail(self, tail: Tail) -> None:
+        del self._pieces[tail.place]
+        self.allocated_bytes -= self.bytes_for(tail.capacity)
+
+    def trim(self) -> None:
+        """Nothing is kept ready."""
+
+    def shrink(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+
+    def pieces(self, tail: Tail, num_tokens: int) -> Iterator[tuple[Tensor, int]]:
+        """The first tokens of a tail: `[L, 2, Hkv, T, D]` and how many of them are in it, in order."""
+        for piece in self._pieces[tail.place]:
+            if num_tokens <= 0:
+                return
+            yield piece, min(num_tokens, piece.shape[3])
+            num_tokens -= piece.shape[3]
+
+    def _allocate(self, num_tokens: int) -> Tensor:
+        self.charge(self.bytes_for(num_tokens))
+        s = self.shape
+        return torch.empty((s.num_layers, 2, s.num_kv_heads, num_tokens, s.head_dim), dtype=s.dtype, device=s.device)
