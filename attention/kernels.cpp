@@ -27,7 +27,7 @@ typedef uint16_t Halves __attribute__((vector_size(32)));
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 constexpr int64_t kBlockKeys = 64;      // staged in fp32 at a time: 16 KiB each of keys and values at a width of 64
 constexpr int64_t kChunkTokens = 16;    // of a run, that share what is staged
-constexpr int64_t kAlone = 1 << 16;     // numbers to compute, up to which waking another thread takes longer
+constexpr int64_t kAlone = 1 << 14;     // numbers to compute, up to which waking another thread takes longer
 
 struct BFloat16 {
     uint16_t bits;
@@ -330,11 +330,16 @@ inline void attend_keys(const float* query, const float* keys, const float* valu
     }
 }
 
-template <typename Number>
+// Rows in fp32, each filled up to whole vectors; of kVectors, if that is known, then there is nothing to fill.
+template <int64_t kVectors, typename Number>
 inline void stage(const Number* from, int64_t stride, int64_t num_rows, int64_t width, int64_t num_vectors, float* to) {
-    for (int64_t row = 0; row < num_rows; ++row)
-        for (int64_t i = 0; i < num_vectors; ++i, to += kLanes)
-            store16(to, load_some(from + row * stride + i * kLanes, width - i * kLanes));
+    for (int64_t row = 0; row < num_rows; ++row, from += stride)
+        if constexpr (kVectors > 0) {
+            for (int64_t i = 0; i < kVectors; ++i, to += kLanes) store16(to, load16(from + i * kLanes));
+        } else {
+            for (int64_t i = 0; i < num_vectors; ++i, to += kLanes)
+                store16(to, load_some(from + i * kLanes, width - i * kLanes));
+        }
 }
 
 template <typename Number, int64_t kVectors>
@@ -351,7 +356,7 @@ void attend_chunk(const Step& step, const Run& run, const Span* spans, const Par
     for (int64_t token = start; token < stop; ++token) {
         const Number* from = reinterpret_cast<const Number*>(step.query) + token * step.query_token;
         float* to = space.queries.data() + (token - start) * groups * padded;
-        stage(from + head * groups * step.query_head, step.query_head, groups, width, vectors, to);
+        stage<kVectors>(from + head * groups * step.query_head, step.query_head, groups, width, vectors, to);
     }
     for (int64_t i = 0; i < num_rows * padded; ++i) space.queries[i] *= scale;
 
@@ -401,8 +406,8 @@ void attend_chunk(const Step& step, const Run& run, const Span* spans, const Par
         for (int64_t first = 0, count; first < seen; first += count) {
             count = std::min(kBlockKeys - num_staged, seen - first);
             const int64_t at = num_staged * padded;
-            stage(key + first * key_stride, key_stride, count, width, vectors, space.keys.data() + at);
-            stage(value + first * value_stride, value_stride, count, width, vectors, space.values.data() + at);
+            stage<kVectors>(key + first * key_stride, key_stride, count, width, vectors, space.keys.data() + at);
+            stage<kVectors>(value + first * value_stride, value_stride, count, width, vectors, space.values.data() + at);
             if (span->is_causal) own = num_staged, own_token = span->start + first;
             num_staged += count;
             if (num_staged == kBlockKeys) attend_staged();

@@ -5,6 +5,8 @@ Shapes: `L` layers, `Hkv` key heads, `T` tokens, `D` head width. Knows no tree a
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -14,12 +16,30 @@ from attention.kv_memory import KVMemory, KVShape, Tail, next_capacity
 from attention.node_memory import NodeMemory
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Keys and values of consecutive tokens, `[L, 2, Hkv, T, D]`, and what a kernel is told of them."""
+
+    tensor: Tensor
+    address: int
+    strides: tuple[int, ...]  # of all dimensions but the last
+    num_tokens: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Self:
+        return cls(tensor, tensor.data_ptr(), tensor.stride()[:4], tensor.shape[3])
+
+    def place(self, token: int = 0) -> tuple[int, ...]:
+        """Where a token's keys and values begin."""
+        return (self.address + token * self.strides[3] * self.tensor.element_size(), *self.strides)
+
+
 class KVPieces(KVMemory):
     """Node by node and tail by tail. Each further piece of a tail is as long as all before it."""
 
     def __init__(self, shape: KVShape, budget_bytes: int) -> None:
         super().__init__(shape, budget_bytes)
-        self._pieces: dict[int, list[Tensor]] = {}  # by a tail's place, which is a number
+        self._pieces: dict[int, list[Piece]] = {}  # by a tail's place, which is a number
         self._num_opened = 0
 
     def allocate_node(self, num_tokens: int) -> NodeKV:
@@ -32,7 +52,7 @@ class KVPieces(KVMemory):
         if prompt:
             raise ValueError("tails begin empty here: a node more costs the kernel nothing")
         tail = Tail(next_capacity(0), self._num_opened)
-        self._pieces[tail.place] = [self._allocate(tail.capacity)]
+        self._pieces[tail.place] = [Piece.of(self._allocate(tail.capacity))]
         self._num_opened += 1
         return tail
 
@@ -40,7 +60,7 @@ class KVPieces(KVMemory):
         if tail.length < tail.capacity:
             return
         capacity = next_capacity(tail.capacity)
-        self._pieces[tail.place].append(self._allocate(capacity - tail.capacity))
+        self._pieces[tail.place].append(Piece.of(self._allocate(capacity - tail.capacity)))
         tail.capacity = capacity
 
     def close_tail(self, tail: Tail) -> None:
@@ -53,13 +73,13 @@ class KVPieces(KVMemory):
     def shrink(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
 
-    def pieces(self, tail: Tail, num_tokens: int) -> Iterator[tuple[Tensor, int]]:
-        """The first tokens of a tail: `[L, 2, Hkv, T, D]` and how many of them are in it, in order."""
+    def pieces(self, tail: Tail, num_tokens: int) -> Iterator[tuple[Piece, int]]:
+        """Those with the first tokens of a tail, and how many each has of them, in order."""
         for piece in self._pieces[tail.place]:
             if num_tokens <= 0:
                 return
-            yield piece, min(num_tokens, piece.shape[3])
-            num_tokens -= piece.shape[3]
+            yield piece, min(num_tokens, piece.num_tokens)
+            num_tokens -= piece.num_tokens
 
     def _allocate(self, num_tokens: int) -> Tensor:
         self.charge(self.bytes_for(num_tokens))

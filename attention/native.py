@@ -17,7 +17,7 @@ from attention.blocks import CrossBlock, SelfBlock, StepBlocks
 from attention.flash import attend_all, attend_self
 from attention.kernels import SPAN_FIELDS, Kernels
 from attention.kv_memory import KVMemory, KVShape, Tail
-from attention.kv_pieces import KVPieces
+from attention.kv_pieces import KVPieces, Piece
 from attention.step_memory import kv_of
 
 FEW_PAIRS = 4096  # of a query and a key: up to here a block is cheaper in the kernel than in a call of its own
@@ -54,17 +54,17 @@ class _NativeStep:
         kernels: Kernels,
         blocks: StepBlocks,
         large: Sequence[Block],
-        tails: Mapping[int, Sequence[tuple[Tensor, int]]],
+        tails: Mapping[int, Sequence[tuple[Piece, int]]],
     ) -> None:
         self._kernels = kernels
         self._large = large
         self._own = {block.node: slice(block.start, block.stop) for block in blocks.self_blocks}
         self._kept, self._runs, self._spans, self._indices = (array("q") for _ in range(4))
         for own in blocks.self_blocks:
-            self._kept.extend((*_place(kv_of(own.node).tensor), own.start, own.stop))
+            self._kept.extend((*Piece.of(kv_of(own.node).tensor).place(), own.start, own.stop))
         for index, pieces in tails.items():
             last, used = pieces[-1]
-            self._kept.extend((*_place(last[:, :, :, used - 1 :]), index, index + 1))
+            self._kept.extend((*last.place(used - 1), index, index + 1))
         number_of = {id(block): number for number, block in enumerate(large)}
         for start, stop, seen in _runs(blocks):
             first = len(self._spans) // SPAN_FIELDS, len(self._indices)
@@ -74,7 +74,7 @@ class _NativeStep:
                 else:
                     self._spans.extend(self._span(block))
             for piece, used in tails.get(start, ()):
-                self._spans.extend((*_place(piece), 0, used, False))
+                self._spans.extend((*piece.place(), 0, used, False))
             end = len(self._spans) // SPAN_FIELDS, len(self._indices)
             self._runs.extend((start, stop, first[0], end[0], first[1], end[1]))
 
@@ -109,14 +109,9 @@ class _NativeStep:
 
     def _span(self, block: Block) -> tuple[int, ...]:
         if block.node not in self._own:
-            return (*_place(kv_of(block.node).tensor), 0, len(block.node), False)
+            return (*Piece.of(kv_of(block.node).tensor).place(), 0, len(block.node), False)
         is_causal = isinstance(block, SelfBlock) and block.is_causal
         return (0, 0, 0, 0, 0, self._own[block.node].start, len(block.node), is_causal)
-
-
-def _place(tensor: Tensor) -> tuple[int, ...]:
-    """Of `[L, 2, Hkv, n, D]`."""
-    return (tensor.data_ptr(), *tensor.stride()[:4])
 
 
 def _num_pairs(block: Block) -> int:

@@ -193,7 +193,7 @@ def _prefeed(harness, tail, fed, count):
             harness.cache.tensors[0][0, place], harness.cache.tensors[0][1, place] = k[:, 0], v[:, 0]
         elif isinstance(harness.cache, KVPieces):
             *_, (piece, used) = harness.cache.pieces(tail, tail.length + 1)
-            piece[0, 0, :, used - 1], piece[0, 1, :, used - 1] = k[:, 0], v[:, 0]
+            piece.tensor[0, 0, :, used - 1], piece.tensor[0, 1, :, used - 1] = k[:, 0], v[:, 0]
         else:
             arena = harness.cache.arenas[tail.capacity].tensor
             arena[0, 0, tail.place, :, tail.length], arena[0, 1, tail.place, :, tail.length] = k[:, 0], v[:, 0]
