@@ -273,9 +273,14 @@ void keep(const Step& step, const Kept* kept, int64_t num_kept) {
         }
 }
 
+struct alignas(64) Aligned {  // a load that straddles two cache lines takes twice as long
+    float numbers[kLanes];
+};
+
 // What a thread works with. Rows are queries of one key head; widths are in vectors, the last one filled with zeros.
 struct Workspace {
-    std::vector<float> queries, keys, values, sums, weights, highest;
+    std::vector<Aligned> queries, keys, values, sums;
+    std::vector<float> weights, highest;
 };
 
 // Further keys of one query: `sum`, `weight` and `highest` are what it has seen so far.
@@ -347,18 +352,20 @@ void attend_chunk(const Step& step, const Run& run, const Span* spans, const Par
                   float scale, int64_t start, int64_t stop, int64_t head, Workspace& space) {
     const int64_t width = step.head_dim, vectors = kVectors ? kVectors : (width + kLanes - 1) / kLanes;
     const int64_t padded = vectors * kLanes, groups = step.num_groups, num_rows = (stop - start) * groups;
-    space.queries.resize(num_rows * padded);
-    space.keys.resize(kBlockKeys * padded);
-    space.values.resize(kBlockKeys * padded);
-    space.sums.assign(num_rows * padded, 0.0f);
+    space.queries.resize(num_rows * vectors);
+    space.keys.resize(kBlockKeys * vectors);
+    space.values.resize(kBlockKeys * vectors);
+    space.sums.assign(num_rows * vectors, Aligned{});
+    float *queries = space.queries[0].numbers, *keys = space.keys[0].numbers, *values = space.values[0].numbers;
+    float* sums = space.sums[0].numbers;
     space.weights.assign(num_rows, 0.0f);
     space.highest.assign(num_rows, kNever);
     for (int64_t token = start; token < stop; ++token) {
         const Number* from = reinterpret_cast<const Number*>(step.query) + token * step.query_token;
-        float* to = space.queries.data() + (token - start) * groups * padded;
+        float* to = queries + (token - start) * groups * padded;
         stage<kVectors>(from + head * groups * step.query_head, step.query_head, groups, width, vectors, to);
     }
-    for (int64_t i = 0; i < num_rows * padded; ++i) space.queries[i] *= scale;
+    for (int64_t i = 0; i < num_rows * padded; ++i) queries[i] *= scale;
 
     for (const int64_t* index = indices + run.first_part; index != indices + run.end_part; ++index) {
         const Part& part = parts[*index];
@@ -371,7 +378,7 @@ void attend_chunk(const Step& step, const Run& run, const Span* spans, const Par
                                 place * part.out_token + group * part.out_group;
             const float top = lse > space.highest[row] ? lse : space.highest[row];
             const float kept = exp_of(space.highest[row] - top), weight = exp_of(lse - top);
-            float* sum = space.sums.data() + row * padded;
+            float* sum = sums + row * padded;
             for (int64_t i = 0; i < padded; i += kLanes)
                 store16(sum + i, load16(sum + i) * kept + load_some(out + i, width - i) * weight);
             space.weights[row] = space.weights[row] * kept + weight;
@@ -384,9 +391,8 @@ void attend_chunk(const Step& step, const Run& run, const Span* spans, const Par
             const int64_t before = std::max<int64_t>(0, start + row / groups - own_token + 1);
             const int64_t visible = own < 0 ? num_staged : std::min(num_staged, own + before);
             if (visible > 0)
-                attend_keys<kVectors>(space.queries.data() + row * padded, space.keys.data(), space.values.data(),
-                                      visible, vectors, space.sums.data() + row * padded, space.weights[row],
-                                      space.highest[row]);
+                attend_keys<kVectors>(queries + row * padded, keys, values, visible, vectors, sums + row * padded,
+                                      space.weights[row], space.highest[row]);
         }
         num_staged = 0, own = -1;
     };
@@ -406,8 +412,8 @@ void attend_chunk(const Step& step, const Run& run, const Span* spans, const Par
         for (int64_t first = 0, count; first < seen; first += count) {
             count = std::min(kBlockKeys - num_staged, seen - first);
             const int64_t at = num_staged * padded;
-            stage<kVectors>(key + first * key_stride, key_stride, count, width, vectors, space.keys.data() + at);
-            stage<kVectors>(value + first * value_stride, value_stride, count, width, vectors, space.values.data() + at);
+            stage<kVectors>(key + first * key_stride, key_stride, count, width, vectors, keys + at);
+            stage<kVectors>(value + first * value_stride, value_stride, count, width, vectors, values + at);
             if (span->is_causal) own = num_staged, own_token = span->start + first;
             num_staged += count;
             if (num_staged == kBlockKeys) attend_staged();
@@ -419,7 +425,7 @@ void attend_chunk(const Step& step, const Run& run, const Span* spans, const Par
         Number* to = reinterpret_cast<Number*>(step.out) + ((token * step.num_key_heads + head) * groups + group) * width;
         const float share = 1.0f / space.weights[row];
         for (int64_t i = 0; i < padded; i += kLanes)
-            store_some(to + i, load16(space.sums.data() + row * padded + i) * share, width - i);
+            store_some(to + i, load16(sums + row * padded + i) * share, width - i);
     }
 }
 

@@ -64,14 +64,12 @@ class TailArena:
 
 
 class KVCache(KVMemory):
-    """Node by node and arena by arena.
+    """Node by node and arena by arena."""
 
-    `max_copied_tokens`: for an attention that takes a call for every node, and none where it does not.
-    """
+    max_copied_tokens = MAX_COPIED_TOKENS
 
-    def __init__(self, shape: KVShape, budget_bytes: int, max_copied_tokens: int = MAX_COPIED_TOKENS) -> None:
+    def __init__(self, shape: KVShape, budget_bytes: int) -> None:
         super().__init__(shape, budget_bytes)
-        self.max_copied_tokens = max_copied_tokens
         self.arenas: dict[int, TailArena] = {}
 
     def allocate_node(self, num_tokens: int) -> NodeKV:

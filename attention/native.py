@@ -20,7 +20,7 @@ from attention.kv_memory import KVMemory, KVShape, Tail
 from attention.kv_pieces import KVPieces, Piece
 from attention.step_memory import kv_of
 
-FEW_PAIRS = 4096  # of a query and a key: up to here a block is cheaper in the kernel than in a call of its own
+FEW_PAIRS = 8192  # of a query and a key it sees: up to here a block is cheaper in the kernel than in a call of its own
 
 Block = SelfBlock | CrossBlock
 
@@ -115,7 +115,9 @@ class _NativeStep:
 
 
 def _num_pairs(block: Block) -> int:
-    return (block.stop - block.start) * len(block.node)
+    """Queries and keys that they see."""
+    pairs = (block.stop - block.start) * len(block.node)
+    return pairs // 2 if isinstance(block, SelfBlock) and block.is_causal else pairs
 
 
 def _runs(blocks: StepBlocks) -> Iterator[tuple[int, int, list[Block]]]:

@@ -9,7 +9,7 @@ import torch
 from test_models import PROMPTS
 from tiny_models import tiny_model, tiny_tokenizer, tiny_tree_model
 from transformers import AutoModelForCausalLM
-from varlen_emulation import EmulatedBackend
+from varlen_emulation import emulate
 
 from attention.kv_memory import KVShape
 from attention.kv_pool import KVPool
@@ -32,7 +32,7 @@ SPLIT = {
 @pytest.fixture(params=["cpu", "varlen"])
 def each_backend(request, monkeypatch):
     if request.param == "varlen":
-        monkeypatch.setitem(devices.BACKENDS, "cpu", EmulatedBackend)
+        emulate(monkeypatch)
 
 
 @pytest.mark.usefixtures("each_backend")

@@ -9,11 +9,10 @@ import test_engine
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from varlen_emulation import EmulatedBackend
+from varlen_emulation import emulate
 
 from attention.kv_memory import KVMemoryExceeded, KVShape
 from attention.kv_pool import Extent, KVPool
-from workers import devices
 from workers.sampling import SamplingParams
 
 SHAPE = KVShape(2, 1, 2, torch.float32)
@@ -140,7 +139,7 @@ def test_pool_whose_extents_are_not_told_that_they_moved_fails_the_test_above(mo
 
 def test_pool_of_an_engine_that_nobody_has_is_freed_at_once(monkeypatch):
     """On a GPU it is most of the memory, and the next engine wants it."""
-    monkeypatch.setitem(devices.BACKENDS, "cpu", EmulatedBackend)
+    emulate(monkeypatch)
     engine = test_engine.engine()
     engine.generate(test_engine.shared_prompts(4), SamplingParams(max_tokens=3))
     assert isinstance(engine.cache, KVPool)

@@ -138,8 +138,10 @@ def test_every_kind_in_the_tests_is_known_to_transformers():
     assert all(type(tiny_config(kind)) in AutoModelForCausalLM._model_mapping for kind in KINDS)
 
 
+@pytest.mark.parametrize("kernels", ["0", "1"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_fused_decoder_is_there_for_llama_like_models_and_equals_the_plain_one(kind):
+def test_fused_decoder_is_there_for_llama_like_models_and_equals_the_plain_one(kind, kernels, monkeypatch):
+    monkeypatch.setenv("SEGUE_CPU_KERNELS", kernels)
     model = tree_model(tiny_model(kind, attention_bias=True) if kind == "llama" else tiny_model(kind), tiny_tokenizer())
     assert (model.fused is not None) == (kind in {"llama", "mistral", "qwen2", "qwen3"})
     fused = Engine(model, EngineConfig(mask="segment")).logits(PROMPTS)

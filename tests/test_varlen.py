@@ -11,7 +11,7 @@ import test_tree_attention
 import torch
 from tiny_models import KINDS, oracle_logits, oracle_model, tiny_tree_model
 from torch.nn.attention import varlen
-from varlen_emulation import EmulatedBackend
+from varlen_emulation import EmulatedBackend, emulate
 
 from attention import kv_pool, varlen_plan
 from attention import varlen as subject
@@ -19,7 +19,6 @@ from attention.kv_memory import KVShape
 from attention.segments import Segment
 from attention.varlen import VarlenBackend
 from attention.varlen_plan import KEY_TILE, QUERY_TILE
-from workers import devices
 from workers.engine import Engine, EngineConfig
 from workers.model import load_model
 from workers.sampling import SamplingParams
@@ -37,7 +36,7 @@ for _module in (test_engine, test_score):
 @pytest.fixture(autouse=True, scope="module")
 def _varlen_for_all():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(devices.BACKENDS, "cpu", EmulatedBackend)
+        emulate(patch)
         yield
 
 

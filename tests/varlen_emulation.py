@@ -8,6 +8,7 @@ aligned at the bottom right; the log-sum-exp is natural, `[H, T]`, and +inf over
 import inspect
 from collections.abc import Sequence
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention import varlen
@@ -15,6 +16,7 @@ from torch.nn.attention import varlen
 from attention.kv_memory import KVShape
 from attention.kv_pool import KVPool
 from attention.varlen import VarlenBackend
+from workers import devices
 
 MAX_POOL_BYTES = 64 << 20
 
@@ -38,6 +40,12 @@ class EmulatedBackend(VarlenBackend):
         for tensor in pool.tensors:
             tensor.fill_(torch.nan)
         return pool
+
+
+def emulate(patch: pytest.MonkeyPatch) -> None:
+    """What "auto" chooses on a CPU is this backend."""
+    for name in ("cpu", "native"):
+        patch.setitem(devices.BACKENDS, name, EmulatedBackend)
 
 
 def emulated_varlen_attn(

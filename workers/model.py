@@ -30,6 +30,7 @@ from workers.quantization import checked_quantization, refusal
 
 ATTENTION_NAME = "segue_tree"
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}  # of the logits' norm
+QUANTIZED_TOLERANCE = 5e-2
 
 
 def tree_attention(
@@ -187,7 +188,7 @@ def tree_model(model: Any, tokenizer: Any) -> TreeModel:
         model, tokenizer, _kv_shape(model), support.max_model_len(model.config), eos_token_ids(model, tokenizer)
     )
     loaded.fused = FusedDecoder.of(model)
-    if loaded.fused is not None and not _probed_error(loaded, wanted) <= PROBE_TOLERANCE[loaded.kv_shape.dtype]:
+    if loaded.fused is not None and not _probed_error(loaded, wanted) <= _tolerance(loaded):
         loaded.fused = None
     _probe(loaded, wanted)
     return loaded
@@ -279,11 +280,17 @@ def own_logits(model: Any) -> Tensor:
 def _probe(loaded: TreeModel, wanted: Tensor) -> None:
     """Run a short causal prompt through the tree: whatever a configuration hides shows as different logits."""
     error = _probed_error(loaded, wanted)
-    if not error <= PROBE_TOLERANCE[loaded.kv_shape.dtype]:
+    if not error <= _tolerance(loaded):
         raise ModelRefused(
             f"model of type {loaded.model.config.model_type!r} is not supported: over the tree its logits differ from "
             f"its own by {error:.2%} of their norm"
         )
+
+
+def _tolerance(loaded: TreeModel) -> float:
+    """Of the logits' norm. Where activations are rounded to a few bits the last bit of attention tips many of them."""
+    is_quantized = getattr(loaded.model.config, "quantization_config", None) is not None
+    return QUANTIZED_TOLERANCE if is_quantized else PROBE_TOLERANCE[loaded.kv_shape.dtype]
 
 
 def _probed_error(loaded: TreeModel, wanted: Tensor) -> float:
