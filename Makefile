@@ -6,6 +6,7 @@
 #   make chaos        an hour and a half of faults: every step of the commit protocol, 60 kills, S3 servers of other makes
 #   make fuzz         thousands of job files, rows and Parquet files that nobody thought of
 #   make test-gpu     what only a card can tell; make bench-gpu: its throughput and limits. Both without Ray
+#   make bench        an hour: speed beside transformers, and beside vLLM with VLLM_PYTHON=the Python of an environment with it
 #   make test-fast    what make test runs, without the tests marked slow or chaos
 
 VENV := .venv
@@ -15,7 +16,7 @@ PIP := $(BIN)/python -m pip install -qq --constraint constraints.txt
 # Named, so that pip takes the build that is offered for CPUs; its newest build would bring CUDA along.
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo setup check test test-fast test-commands chaos fuzz format test-gpu bench-gpu
+.PHONY: demo setup check test test-fast test-commands chaos fuzz format bench test-gpu bench-gpu
 .DEFAULT_GOAL := test
 
 setup: $(READY)
@@ -63,6 +64,14 @@ fuzz: $(READY)
 # On a machine with a card and a CUDA build of torch in the Python that PYTHON names; nothing is installed.
 test-gpu:
 	PYTHONPATH=.:tests $(or $(PYTHON),python3) -m pytest tests/test_gpu.py --noconftest -p no:cacheprovider
+
+VLLM := $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
+
+bench: $(READY)
+	for case in limits mask sharing precision; do $(BIN)/python -m jobs.bench.engine $$case || exit 1; done
+	for case in shared decode prefixes; do $(BIN)/python -m jobs.bench.generate --case $$case $(VLLM) || exit 1; done
+	$(BIN)/python -m jobs.bench.endtoend
+	$(BIN)/python -m jobs.bench.endtoend --rows 1000 10000 100000 --rows-per-file 500
 
 bench-gpu:
 	PYTHONPATH=. $(or $(PYTHON),python3) -m jobs.bench.gpu --record

@@ -357,3 +357,10 @@ def test_two_rows_in_one_batch_cannot_see_each_other():
 def test_generate_with_other_number_of_params_than_prompts_is_refused():
     with pytest.raises(ValueError, match="as many sampling params as prompts"):
         engine().generate([[Segment((5,), True)]], [SamplingParams(), SamplingParams()])
+
+
+def test_slots_that_no_row_generates_in_are_counted():
+    subject = engine(max_num_seqs=4)
+    rows = [[Segment((number, 5), True)] for number in range(10, 13)]
+    subject.generate(rows, [SamplingParams(max_tokens=n, ignore_eos=True) for n in (2, 3, 5)])
+    assert (subject.stats.num_decode_slots, subject.stats.num_empty_slots) == (16, 1 + 2 + 3 + 3)

@@ -294,6 +294,9 @@ class EngineCore:
     def _count(self, plan: StepPlan) -> None:
         self.stats.num_steps += 1
         self.stats.num_computed_tokens += sum(len(node) for node in plan.new_nodes)
+        if plan.decoding:
+            self.stats.num_decode_slots += self.config.max_num_seqs
+            self.stats.num_empty_slots += max(0, self.config.max_num_seqs - len(plan.decoding))
         self.stats.num_preemptions = self.scheduler.num_preemptions
         self.stats.max_kv_bytes = max(self.stats.max_kv_bytes, self.cache.allocated_bytes)
 

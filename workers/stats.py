@@ -12,6 +12,8 @@ class EngineStats:
     num_prompt_tokens: int = 0  # requested: the sum of all prompts
     num_computed_tokens: int = 0  # prompt tokens that went through the model
     num_generated_tokens: int = 0
+    num_decode_slots: int = 0  # rows that could have generated in the steps in which any did: max_num_seqs each
+    num_empty_slots: int = 0  # of these, without a row
     num_scored_positions: int = 0  # hidden states that went through the vocabulary for scores, each once a step
     num_rows: int = 0
     num_finished_rows: int = 0

@@ -147,6 +147,7 @@ def _timed(
         "vllm_version": vllm.version if vllm else None,
         "tokens_computed": engine.stats.num_computed_tokens,
         "tokens_requested": engine.stats.num_prompt_tokens,
+        "empty_slots": engine.stats.num_empty_slots / max(1, engine.stats.num_decode_slots),
         "limit_rows_per_s": len(plain) / limit,
         "share_of_limit": rates["segue"] * limit / len(plain),
     }

@@ -1,0 +1,175 @@
+"""A whole `segue run` on SmolLM2-135M: against its engine in process, and at several sizes of the dataset.
+
+    python -m jobs.bench.endtoend                            4,000 rows by both, in turn; start to first shard
+    python -m jobs.bench.endtoend --rows 1000 10000 100000   time a row and memory as datasets grow
+
+Rows share a text of 60 words and have 4 to 12 words of their own; 4 tokens are generated after each. Each output is
+checked: every row is there once, and with one size the answers are those of the engine in process, up to how many bf16
+decides otherwise in another batch.
+"""
+
+import argparse
+import contextlib
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jobs.bench.machine import SOURCE, machine, seconds_of
+from jobs.bench.prompts import COMMON
+from workers.engine import Engine
+from workers.sampling import SamplingParams
+
+MAX_TOKENS = 4
+LEAST_EQUAL = 0.9  # of the answers, in bf16
+POLL_SECONDS = 0.1
+
+
+def main() -> None:
+    args = _arguments()
+    report: dict[str, Any] = {"benchmark": "endtoend", **machine(), "max_tokens": MAX_TOKENS}
+    with tempfile.TemporaryDirectory() as root:
+        if len(args.rows) == 1:
+            report |= _beside_the_engine(Path(root), args.rows[0], args.rows_per_file)
+        else:
+            report |= _growing(Path(root), args.rows, args.rows_per_file)
+    print(json.dumps(report))
+
+
+def _beside_the_engine(folder: Path, num_rows: int, rows_per_file: int) -> dict[str, Any]:
+    prompts = _write(folder, num_rows, rows_per_file)
+    run = _run(folder)
+    engine = Engine.from_pretrained(SOURCE, mask="causal", dtype="bfloat16")
+    params = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True)
+    engine.generate(prompts[:8], params)
+    outputs: list[Any] = []
+    seconds = seconds_of(lambda: outputs.extend(engine.generate(prompts, params)))
+    texts = _answers(folder, num_rows)
+    equal = sum(output.outputs[0].text == texts[index] for index, output in enumerate(outputs)) / num_rows
+    if equal < LEAST_EQUAL:
+        raise SystemExit(f"{equal:.1%} of the answers are those of the engine in process")
+    found = {
+        "rows": num_rows,
+        **run,
+        "engine_seconds": seconds,
+        "share_of_engine": seconds / run["seconds"],
+        "share_of_engine_after_first_shard": seconds * (1 - rows_per_file / num_rows) / run["seconds_after_first"],
+        "equal_answers": equal,
+    }
+    _say(
+        f"{num_rows:,} rows: segue run {num_rows / run['seconds']:.1f} rows/s from start to end, the engine in process "
+        f"{num_rows / seconds:.1f}: {found['share_of_engine']:.2f}; first shard after {run['first_seconds']:.1f} s, "
+        f"{found['share_of_engine_after_first_shard']:.2f} from then on; {equal:.1%} of the answers equal"
+    )
+    return found
+
+
+def _growing(folder: Path, sizes: Sequence[int], rows_per_file: int) -> dict[str, Any]:
+    runs = []
+    for num_rows in sizes:
+        _write(folder / str(num_rows), num_rows, rows_per_file)
+        run = _run(folder / str(num_rows))
+        _answers(folder / str(num_rows), num_rows)
+        runs.append({"rows": num_rows, **run, "ms_a_row": 1e3 * run["seconds_after_first"] / max(1, run["rows_after"])})
+        _say(
+            f"{num_rows:,} rows: {run['seconds']:.1f} s, first shard after {run['first_seconds']:.1f}; then "
+            f"{runs[-1]['ms_a_row']:.3f} ms a row; driver {run['driver_mib']} MiB, all processes {run['all_mib']}"
+        )
+    first, last = runs[0], runs[-1]
+    return {
+        "runs": runs,
+        "time_ratio": last["ms_a_row"] / first["ms_a_row"],
+        "memory_ratio": last["all_mib"] / first["all_mib"],
+    }
+
+
+def _write(folder: Path, num_rows: int, rows_per_file: int) -> list[str]:
+    """The dataset and its job; returns the prompts."""
+    (folder / "in").mkdir(parents=True)
+    rng, words = random.Random(0), COMMON.split()
+    shared = " ".join(rng.choice(words) for _ in range(60))
+    own = [f"{row} " + " ".join(rng.choice(words) for _ in range(rng.randint(4, 12))) for row in range(num_rows)]
+    pq.write_table(pa.table({"id": range(num_rows), "own": own}), folder / "in" / "rows.parquet")
+    job = {
+        "name": "endtoend",
+        "model": {"source": SOURCE, "dtype": "bfloat16"},
+        "mask": "causal",
+        "input": {"path": "in"},
+        "prompt": {"format": "text", "text": shared + " {own}"},
+        "sampling_params": {"max_tokens": MAX_TOKENS, "ignore_eos": True},
+        "output": {"path": "out", "max_rows_per_file": rows_per_file},
+    }
+    (folder / "job.yaml").write_text(json.dumps(job), encoding="utf-8")
+    return [f"{shared} {text}" for text in own]
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    """Seconds to the first shard and to the end, and the peaks of resident memory on the way."""
+    command = [sys.executable, "-m", "jobs.cli", "run", str(folder / "job.yaml"), "--json", "--quiet"]
+    started, first, driver, everything = time.monotonic(), 0.0, 0, 0
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    rows_first = 0
+    while process.poll() is None:
+        shards = list((folder / "out").glob("part-*"))
+        if shards and not first:
+            first = time.monotonic() - started
+            rows_first = sum(pq.read_metadata(shard).num_rows for shard in shards)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            whole = psutil.Process(process.pid)
+            driver = max(driver, whole.memory_info().rss)
+            everything = max(everything, sum(_own_bytes(each) for each in (whole, *whole.children(recursive=True))))
+        time.sleep(POLL_SECONDS)
+    seconds = time.monotonic() - started
+    if process.returncode:
+        raise SystemExit(f"segue run ended with {process.returncode}")
+    shards = list((folder / "out").glob("part-*"))
+    return {
+        "seconds": seconds,
+        "first_seconds": first or seconds,
+        "seconds_after_first": seconds - (first or 0.0),
+        "rows_after": sum(pq.read_metadata(shard).num_rows for shard in shards) - rows_first,
+        "driver_mib": driver >> 20,
+        "all_mib": everything >> 20,
+    }
+
+
+def _own_bytes(process: psutil.Process) -> int:
+    """What is shared is counted with nobody."""
+    with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+        memory = process.memory_info()
+        return memory.rss - memory.shared
+    return 0
+
+
+def _answers(folder: Path, num_rows: int) -> list[str]:
+    """Of all rows, in order. Ends the program if any is missing, twice there, or an error."""
+    shards = sorted((folder / "out").glob("part-*"))
+    table = pa.concat_tables(pq.read_table(shard, columns=["id", "generated_text"]) for shard in shards)
+    texts = dict(zip(table["id"].to_pylist(), table["generated_text"].to_pylist(), strict=True))
+    if table.num_rows != num_rows or len(texts) != num_rows or None in texts.values():
+        raise SystemExit(f"{table.num_rows} rows, {len(texts)} distinct; wanted {num_rows}, each with an answer")
+    return [texts[row] for row in range(num_rows)]
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="whole runs against the engine, and as datasets grow")
+    parser.add_argument("--rows", type=int, nargs="+", default=[4000])
+    parser.add_argument("--rows-per-file", type=int, default=250)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
