@@ -191,9 +191,11 @@ def _library(compiler: str, folder: Path) -> Path:
     version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True, check=True).stdout
     told = [SOURCE.read_text(), *command, version, _processor(), torch.__version__]
     path = folder / f"{hashlib.sha256(repr(told).encode()).hexdigest()[:24]}.so"
-    if _is_ours(path):
-        return path
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not _is_ours(folder):
+        raise OSError(f"others may write to {folder}, where the kernels are kept")
+    if path.exists() and _is_ours(path):
+        return path
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         unlinked, linked = f"{scratch}/kernels.o", f"{scratch}/kernels.so"
         for step in (
@@ -206,9 +208,7 @@ def _library(compiler: str, folder: Path) -> Path:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a library is there that nobody else could have put there."""
-    if not path.exists():
-        return False
+    """Whether nobody else could have put there what it has."""
     found = path.stat()
     return found.st_uid in (os.getuid(), 0) and not found.st_mode & 0o022
 

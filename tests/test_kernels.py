@@ -175,6 +175,18 @@ def test_library_is_built_once_and_is_its_owners_alone(tmp_path, fresh, monkeypa
     assert library.stat().st_mode & 0o022 == 0
 
 
+def test_folder_that_others_may_write_to_is_not_used(tmp_path, fresh, caplog):
+    if cpu_kernels() is None:
+        pytest.skip("no C++ compiler on this machine")
+    load_kernels.cache_clear()
+    (tmp_path / "kernels").mkdir()
+    os.chmod(tmp_path / "kernels", 0o777)
+    with caplog.at_level(logging.WARNING):
+        assert load_kernels(tmp_path / "kernels") is None
+    assert "others may write to" in caplog.text
+    assert not list((tmp_path / "kernels").iterdir())
+
+
 @pytest.mark.parametrize(
     ("compiler", "told"),
     [("/nowhere/g++", "nowhere"), ("false", "false"), ("broken", "an error of the compiler")],
