@@ -59,6 +59,14 @@ def test_rotation_of_some_heads_leaves_the_others(kernels, head_dim, dtype):
     torch.testing.assert_close(heads, wanted.to(dtype))
 
 
+def test_bf16_is_rounded_as_torch_does_it_ties_to_even(kernels):
+    heads, cos = randn(200, 5, 64, dtype=torch.bfloat16), randn(200, 32, dtype=torch.bfloat16).repeat(1, 2)
+    product = heads.float() * cos.float()[:, None]  # exact
+    assert ((product.view(torch.int32) & 0xFFFF) == 0x8000).sum() > 100, "no ties"
+    kernels.rotate_(heads, cos, torch.zeros_like(cos))
+    assert torch.equal(heads, product.bfloat16())
+
+
 @dtypes
 @pytest.mark.parametrize("width", [1, 15, 49, 5000])
 def test_summary_of_logits_is_torchs(kernels, width, dtype):
