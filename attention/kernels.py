@@ -24,16 +24,8 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-FLAGS = [
-    *("-O3", "-std=c++17", "-fPIC", "-fopenmp"),
-    *(
-        "-fno-math-errno",
-        "-fno-trapping-math",
-        "-fno-signed-zeros",
-        "-fassociative-math",
-    ),  # sums in any order; NaN stays
-    "-Wno-psabi",  # vectors are passed to nobody else
-]
+IN_ANY_ORDER = ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]  # sums; NaN stays
+FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", *IN_ANY_ORDER, "-Wno-psabi"]
 PROCESSOR_FLAGS = {
     "x86_64": ["-march=native", "-mprefer-vector-width=512"],
     "aarch64": ["-mcpu=native"],
@@ -49,7 +41,7 @@ _log = logging.getLogger(__name__)
 class Kernels:
     """The functions of a loaded library. Tensors are on the CPU, their last dimension dense.
 
-    Raise TypeError unless a call's tensors are all fp32 or all bf16.
+    Raise TypeError unless a call's tensors are all fp32 or all bf16, ValueError unless they are dense so.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -161,10 +153,12 @@ class Kernels:
 
 
 def _is_bf16(*tensors: Tensor) -> bool:
-    """Raises TypeError unless all are of one type that the kernels read."""
+    """Raises TypeError unless all are of one type that the kernels read, ValueError unless each row is dense."""
     dtype = tensors[0].dtype
     if dtype not in DTYPES or any(tensor.dtype != dtype for tensor in tensors):
         raise TypeError(f"wanted tensors all fp32 or all bf16, got {[tensor.dtype for tensor in tensors]}")
+    if any(tensor.stride(-1) != 1 for tensor in tensors):
+        raise ValueError(f"wanted a dense last dimension, got strides {[tensor.stride() for tensor in tensors]}")
     return dtype == torch.bfloat16
 
 
@@ -176,7 +170,12 @@ def load_kernels(folder: Path) -> Kernels | None:
         _log.warning("no C++ compiler found (g++): attention over few keys is left to torch, which is slower")
         return None
     try:
-        return Kernels(ctypes.CDLL(str(_library(compiler, folder))))
+        path = _library(compiler, folder)
+        try:
+            return Kernels(ctypes.CDLL(str(path)))
+        except OSError:
+            path.unlink()  # torn by a crash, say: the next process builds another
+            raise
     except subprocess.CalledProcessError as error:
         reason = f"{compiler}: {error.stderr.strip()[-500:]}"
     except (OSError, AttributeError) as error:
@@ -189,7 +188,7 @@ def _library(compiler: str, folder: Path) -> Path:
     """Raises CalledProcessError, OSError."""
     command = [*compiler.split(), *FLAGS, *PROCESSOR_FLAGS.get(platform.machine(), [])]
     version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True, check=True).stdout
-    told = [SOURCE.read_text(), *command, version, _processor(), torch.__version__]
+    told = [SOURCE.read_text(), *command, version, _processor()]
     path = folder / f"{hashlib.sha256(repr(told).encode()).hexdigest()[:24]}.so"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not _is_ours(folder):

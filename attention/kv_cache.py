@@ -1,5 +1,5 @@
-"""Keys and values where calls are dear and tokens few at a time, as on a CPU: one tensor a tree node, one slot of an
-arena a generating row, so that one attention call serves all rows of an arena.
+"""Keys and values where calls are dear and tokens few at a time, as on a CPU without a compiler: one tensor a tree
+node, one slot of an arena a generating row, so that one attention call serves all rows of an arena.
 
 Shapes: `L` layers, `Hkv` key heads, `T` tokens, `D` head width, `B` slots. Knows no tree and no scheduler.
 """

@@ -41,7 +41,7 @@ class Tail:
     """A row's own tokens, generated and at the end of its prompt: where they are and how many."""
 
     capacity: int
-    place: int  # a slot of an arena, or the first token in a pool
+    place: int  # a slot of an arena, the first token in a pool, or just a number
     length: int = 0
 
 

@@ -195,6 +195,26 @@ def test_folder_that_others_may_write_to_is_not_used(tmp_path, fresh, caplog):
     assert not list((tmp_path / "kernels").iterdir())
 
 
+def test_torn_library_is_built_anew_by_the_next_process(tmp_path, fresh, caplog):
+    if load_kernels(tmp_path / "other") is None:
+        pytest.skip("no C++ compiler on this machine")
+    (library,) = (tmp_path / "other").iterdir()
+    (tmp_path / "kernels").mkdir(mode=0o700)
+    (tmp_path / "kernels" / library.name).touch(mode=0o755)
+    load_kernels.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert load_kernels(tmp_path / "kernels") is None
+    assert "cannot be used" in caplog.text
+    load_kernels.cache_clear()
+    assert load_kernels(tmp_path / "kernels") is not None
+
+
+def test_rows_that_are_not_dense_are_refused_rather_than_misread(kernels):
+    sparse = randn(3, 8, 2).transpose(1, 2)
+    with pytest.raises(ValueError, match="dense last dimension"):
+        kernels.attend(0, sparse, randn(3, 2, 8), randn(3, 2, 8), 1.0, **NOTHING)
+
+
 @pytest.mark.parametrize(
     ("compiler", "told"),
     [("/nowhere/g++", "nowhere"), ("false", "false"), ("broken", "an error of the compiler")],

@@ -25,7 +25,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.bench.machine import SOURCE, machine, seconds_of
+from jobs.bench.machine import SOURCE, machine, say, seconds_of
 from jobs.bench.prompts import COMMON
 from workers.engine import Engine
 from workers.sampling import SamplingParams
@@ -77,7 +77,7 @@ def _beside_the_engine(folder: Path, num_rows: int, args: argparse.Namespace) ->
         "share_of_engine_after_first_shard": seconds * (1 - rows_per_file / num_rows) / run["seconds_after_first"],
         "equal_answers": equal,
     }
-    _say(
+    say(
         f"{num_rows:,} rows: segue run {num_rows / run['seconds']:.1f} rows/s from start to end, the engine in process "
         f"{num_rows / seconds:.1f}: {found['share_of_engine']:.2f}; first shard after {run['first_seconds']:.1f} s, "
         f"{found['share_of_engine_after_first_shard']:.2f} from then on; {equal:.1%} of the answers equal"
@@ -92,7 +92,7 @@ def _growing(folder: Path, sizes: Sequence[int], args: argparse.Namespace) -> di
         run = _run(folder / str(num_rows))
         _answers(folder / str(num_rows), num_rows)
         runs.append({"rows": num_rows, **run, "ms_a_row": 1e3 * run["seconds_after_first"] / max(1, run["rows_after"])})
-        _say(
+        say(
             f"{num_rows:,} rows: {run['seconds']:.1f} s, first shard after {run['first_seconds']:.1f}; then "
             f"{runs[-1]['ms_a_row']:.3f} ms a row; driver {run['driver_mib']} MiB, all processes {run['all_mib']}"
         )
@@ -172,10 +172,6 @@ def _answers(folder: Path, num_rows: int) -> list[str]:
     if table.num_rows != num_rows or len(texts) != num_rows or None in texts.values():
         raise SystemExit(f"{table.num_rows} rows, {len(texts)} distinct; wanted {num_rows}, each with an answer")
     return [texts[row] for row in range(num_rows)]
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _arguments() -> argparse.Namespace:

