@@ -1,8 +1,8 @@
-"""The compiled half of attention on CPUs: `kernels.cpp`, built by the machine's own compiler when it is first wanted.
+"""The compiled half of what CPUs compute: `cpp/`, built by the machine's own compiler when it is first wanted.
 
 Where there is no compiler, or the result does not load, there are no kernels, and torch's operations do the same. The
 library is kept under a name that is a digest of its source, the compiler and the processor, so that a folder may be
-shared by machines. It computes with torch's threads.
+shared by machines. It computes with torch's threads. On processors with AMX it also multiplies, in bf16: `has_tiles`.
 
 Shapes: `T` packed tokens, `H` query heads, `Hkv` key heads, `D` head width, `E` hidden width, `V` vocabulary.
 """
@@ -17,13 +17,17 @@ import subprocess
 import tempfile
 from array import array
 from collections.abc import Sequence
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_suffix(".cpp")
+SOURCES = Path(__file__).with_name("cpp")
 IN_ANY_ORDER = ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]  # sums; NaN stays
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", *IN_ANY_ORDER, "-Wno-psabi"]
 PROCESSOR_FLAGS = {
@@ -34,44 +38,105 @@ DTYPES = (torch.float32, torch.bfloat16)
 RUN_FIELDS = 6  # as in the C++ structs of the same names
 SPAN_FIELDS = 8
 KEPT_FIELDS = 7
+BLOCK_FIELDS = 10
+TILE_INPUTS = 32  # of products by tiles, and of heads, a multiple
+PANEL_OUTPUTS = 32  # of packed weights
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """What the attention of a step is told: rows of int64, field by field as in cpp/kernels.h.
+
+    First the keys and values that `kept` names are copied to where they stay. Every query belongs to one of `runs`:
+    queries `[start, stop)` that see the same `spans[first:end]` of keys, and that have attended to the same parts
+    before, number `indices[first:end]`. A span's keys are the step's own or at an address. The parts are what `blocks`
+    of many queries come to, if all is computed by tiles, or else `parts`, which somebody else has computed.
+    """
+
+    by_tiles: bool = False
+    kept: array = field(default_factory=partial(array, "q"))
+    runs: array = field(default_factory=partial(array, "q"))
+    spans: array = field(default_factory=partial(array, "q"))
+    indices: array = field(default_factory=partial(array, "q"))
+    parts: array = field(default_factory=partial(array, "q"))
+    blocks: array = field(default_factory=partial(array, "q"))
+
+    def pointers(self) -> array:
+        """The C++ struct of the same name. Gone with this object, and when a table grows."""
+        kept, runs, spans, indices, parts, blocks = (
+            table.buffer_info() for table in (self.kept, self.runs, self.spans, self.indices, self.parts, self.blocks)
+        )
+        return array(
+            "q",
+            (
+                *(kept[0], kept[1] // KEPT_FIELDS),
+                *(runs[0], runs[1] // RUN_FIELDS),
+                *(spans[0], indices[0], parts[0], self.by_tiles),
+                *(blocks[0], blocks[1] // BLOCK_FIELDS),
+            ),
+        )
+
+
+class After(IntEnum):
+    """What is done with the sums of a product before they are rounded."""
+
+    NOTHING = 0
+    ADD = 1
+    GATE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeights:
+    """Weights `[N, K]` in bf16 as tiles multiply them, and a bias `[N]`."""
+
+    numbers: Tensor
+    bias: Tensor | None
+    num_outputs: int
+    num_inputs: int
+
+    def pointers(self) -> tuple[int, int]:
+        return self.numbers.data_ptr(), 0 if self.bias is None else self.bias.data_ptr()
 
 
 class Kernels:
     """The functions of a loaded library. Tensors are on the CPU, their last dimension dense.
 
-    Raise TypeError unless a call's tensors are all fp32 or all bf16, ValueError unless they are dense so.
+    Raise TypeError unless a call's tensors are all fp32 or all bf16, ValueError unless they are dense so. What is said
+    to be of tiles wants `has_tiles`, bf16, and as many inputs as a multiple of TILE_INPUTS.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        address, number, count = ctypes.c_void_p, ctypes.c_float, ctypes.c_int64
-        self._rms_norm = library.segue_rms_norm
-        self._rms_norm.argtypes = [ctypes.c_int, address, address, address, count, count, number, ctypes.c_int]
-        self._rotate = library.segue_rotate
-        self._rotate.argtypes = [ctypes.c_int, address, address, address, count, count, count, count, ctypes.c_int]
-        self._attend = library.segue_attend
-        self._attend.argtypes = [
-            *(ctypes.c_int, address, number),
-            *(address, count, address, count, address, address, address, ctypes.c_int),
-        ]
-        self._summarise = library.segue_summarise
-        self._summarise.argtypes = [ctypes.c_int, address, count, count, address, address, address, ctypes.c_int]
-        for function in (self._rms_norm, self._rotate, self._attend, self._summarise):
-            function.restype = None
+        address, number, count, kind = ctypes.c_void_p, ctypes.c_float, ctypes.c_int64, ctypes.c_int
+        arguments = {
+            "rms_norm": [kind, address, address, address, count, count, count, count, number, kind],
+            "rotate": [kind, address, address, address, count, count, count, count, kind],
+            "summarise": [kind, address, count, count, address, address, address, kind],
+            "attend": [kind, address, number, address, kind],
+            "pack": [address, address, count, count],
+            "product": [kind, address, address, address, address, address, count, count, count, kind],
+            "decode": [address, address, address, address, address, address, count, number, number, kind],
+            "has_tiles": [],
+        }
+        functions = {name: getattr(library, f"segue_{name}") for name in arguments}
+        for name, function in functions.items():
+            function.argtypes, function.restype = arguments[name], None
+        functions["has_tiles"].restype = kind
+        self._functions = SimpleNamespace(**functions)
+        self.has_tiles = bool(self._functions.has_tiles())
 
     def rms_norm(self, inputs: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """`[..., E]` over its root mean square, times weight `[E]`."""
         inputs = inputs.contiguous()
         outputs = torch.empty_like(inputs)
         width = inputs.shape[-1]
-        self._rms_norm(
+        self._functions.rms_norm(
             _is_bf16(inputs, weight),
             inputs.data_ptr(),
             weight.data_ptr(),
             outputs.data_ptr(),
-            inputs.numel() // width,
-            width,
+            *(inputs.numel() // width, width, 1, width),
             epsilon,
             torch.get_num_threads(),
         )
@@ -80,7 +145,7 @@ class Kernels:
     def rotate_(self, heads: Tensor, cos: Tensor, sin: Tensor) -> None:
         """Rotary positions, in place: each half of a head `[T, N, D]` is turned by the other; cos and sin `[T, D]`."""
         num_tokens, num_heads, head_dim = heads.shape
-        self._rotate(
+        self._functions.rotate(
             _is_bf16(heads, cos, sin),
             heads.data_ptr(),
             cos.data_ptr(),
@@ -98,7 +163,7 @@ class Kernels:
         logits = logits.contiguous()
         highest, most_likely = torch.empty(len(logits)), torch.empty(len(logits), dtype=torch.int64)
         totals = torch.empty(len(logits) if with_totals else 0)
-        self._summarise(
+        self._functions.summarise(
             _is_bf16(logits),
             logits.data_ptr(),
             *logits.shape,
@@ -109,47 +174,90 @@ class Kernels:
         )
         return highest, most_likely, totals
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        *,
-        kept: array,
-        runs: array,
-        spans: array,
-        parts: array,
-        indices: array,
-    ) -> Tensor:
-        """query `[H, T, D]`, key and value `[Hkv, T, D]` of a step's tokens -> `[T, H, D]`.
-
-        First the keys and values that `kept` names are copied to where they stay. Every query belongs to one of `runs`:
-        queries `[start, stop)` that see the same `spans[first:end]` of keys, and that have attended to the same parts
-        before, `parts[i]` for i in `indices[first:end]`. A span's keys are the step's own or at an address. All are
-        rows of int64, field by field as in kernels.cpp.
-        """
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, tables: Tables) -> Tensor:
+        """query `[H, T, D]`, key and value `[Hkv, T, D]` of a step's tokens -> `[T, H, D]`."""
         num_heads, num_tokens, head_dim = query.shape
         out = torch.empty((num_tokens, num_heads, head_dim), dtype=query.dtype)
         step = array("q", (query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr()))
         for tensor in (query, key, value):
             step.extend(tensor.stride()[:2])
         step.extend((len(key), num_heads // len(key), head_dim, layer))
-        self._attend(
-            _is_bf16(query, key, value),
-            step.buffer_info()[0],
-            scale,
-            kept.buffer_info()[0],
-            len(kept) // KEPT_FIELDS,
-            runs.buffer_info()[0],
-            len(runs) // RUN_FIELDS,
-            spans.buffer_info()[0],
-            parts.buffer_info()[0],
-            indices.buffer_info()[0],
-            torch.get_num_threads(),
+        is_bf16 = _is_bf16(query, key, value)
+        if tables.by_tiles and not (is_bf16 and self.multiplies(head_dim)):
+            raise ValueError(f"no tiles here for {query.dtype} and heads of {head_dim}")
+        pointers = tables.pointers()
+        self._functions.attend(
+            is_bf16, step.buffer_info()[0], scale, pointers.buffer_info()[0], torch.get_num_threads()
         )
         return out
+
+    def multiplies(self, num_inputs: int) -> bool:
+        """Whether tiles do, in bf16."""
+        return self.has_tiles and num_inputs % TILE_INPUTS == 0
+
+    def pack(self, weights: Tensor, bias: Tensor | None) -> PackedWeights:
+        """`[N, K]` and `[N]`, for products by tiles."""
+        num_outputs, num_inputs = weights.shape
+        if not self.multiplies(num_inputs) or weights.dtype != torch.bfloat16:
+            raise ValueError(f"no tiles here for {weights.dtype} and {num_inputs} inputs")
+        weights = weights.contiguous()
+        numbers = torch.empty((-(-num_outputs // PANEL_OUTPUTS) * PANEL_OUTPUTS, num_inputs), dtype=torch.bfloat16)
+        self._functions.pack(weights.data_ptr(), numbers.data_ptr(), num_outputs, num_inputs)
+        return PackedWeights(numbers, None if bias is None else bias.contiguous(), num_outputs, num_inputs)
+
+    def product(
+        self, inputs: Tensor, weights: PackedWeights, after: After = After.NOTHING, other: Tensor | None = None
+    ) -> Tensor:
+        """`[T, K]` times weights `[N, K]` -> `[T, N]`, plus `other` of that shape if it is to be added. Gated: `[T, N / 2]`,
+        of each 32 outputs the first 16 through SiLU, times the others."""
+        inputs = inputs.contiguous()
+        num_outputs = weights.num_outputs // 2 if after == After.GATE else weights.num_outputs
+        shape = (len(inputs), num_outputs)
+        if inputs.shape[1] != weights.num_inputs or (other is not None and other.shape != shape):
+            raise ValueError(f"wanted inputs {(len(inputs), weights.num_inputs)} and other {shape}")
+        outputs = torch.empty(shape, dtype=torch.bfloat16)
+        if other is not None:
+            other = other.contiguous()
+        if not _is_bf16(inputs, *(() if other is None else (other,))):
+            raise TypeError(f"tiles multiply bf16, got {inputs.dtype}")
+        self._functions.product(
+            after,
+            inputs.data_ptr(),
+            *weights.pointers(),
+            None if other is None else other.data_ptr(),
+            outputs.data_ptr(),
+            *(len(inputs), weights.num_outputs, weights.num_inputs),
+            torch.get_num_threads(),
+        )
+        return outputs
+
+    def decode_(
+        self,
+        decoder: array,
+        layers: array,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        tables: Tables,
+        *,
+        scale: float,
+        epsilon: float,
+    ) -> None:
+        """All layers of a decoder by tiles, in place: hidden `[T, E]` in bf16, cos and sin `[T, D]`.
+
+        `decoder` and `layers` are the C++ structs of these names.
+        """
+        if not _is_bf16(hidden, cos, sin) or not all(tensor.is_contiguous() for tensor in (hidden, cos, sin)):
+            raise ValueError("wanted dense bf16 tensors")
+        pointers = tables.pointers()
+        self._functions.decode(
+            *(table.buffer_info()[0] for table in (decoder, layers, pointers)),
+            *(tensor.data_ptr() for tensor in (hidden, cos, sin)),
+            len(hidden),
+            scale,
+            epsilon,
+            torch.get_num_threads(),
+        )
 
 
 def _is_bf16(*tensors: Tensor) -> bool:
@@ -187,23 +295,27 @@ def load_kernels(folder: Path) -> Kernels | None:
 def _library(compiler: str, folder: Path) -> Path:
     """Raises CalledProcessError, OSError."""
     command = [*compiler.split(), *FLAGS, *PROCESSOR_FLAGS.get(platform.machine(), [])]
-    version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True, check=True).stdout
-    told = [SOURCE.read_text(), *command, version, _processor()]
+    version = _run([*compiler.split(), "--version"])
+    sources = sorted(SOURCES.iterdir())
+    told = [*((source.name, source.read_text()) for source in sources), *command, version, _processor()]
     path = folder / f"{hashlib.sha256(repr(told).encode()).hexdigest()[:24]}.so"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not _is_ours(folder):
         raise OSError(f"others may write to {folder}, where the kernels are kept")
     if path.exists() and _is_ours(path):
         return path
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        unlinked, linked = f"{scratch}/kernels.o", f"{scratch}/kernels.so"
-        for step in (
-            [*command, "-c", str(SOURCE), "-o", unlinked],
-            [*compiler.split(), "-shared", unlinked, "-o", linked],  # no -fopenmp: torch's is there already
-        ):
-            subprocess.run(step, capture_output=True, text=True, check=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch, ThreadPoolExecutor() as pool:
+        units = {source: f"{scratch}/{source.stem}.o" for source in sources if source.suffix == ".cpp"}
+        list(pool.map(_run, ([*command, "-c", str(source), "-o", unit] for source, unit in units.items())))
+        linked = f"{scratch}/kernels.so"
+        _run([*compiler.split(), "-shared", *units.values(), "-o", linked])  # no -fopenmp: torch's is there already
         os.replace(linked, path)
     return path
+
+
+def _run(command: Sequence[str]) -> str:
+    """Its output. Raises CalledProcessError, OSError."""
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _is_ours(path: Path) -> bool:

@@ -11,11 +11,12 @@ Shapes: `T` packed tokens, `G` query heads a key head, `H = Hkv * G`, `n` querie
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from attention.blocks import CrossBlock, SelfBlock, StepBlocks
 from attention.flash import attend_all, attend_self
-from attention.kernels import SPAN_FIELDS, Kernels
+from attention.kernels import SPAN_FIELDS, Kernels, Tables
 from attention.kv_memory import KVMemory, KVShape, Tail
 from attention.kv_pieces import KVPieces, Piece
 from attention.step_memory import kv_of
@@ -35,15 +36,18 @@ class NativeBackend:
     def new_memory(self, shape: KVShape, budget_bytes: int) -> KVPieces:
         return KVPieces(shape, budget_bytes)
 
-    def begin(self, blocks: StepBlocks, tails: Sequence[Tail], memory: KVMemory) -> "_NativeStep":
+    def begin(self, blocks: StepBlocks, tails: Sequence[Tail], memory: KVMemory) -> "NativeStep":
         if not isinstance(memory, KVPieces):
             raise TypeError(f"wanted memory of pieces, got {type(memory).__name__}")
         large = [block for block in (*blocks.self_blocks, *blocks.cross_blocks) if _num_pairs(block) > self._few_pairs]
         seen = [list(memory.pieces(tail, tail.length + 1)) for tail in tails]
-        return _NativeStep(self._kernels, blocks, large, dict(zip(blocks.decode_index, seen, strict=True)))
+        shape = memory.shape
+        by_tiles = shape.dtype == torch.bfloat16 and self._kernels.multiplies(shape.head_dim)
+        tails_of = dict(zip(blocks.decode_index, seen, strict=True))
+        return NativeStep(self._kernels, blocks, large, tails_of, by_tiles=by_tiles)
 
 
-class _NativeStep:
+class NativeStep:
     """What all layers of a step share: the kernel's tables, and the blocks that are flash attention's.
 
     `tails`: of generating rows by packed index, the pieces with their new token and how much of each is used.
@@ -55,40 +59,50 @@ class _NativeStep:
         blocks: StepBlocks,
         large: Sequence[Block],
         tails: Mapping[int, Sequence[tuple[Piece, int]]],
+        *,
+        by_tiles: bool,
     ) -> None:
         self._kernels = kernels
-        self._large = large
         self._own = {block.node: slice(block.start, block.stop) for block in blocks.self_blocks}
-        self._kept, self._runs, self._spans, self._indices = (array("q") for _ in range(4))
+        self.tables = tables = Tables(by_tiles=by_tiles)
         for own in blocks.self_blocks:
-            self._kept.extend((*Piece.of(kv_of(own.node).tensor).place(), own.start, own.stop))
+            tables.kept.extend((*Piece.of(kv_of(own.node).tensor).place(), own.start, own.stop))
         for index, pieces in tails.items():
             last, used = pieces[-1]
-            self._kept.extend((*last.place(used - 1), index, index + 1))
+            tables.kept.extend((*last.place(used - 1), index, index + 1))
         number_of = {id(block): number for number, block in enumerate(large)}
         for start, stop, seen in _runs(blocks):
-            first = len(self._spans) // SPAN_FIELDS, len(self._indices)
+            first = len(tables.spans) // SPAN_FIELDS, len(tables.indices)
             for block in seen:
                 if id(block) in number_of:
-                    self._indices.append(number_of[id(block)])
+                    tables.indices.append(number_of[id(block)])
                 else:
-                    self._spans.extend(self._span(block))
+                    tables.spans.extend(self._span(block))
             for piece, used in tails.get(start, ()):
-                self._spans.extend((*piece.place(), 0, used, False))
-            end = len(self._spans) // SPAN_FIELDS, len(self._indices)
-            self._runs.extend((start, stop, first[0], end[0], first[1], end[1]))
+                tables.spans.extend((*piece.place(), 0, used, False))
+            end = len(tables.spans) // SPAN_FIELDS, len(tables.indices)
+            tables.runs.extend((start, stop, first[0], end[0], first[1], end[1]))
+        self._flash_blocks = () if by_tiles else large
+        for block in large if by_tiles else ():
+            tables.blocks.extend((block.start, block.stop, *self._span(block)))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the tables tell everything, and so are the same for every layer."""
+        return not self._flash_blocks
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """query `[H, T, D]`, key and value `[Hkv, T, D]` -> `[T, H, D]`."""
-        parts, results = array("q"), []
-        if self._large:
+        results = []
+        if self._flash_blocks:
+            del self.tables.parts[:]
             packed = query.unflatten(0, (len(key), -1)).transpose(1, 2).contiguous()  # [Hkv, T, G, D]
-            for block in self._large:
+            for block in self._flash_blocks:
                 out, lse = self._flash(block, layer, query, packed, key, value, scale)
                 results.append((out, lse))  # which keeps their memory
-                parts.extend((block.start, out.data_ptr(), lse.data_ptr(), *out.stride()[:3], *lse.stride()))
-        tables = {"kept": self._kept, "runs": self._runs, "spans": self._spans, "indices": self._indices}
-        return self._kernels.attend(layer, query, key, value, scale, parts=parts, **tables)
+                where = (block.start, out.data_ptr(), lse.data_ptr())
+                self.tables.parts.extend((*where, *out.stride()[:3], *lse.stride()))
+        return self._kernels.attend(layer, query, key, value, scale, self.tables)
 
     def finish(self) -> None:
         """Everything is where it stays."""

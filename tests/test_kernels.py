@@ -4,6 +4,7 @@ import logging
 import os
 from array import array
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from attention.flash import flash
-from attention.kernels import Kernels, load_kernels
+from attention.kernels import After, Kernels, Tables, load_kernels
 from attention.kv_memory import KVShape
 from attention.native import NativeBackend
 from workers.devices import cpu_kernels, make_backend
@@ -20,7 +21,6 @@ from workers.model_source import ModelRefused
 CPU = torch.device("cpu")
 SCALE = 0.3
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of numbers of about one
-NOTHING = {name: array("q") for name in ("kept", "runs", "spans", "parts", "indices")}
 dtypes = pytest.mark.parametrize("dtype", TOLERANCES, ids=["fp32", "bf16"])
 
 
@@ -86,8 +86,11 @@ def test_summary_of_logits_is_torchs(kernels, width, dtype):
 @dtypes
 @pytest.mark.parametrize("head_dim", [8, 64, 80, 128])
 @pytest.mark.parametrize("groups", [1, 3, 4])
-def test_keys_in_memory_of_the_step_and_in_parts_are_one_softmax(kernels, groups, head_dim, dtype):
+@pytest.mark.parametrize("by_tiles", [False, True])
+def test_keys_in_memory_of_the_step_and_in_parts_are_one_softmax(kernels, by_tiles, groups, head_dim, dtype):
     """40 causal queries and one more, over 100 keys in memory, 70 that flash attention has seen, and their own."""
+    if by_tiles and not (dtype == torch.bfloat16 and kernels.multiplies(head_dim)):
+        pytest.skip("no tiles for these")
     num_key_heads, num_tokens, layer = 2, 41, 1
     num_heads = num_key_heads * groups
     query = randn(num_tokens, num_heads, head_dim, dtype=dtype).transpose(0, 1)
@@ -100,12 +103,9 @@ def test_keys_in_memory_of_the_step_and_in_parts_are_one_softmax(kernels, groups
     grouped = [tensor[0].unflatten(0, (num_key_heads, groups)) for tensor in (part, lse)]  # [Hkv, G, T(, D)]
     strides = [tensor.stride(axis) for tensor in grouped for axis in (0, 2, 1)]
     stays = torch.zeros(2, 2, num_key_heads, 50, head_dim, dtype=dtype)
-    got = kernels.attend(
-        layer,
-        query,
-        key,
-        value,
-        SCALE,
+    tables = Tables(
+        by_tiles=by_tiles,
+        blocks=array("q", (0, 40, above.data_ptr(), 0, *above.stride()[:3], 0, 70, False) if by_tiles else ()),
         kept=array("q", (stays[:, :, :, 7:].data_ptr(), *stays.stride()[:4], 1, 41)),
         runs=array("q", (0, 40, 1, 3, 0, 1, 40, 41, 0, 2, 1, 1)),
         spans=array(
@@ -119,6 +119,7 @@ def test_keys_in_memory_of_the_step_and_in_parts_are_one_softmax(kernels, groups
         parts=array("q", (0, part.data_ptr(), lse.data_ptr(), *strides)),
         indices=array("q", (0,)),
     )
+    got = kernels.attend(layer, query, key, value, SCALE, tables)
     assert got.dtype == dtype
     assert torch.equal(stays[layer, :, :, 7:47], torch.stack([key[:, 1:], value[:, 1:]]))
     assert not stays[:, :, :, [*range(7), 47, 48, 49]].any()
@@ -134,22 +135,106 @@ def test_keys_in_memory_of_the_step_and_in_parts_are_one_softmax(kernels, groups
         torch.testing.assert_close(got[token].double(), wanted, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
 
 
+@pytest.fixture
+def tiles(kernels) -> Kernels:
+    if not kernels.has_tiles:
+        pytest.skip("this processor multiplies no tiles")
+    return kernels
+
+
+@pytest.mark.parametrize("num_tokens", [1, 15, 17, 33, 64, 700])
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(32, 32), (192, 96), (1600, 64), (96, 1536)])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_products_by_tiles_are_torchs(tiles, num_tokens, num_outputs, num_inputs, has_bias):
+    """Sums in fp32, rounded once: to within one unit of bf16 of what fp64 says."""
+    inputs = randn(num_tokens, num_inputs, dtype=torch.bfloat16)
+    weights = (randn(num_outputs, num_inputs) / num_inputs**0.5).bfloat16()
+    bias = randn(num_outputs, dtype=torch.bfloat16) if has_bias else None
+    packed = tiles.pack(weights, bias)
+    wanted = functional.linear(inputs.double(), weights.double(), None if bias is None else bias.double())
+    close = partial(torch.testing.assert_close, atol=1e-2, rtol=8e-3)
+    close(tiles.product(inputs, packed).double(), wanted)
+    other = randn(num_tokens, num_outputs, dtype=torch.bfloat16)
+    close(tiles.product(inputs, packed, After.ADD, other).double(), wanted + other)
+    gate, up = wanted.unflatten(1, (-1, 2, 16)).unbind(2)
+    close(tiles.product(inputs, packed, After.GATE).double(), (functional.silu(gate) * up).flatten(1))
+
+
+@pytest.mark.parametrize("num_outputs", [1, 16, 17, 49])
+def test_outputs_that_fill_no_panel(tiles, num_outputs):
+    inputs, weights = randn(40, 64, dtype=torch.bfloat16), randn(num_outputs, 64, dtype=torch.bfloat16)
+    bias, other = randn(num_outputs, dtype=torch.bfloat16), randn(40, num_outputs, dtype=torch.bfloat16)
+    got = tiles.product(inputs, tiles.pack(weights, bias), After.ADD, other)
+    wanted = functional.linear(inputs.double(), weights.double(), bias.double()) + other
+    torch.testing.assert_close(got.double(), wanted, atol=5e-2, rtol=8e-3)
+
+
+def test_gates_far_from_zero_are_open_or_closed(tiles):
+    inputs, weights = torch.eye(32, dtype=torch.bfloat16), torch.zeros(32, 32, dtype=torch.bfloat16)
+    gates = torch.tensor([-1e30, -200.0, -90.0, -1.0, 0.0, 1.0, 90.0, 200.0, 1e30]).bfloat16()
+    weights[0, : len(gates)], weights[16] = gates, 1.0
+    inputs[9] = torch.nan
+    got = tiles.product(inputs, tiles.pack(weights, None), After.GATE)[:, 0]
+    torch.testing.assert_close(got[:9].float(), functional.silu(gates.float()), atol=1e-30, rtol=8e-3)
+    assert got[9].isnan()
+
+
+def test_what_tiles_cannot_multiply_is_refused(tiles):
+    inputs, weights = randn(3, 64, dtype=torch.bfloat16), randn(32, 64, dtype=torch.bfloat16)
+    packed = tiles.pack(weights, None)
+    for wrong in (
+        lambda: tiles.pack(weights.float(), None),
+        lambda: tiles.pack(weights[:, :48], None),
+        lambda: tiles.product(inputs[:, :32], packed),
+        lambda: tiles.product(inputs, packed, After.ADD, inputs),
+        lambda: tiles.attend(0, *[randn(1, 3, 64)] * 3, 1.0, Tables(by_tiles=True)),
+        lambda: tiles.attend(0, *[randn(1, 3, 16, dtype=torch.bfloat16)] * 3, 1.0, Tables(by_tiles=True)),
+    ):
+        with pytest.raises(ValueError, match="no tiles here|wanted inputs"):
+            wrong()
+    with pytest.raises(TypeError, match="bf16"):
+        tiles.product(inputs.float(), packed)
+
+
+@pytest.mark.parametrize("scale", [1.0, 40.0])
+def test_scores_by_tiles_do_not_overflow(tiles, scale):
+    """Some so far from the highest that their weights are 0; over more keys than are multiplied at once."""
+    query = torch.ones(3, 1, 32, dtype=torch.bfloat16)
+    key, value = (scale * randn(1, 1, 700, 32)).bfloat16(), randn(1, 1, 700, 32, dtype=torch.bfloat16)
+    memory = torch.stack([key, value], dim=1)
+    span = (memory.data_ptr(), *memory.stride()[:4], 0, 700, False)
+    wanted = functional.scaled_dot_product_attention(
+        query.double(), key[0].double().expand(3, -1, -1), value[0].double().expand(3, -1, -1), scale=1.0
+    )
+    own = torch.zeros(1, 1, 32, dtype=torch.bfloat16)
+    run = Tables(by_tiles=True, runs=array("q", (0, 1, 0, 1, 0, 0)), spans=array("q", span))
+    part = Tables(
+        by_tiles=True,
+        runs=array("q", (0, 1, 0, 0, 0, 1)),
+        indices=array("q", (0,)),
+        blocks=array("q", (0, 1, *span)),
+    )
+    for tables in (run, part):
+        got = tiles.attend(0, query, own, own, 1.0, tables)
+        torch.testing.assert_close(got[0].double(), wanted[:, 0], atol=1e-2, rtol=1e-2)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_numbers_that_are_none_are_kept(kernels, bad):
     """A row whose numbers overflow is told as a row error, so nothing may hide it."""
     query, key = randn(1, 1, 8), randn(1, 1, 8)
     spans = array("q", (0, 0, 0, 0, 0, 0, 1, False))
-    tables = NOTHING | {"runs": array("q", (0, 1, 0, 1, 0, 0)), "spans": spans}
-    assert kernels.attend(0, query, key, torch.full((1, 1, 8), bad), 1.0, **tables).isfinite().logical_not().all()
-    assert kernels.attend(0, torch.full((1, 1, 8), bad), key, key, 1.0, **tables).isnan().all()
+    tables = Tables(runs=array("q", (0, 1, 0, 1, 0, 0)), spans=spans)
+    assert kernels.attend(0, query, key, torch.full((1, 1, 8), bad), 1.0, tables).isfinite().logical_not().all()
+    assert kernels.attend(0, torch.full((1, 1, 8), bad), key, key, 1.0, tables).isnan().all()
     assert not kernels.rms_norm(torch.full((1, 8), bad), randn(8), 1e-5).isfinite().any()
 
 
 def test_large_and_small_scores_do_not_overflow(kernels):
     keys = torch.tensor([1000.0, -1000.0, 999.0]).reshape(1, 3, 1)
     spans = array("q", (0, 0, 0, 0, 0, 0, 3, False))
-    tables = NOTHING | {"runs": array("q", (0, 3, 0, 1, 0, 0)), "spans": spans}
-    got = kernels.attend(0, torch.ones(1, 3, 1), keys, torch.tensor([1.0, 5.0, 2.0]).reshape(1, 3, 1), 1.0, **tables)
+    tables = Tables(runs=array("q", (0, 3, 0, 1, 0, 0)), spans=spans)
+    got = kernels.attend(0, torch.ones(1, 3, 1), keys, torch.tensor([1.0, 5.0, 2.0]).reshape(1, 3, 1), 1.0, tables)
     torch.testing.assert_close(got[:, 0, 0], torch.full((3,), float(torch.tensor([1000.0, 999.0]).softmax(0)[1]) + 1))
 
 
@@ -212,7 +297,7 @@ def test_torn_library_is_built_anew_by_the_next_process(tmp_path, fresh, caplog)
 def test_rows_that_are_not_dense_are_refused_rather_than_misread(kernels):
     sparse = randn(3, 8, 2).transpose(1, 2)
     with pytest.raises(ValueError, match="dense last dimension"):
-        kernels.attend(0, sparse, randn(3, 2, 8), randn(3, 2, 8), 1.0, **NOTHING)
+        kernels.attend(0, sparse, randn(3, 2, 8), randn(3, 2, 8), 1.0, Tables())
 
 
 @pytest.mark.parametrize(
@@ -248,9 +333,9 @@ def test_no_compiler_at_all(tmp_path, fresh, monkeypatch, caplog):
 
 
 def test_library_that_lacks_a_function_is_not_used(tmp_path, fresh, monkeypatch, caplog):
-    source = tmp_path / "other.cpp"
-    source.write_text('extern "C" void segue_rms_norm() {}\n')
-    monkeypatch.setattr("attention.kernels.SOURCE", source)
+    (tmp_path / "cpp").mkdir()
+    (tmp_path / "cpp" / "other.cpp").write_text('extern "C" void segue_rms_norm() {}\n')
+    monkeypatch.setattr("attention.kernels.SOURCES", tmp_path / "cpp")
     with caplog.at_level(logging.WARNING):
         assert load_kernels(tmp_path / "kernels") is None
     assert "segue_rotate" in caplog.text or "no C++ compiler" in caplog.text
@@ -275,7 +360,7 @@ def test_tensors_of_mixed_types_are_refused_rather_than_misread(kernels):
     for call in (
         lambda: kernels.rms_norm(hidden, other[0], 1e-5),
         lambda: kernels.rotate_(hidden, other, other),
-        lambda: kernels.attend(0, hidden, hidden, hidden.bfloat16(), 1.0, **NOTHING),
+        lambda: kernels.attend(0, hidden, hidden, hidden.bfloat16(), 1.0, Tables()),
         lambda: kernels.rms_norm(hidden.double(), hidden.double()[0, 0], 1e-5),
     ):
         with pytest.raises(TypeError, match="fp32 or all bf16"):

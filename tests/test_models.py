@@ -1,6 +1,8 @@
 """Logits of every supported kind of model, over the tree, against transformers' own model under the mask of
 `create_causal_mask(block_sequence_ids=...)`; and the kinds that are refused, by name."""
 
+from functools import partial
+
 import pytest
 import torch
 from tiny_models import (
@@ -15,10 +17,13 @@ from tiny_models import (
 )
 from transformers import AutoModelForCausalLM
 
+from attention.kernels import Kernels
 from attention.segments import Segment
 from workers import support
+from workers.decoder_weights import OneDnnProduct, OneDnnWeights, PlainWeights, TiledWeights
+from workers.devices import cpu_kernels
 from workers.engine import Engine, EngineConfig
-from workers.fused_decoder import FusedDecoder, _Packed, _PackedWeights, _PlainWeights
+from workers.fused_decoder import FusedDecoder
 from workers.model import tree_model
 from workers.model_source import ModelRefused
 from workers.sampling import SamplingParams
@@ -149,18 +154,24 @@ def test_fused_decoder_is_there_for_llama_like_models_and_equals_the_plain_one(k
     torch.testing.assert_close(fused, Engine(model, EngineConfig(mask="segment")).logits(PROMPTS), atol=1e-5, rtol=0)
 
 
+WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "num_attention_heads": 4}  # enough for tiles
+
+
 @pytest.mark.parametrize("bias", [True, False])
-def test_packed_weights_compute_what_the_plain_ones_do(bias):
+@pytest.mark.parametrize("by_tiles", [True, False])
+def test_packed_weights_compute_what_the_plain_ones_do(bias, by_tiles):
     """With large weights, so that every part counts."""
     torch.manual_seed(0)
-    layer = tiny_model("llama", attention_bias=bias, mlp_bias=bias).model.layers[0].bfloat16()
+    layer = tiny_model("llama", attention_bias=bias, mlp_bias=bias, **WIDE).model.layers[0].bfloat16()
+    packed = partial(TiledWeights, kernels=_tiles()) if by_tiles else OneDnnWeights
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             parameter.normal_(std=1.0 if name.endswith("bias") else parameter.shape[-1] ** -0.5)
-    hidden, residual = torch.randn(2, 37, 48).bfloat16()
+    residual = torch.randn(37, 64).bfloat16()
     for name in ("qkv", "output", "mlp"):
+        hidden = torch.randn(37, layer.self_attn.o_proj.in_features if name == "output" else 64).bfloat16()
         inputs = (hidden,) if name == "qkv" else (hidden, residual)
-        got, wanted = (getattr(kind(layer), name)(*inputs).float() for kind in (_PackedWeights, _PlainWeights))
+        got, wanted = (getattr(kind(layer), name)(*inputs).float() for kind in (packed, PlainWeights))
         assert (got - wanted).norm() < 1e-2 * wanted.norm()
         assert wanted.norm() > 0.5 * residual.norm()
 
@@ -168,11 +179,58 @@ def test_packed_weights_compute_what_the_plain_ones_do(bias):
 def test_small_models_in_bf16_run_on_packed_weights_with_the_same_logits():
     model = tree_model(tiny_model("llama").bfloat16(), tiny_tokenizer())
     assert model.fused is not None
-    assert isinstance(model.fused.head, _Packed)
+    assert isinstance(model.fused.head, OneDnnProduct)
     got = Engine(model, EngineConfig(mask="segment")).logits(PROMPTS)
     model.fused = None
     wanted = Engine(model, EngineConfig(mask="segment")).logits(PROMPTS)
     assert (got - wanted).norm() < 2e-2 * wanted.norm()
+
+
+@pytest.mark.parametrize("mask", ["segment", "causal"])
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("qwen2", {}),
+        ("qwen3", {}),
+        ("mistral", {}),
+    ],
+)
+def test_all_layers_in_one_call_are_the_layers_one_by_one(kind, changes, mask):
+    """And these, with the same weights, what transformers' modules compute over the tree; in bf16."""
+    _tiles()
+    model = tree_model(tiny_model(kind, **WIDE, **changes).bfloat16(), tiny_tokenizer())
+    assert model.fused is not None
+    assert model.fused._whole is not None
+    prompts = [*PROMPTS, [Segment(tuple(range(5, 205)), True), Segment((7, 8), True)]]  # with a block that is large
+    whole = Engine(model, EngineConfig(mask=mask)).logits(prompts)
+    model.fused._whole = None
+    by_layers = Engine(model, EngineConfig(mask=mask)).logits(prompts)
+    assert (whole - by_layers).norm() <= 1e-2 * by_layers.norm()
+    model.fused = None
+    plain = Engine(model, EngineConfig(mask=mask)).logits(prompts)
+    assert (whole - plain).norm() < 3e-2 * plain.norm()
+
+
+def test_decoder_whose_blocks_only_torch_attends_to_goes_layer_by_layer(monkeypatch):
+    """Heads that no tile multiplies, in a model that tiles do."""
+    _tiles()
+    model = tree_model(tiny_model("llama", **WIDE | {"head_dim": 48}).bfloat16(), tiny_tokenizer())
+    assert model.fused is not None
+    assert model.fused._whole is not None
+    prompts = [*PROMPTS, [Segment(tuple(range(5, 205)), True), Segment((7, 8), True)]]
+    got = Engine(model, EngineConfig(mask="segment")).logits(prompts)
+    model.fused = None
+    plain = Engine(model, EngineConfig(mask="segment")).logits(prompts)
+    assert (got - plain).norm() < 3e-2 * plain.norm()
+
+
+def _tiles() -> Kernels:
+    kernels = cpu_kernels()
+    if kernels is None or not kernels.has_tiles:
+        pytest.skip("this processor multiplies no tiles, or there is no compiler")
+    return kernels
 
 
 def test_fused_decoder_that_does_not_fit_its_model_is_not_used(monkeypatch):

@@ -27,12 +27,22 @@ from workers.devices import cpu_kernels
 
 H, HKV, D, SCALE = 4, 2, 8, 0.37
 SHAPE = KVShape(1, HKV, D, torch.float32)
-TOLERANCE = 1e-5
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 KERNELS = cpu_kernels()
 NATIVE = {"native": FEW_PAIRS, "kernel alone": 1 << 40, "kernel merging": 0} if KERNELS else {}  # by few_pairs
+
+
+class TiledBackend(NativeBackend):
+    """Is tested where tiles multiply: in bf16, with wider heads."""
+
+    shape = KVShape(1, HKV, 32, torch.bfloat16)
+
+
+TILED = NATIVE if KERNELS and KERNELS.has_tiles else {}
 BACKENDS = [CpuBackend(), ReferenceBackend(), EmulatedBackend()]
 BACKENDS += [NativeBackend(KERNELS, few_pairs) for few_pairs in NATIVE.values() if KERNELS]
-NAMES = ["cpu", "reference", "varlen", *NATIVE]
+BACKENDS += [TiledBackend(KERNELS, few_pairs) for few_pairs in TILED.values() if KERNELS]
+NAMES = ["cpu", "reference", "varlen", *NATIVE, *(f"{name}, tiles" for name in TILED)]
 
 
 class Harness:
@@ -41,7 +51,9 @@ class Harness:
     def __init__(self, backend, rows, num_generated):
         self.rows, self.num_generated = rows, num_generated
         self.tree = SegmentTree()
-        self.cache = backend.new_memory(SHAPE, 1 << 22)
+        self.shape = getattr(backend, "shape", SHAPE)
+        self.tolerance = TOLERANCE[self.shape.dtype]
+        self.cache = backend.new_memory(self.shape, 1 << 22)
         self.residency = Residency(self.tree, self.cache)
         self.backend = backend
         self.ends = [self.tree.insert(row) for row in rows]
@@ -52,7 +64,8 @@ class Harness:
         self.node_qkv = {}
 
     def random_qkv(self, n):
-        return [torch.randn(heads, n, D, generator=self.generator) for heads in (H, HKV, HKV)]
+        sizes = [(heads, n, self.shape.head_dim) for heads in (H, HKV, HKV)]
+        return [torch.randn(size, generator=self.generator).to(self.shape.dtype) for size in sizes]
 
     def prefill(self, nodes):
         """One step over `nodes`; returns node -> output [n, H, D]."""
@@ -87,12 +100,13 @@ class Harness:
         """Each row's tokens, put together from its nodes' `outputs`."""
         for index, end in enumerate(self.ends):
             got = torch.cat([outputs[node] for node in end.path()])
-            torch.testing.assert_close(got, self.expected(index, []), atol=TOLERANCE, rtol=0)
+            torch.testing.assert_close(got.float(), self.expected(index, []), atol=self.tolerance, rtol=0)
 
     def check_decode(self, got, fed):
         """One decode step's outputs; `fed` holds what each row has generated."""
         for index in range(len(self.rows)):
-            torch.testing.assert_close(got[index], self.expected(index, fed[index])[-1], atol=TOLERANCE, rtol=0)
+            wanted = self.expected(index, fed[index])[-1]
+            torch.testing.assert_close(got[index].float(), wanted, atol=self.tolerance, rtol=0)
 
     def expected(self, index, generated):
         """Dense attention of a whole row, [T, H, D]."""
@@ -167,16 +181,18 @@ def test_tree_attention_of_long_nodes_deep_trees_and_many_queries_equals_dense_r
     harness.check_decode(harness.decode(tails, fed), fed)
 
 
+@pytest.mark.parametrize("backend", BACKENDS, ids=NAMES)
 @pytest.mark.parametrize("mask", ["segment", "causal"])
-@pytest.mark.parametrize("length", [FEW_KEYS + 1, 301, 320])
-def test_keys_that_fill_no_whole_tile_of_the_kernel_are_padded_without_a_trace(length, mask):
+@pytest.mark.parametrize("length", [FEW_KEYS + 1, 301, 320, 600])
+def test_keys_that_fill_no_whole_tile_of_the_kernel_are_padded_without_a_trace(backend, length, mask):
+    """Some are more than are multiplied at once, too."""
     ids = itertools.count()
     root, longer = ([*itertools.islice(ids, size)] for size in (length, length + 3))
     rows = [
         canonical_segments([Segment(tuple(root), True), Segment(tuple(own), True)], mask=mask)
         for own in (longer, *([next(ids) for _ in range(5)] for _ in range(40)))
     ]
-    harness = Harness(CpuBackend(), rows, 0)
+    harness = Harness(backend, rows, 0)
     harness.check_prefill(harness.prefill(list(harness.tree)))
     tails = [harness.cache.open_tail() for _ in rows]
     fed = [[] for _ in rows]

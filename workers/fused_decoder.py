@@ -2,22 +2,34 @@
 
 Queries, keys and values are one product, gate and up another; norms and rotary positions take the fewest passes over
 their numbers. The weights are those of the transformers model, whose own code stays the oracle. In bf16 they are kept
-once more in the layout of oneDNN's kernels, which otherwise is made in each call and is a third of what a product of
-few tokens takes; these kernels also add and gate what they have computed before they round it.
+once more in the layout they are multiplied in, which otherwise is made in each call and is a third of what a product
+of few tokens takes; sums are added to and gated before they are rounded. Where our kernels multiply, on processors with
+AMX, all layers are one call; elsewhere oneDNN's do.
 
 Shapes: `T` packed tokens, `E` hidden width, `H` query and `Hkv` key heads of width `D`, `F` width of the MLP.
 """
 
+from array import array
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from attention.kernels import DTYPES, Kernels
+from attention.native import NativeStep
 from attention.step import StepRun
+from workers.decoder_weights import (
+    LayerWeights,
+    OneDnnProduct,
+    OneDnnWeights,
+    PlainWeights,
+    TiledWeights,
+    has_onednn_products,
+    tiled_product,
+)
 from workers.devices import cpu_kernels
 
 KINDS = frozenset({"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"})
@@ -29,15 +41,25 @@ class FusedDecoder:
     """From token ids to final hidden states, as a transformers decoder of one of KINDS does it."""
 
     def __init__(self, model: Any, *, packs: bool, kernels: Kernels | None) -> None:
-        decoder = model.get_decoder()
+        decoder, head = model.get_decoder(), model.get_output_embeddings()
         self._embedding = decoder.embed_tokens
         self._rotary = decoder.rotary_emb
-        weights = _PackedWeights if packs else _PlainWeights
         small = _Small(kernels) if kernels is not None else _PlainSmall()
-        self._layers = [_FusedLayer(layer, weights(layer), small) for layer in decoder.layers]
         self._norm = small.norm(decoder.norm)
-        head = model.get_output_embeddings()
-        self.head: Callable[[Tensor], Tensor] = _Packed([head]) if packs else head  # hidden `[..., E]` -> `[..., V]`
+        self._whole: _WholeDecoder | None = None
+        self.head: Callable[[Tensor], Tensor] = head  # hidden `[..., E]` -> `[..., V]`
+        weights: Sequence[LayerWeights]
+        if packs and kernels is not None and TiledWeights.fit(decoder.layers[0], kernels):
+            weights = tiled = [TiledWeights(layer, kernels) for layer in decoder.layers]
+            self._whole = _WholeDecoder(decoder, tiled, kernels)
+            self.head = tiled_product(head, kernels)
+        elif packs and has_onednn_products():
+            weights = [OneDnnWeights(layer) for layer in decoder.layers]
+            self.head = OneDnnProduct([head])
+        else:
+            weights = [PlainWeights(layer) for layer in decoder.layers]
+        layers = zip(decoder.layers, weights, strict=True)
+        self._layers = [_FusedLayer(layer, of_layer, small) for layer, of_layer in layers]
 
     @classmethod
     def of(cls, model: Any) -> Self | None:
@@ -54,7 +76,7 @@ class FusedDecoder:
         is_whole = is_here and not is_split
         if not (is_small and is_plain and is_whole and decoder.config.hidden_act == "silu"):
             return None
-        packs = num_bytes <= MAX_PACKED_BYTES and model.dtype == torch.bfloat16 and _has_packed_products()
+        packs = num_bytes <= MAX_PACKED_BYTES and model.dtype == torch.bfloat16
         is_one_type = {parameter.dtype for parameter in parameters} <= {model.dtype} and model.dtype in DTYPES
         return cls(model, packs=packs, kernels=cpu_kernels() if is_one_type else None)
 
@@ -62,13 +84,15 @@ class FusedDecoder:
         """ids and positions `[1, T]` -> `[T, E]`, with `run` as the attention of every layer."""
         hidden = self._embedding(ids)[0]
         cos, sin = self._rotary(hidden[None], positions)
+        if self._whole is not None and isinstance(run, NativeStep) and run.is_whole:
+            return self._norm(self._whole(hidden, cos[0], sin[0], run))
         for number, layer in enumerate(self._layers):
             hidden = layer(number, hidden, cos[0], sin[0], run)
         return self._norm(hidden)
 
 
 class _FusedLayer:
-    def __init__(self, layer: Any, weights: "_PlainWeights | _PackedWeights", small: "_PlainSmall | _Small") -> None:
+    def __init__(self, layer: Any, weights: LayerWeights, small: "_PlainSmall | _Small") -> None:
         attention = layer.self_attn
         self._weights = weights
         self._small = small
@@ -99,62 +123,30 @@ class _FusedLayer:
         return run.attend(number, query, key, value, self._scale)
 
 
-class _PlainWeights:
-    """A layer's products by torch's own linear layers."""
+class _WholeDecoder:
+    """All layers as one call."""
 
-    def __init__(self, layer: Any) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        self.qkv = _fused([attention.q_proj, attention.k_proj, attention.v_proj])  # `[T, E]` -> `[T, (H + 2 Hkv) D]`
-        self._output = attention.o_proj
-        self._gate_up = _fused([mlp.gate_proj, mlp.up_proj])
-        self._down = mlp.down_proj
+    def __init__(self, decoder: Any, weights: Sequence[TiledWeights], kernels: Kernels) -> None:
+        attention, norm = decoder.layers[0].self_attn, decoder.norm
+        num_keys = attention.k_proj.out_features // attention.head_dim
+        num_groups = attention.q_proj.out_features // attention.k_proj.out_features
+        width, mlp_width = norm.weight.shape[0], decoder.layers[0].mlp.down_proj.in_features
+        self._kernels = kernels
+        self._kept = weights, [list(layer.parameters()) for layer in decoder.layers]  # whose addresses are told
+        self._decoder = array("q", (len(weights), width, mlp_width, num_keys, num_groups, attention.head_dim))
+        self._layers = array("q")
+        for layer, (qkv, output, gate_up, down) in zip(decoder.layers, (each.parts for each in weights), strict=True):
+            names = ("q_norm", "k_norm") if hasattr(layer.self_attn, "q_norm") else ()
+            head_norms = [getattr(layer.self_attn, name).weight.data_ptr() for name in names] or (0, 0)
+            self._layers.extend((layer.input_layernorm.weight.data_ptr(), *head_norms))
+            self._layers.extend((*qkv.pointers(), *output.pointers(), layer.post_attention_layernorm.weight.data_ptr()))
+            self._layers.extend((*gate_up.pointers(), *down.pointers()))
+        self._numbers = {"scale": float(attention.scaling), "epsilon": float(norm.variance_epsilon)}
 
-    def output(self, attended: Tensor, residual: Tensor) -> Tensor:
-        """`[T, H D]`, `[T, E]` -> `[T, E]`"""
-        return residual + self._output(attended)
-
-    def mlp(self, hidden: Tensor, residual: Tensor) -> Tensor:
-        """`[T, E]` twice -> `[T, E]`"""
-        gate, up = self._gate_up(hidden).chunk(2, dim=-1)
-        return residual + self._down(F.silu(gate).mul_(up))
-
-
-class _PackedWeights:
-    """The same by oneDNN's, with what follows a product done in it."""
-
-    def __init__(self, layer: Any) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        self.qkv = _Packed([attention.q_proj, attention.k_proj, attention.v_proj])
-        self._output = _Packed([attention.o_proj])
-        self._gate, self._up, self._down = (_Packed([part]) for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-
-    def output(self, attended: Tensor, residual: Tensor) -> Tensor:
-        return self._output.then("add", attended, residual)
-
-    def mlp(self, hidden: Tensor, residual: Tensor) -> Tensor:
-        gated = self._up.then("mul", hidden, self._gate(hidden, "swish"))
-        return self._down.then("add", gated, residual)
-
-
-class _Packed:
-    """Layers with the same input as one product, their weights in the layout of oneDNN's kernels."""
-
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        weight = torch.cat([layer.weight for layer in layers]).detach()
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        self._bias = torch.cat([layer.bias for layer in layers]).detach() if layers[0].bias is not None else None
-
-    def __call__(self, inputs: Tensor, activation: str = "none") -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(inputs, self._weight, self._bias, activation, [], "")
-
-    def then(self, operation: str, inputs: Tensor, other: Tensor) -> Tensor:
-        """The product, and `add` or `mul` of another tensor of its shape."""
-        return torch.ops.mkldnn._linear_pointwise.binary(inputs, other, self._weight, self._bias, operation)
-
-
-def _has_packed_products() -> bool:
-    """Whether oneDNN computes in bf16 here. torch's own compiler calls the same operations."""
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, run: NativeStep) -> Tensor:
+        """hidden `[T, E]`, which is lost, cos and sin `[T, D]` -> `[T, E]`"""
+        self._kernels.decode_(self._decoder, self._layers, hidden, cos, sin, run.tables, **self._numbers)
+        return hidden
 
 
 class _PlainSmall:
@@ -182,15 +174,3 @@ class _Small:
 
     def norm(self, norm: Any) -> Callable[[Tensor], Tensor]:
         return partial(self._kernels.rms_norm, weight=norm.weight, epsilon=float(norm.variance_epsilon))
-
-
-def _fused(layers: Sequence[nn.Linear]) -> nn.Linear:
-    """One layer for several with the same input, which from now on are views of it."""
-    widths = [layer.out_features for layer in layers]
-    fused = nn.Linear(layers[0].in_features, sum(widths), bias=layers[0].bias is not None, device="meta")
-    fused.weight = nn.Parameter(torch.cat([layer.weight for layer in layers]), requires_grad=False)
-    for layer, part in zip(layers, fused.weight.split(widths), strict=True):
-        layer.weight = nn.Parameter(part, requires_grad=False)
-    if layers[0].bias is not None:
-        fused.bias = nn.Parameter(torch.cat([layer.bias for layer in layers]), requires_grad=False)
-    return fused

@@ -1,0 +1,184 @@
+// Attention by vectors, of bf16 or fp32 and heads of any width, and what a step calls.
+
+#include "attend.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "kernels.h"
+#include "numbers.h"
+#include "tiled.h"
+
+namespace segue {
+namespace {
+
+template <typename Number>
+void keep(const Step& step, const Tables& tables, int num_threads) {
+    const int64_t size = step.head_dim * static_cast<int64_t>(sizeof(Number)), heads = step.num_key_heads;
+    int64_t num_numbers = 0;
+    for (int64_t i = 0; i < tables.num_kept; ++i)
+        num_numbers += (tables.kept[i].stop - tables.kept[i].start) * heads * step.head_dim;
+#pragma omp parallel for num_threads(threads_for(num_numbers, num_threads)) schedule(static)
+    for (int64_t item = 0; item < tables.num_kept * heads; ++item) {
+        const Kept& each = tables.kept[item / heads];
+        const int64_t head = item % heads;
+        Number* to = const_cast<Number*>(in_memory<Number>(each.place, step.layer, head));
+        const Number* key = reinterpret_cast<const Number*>(step.key) + head * step.key_head;
+        const Number* value = reinterpret_cast<const Number*>(step.value) + head * step.value_head;
+        for (int64_t token = each.start; token < each.stop; ++token, to += each.place.token_stride) {
+            std::memcpy(to, key + token * step.key_token, size);
+            std::memcpy(to + each.place.value_offset, value + token * step.value_token, size);
+        }
+    }
+}
+
+constexpr int64_t kBlockKeys = 64;  // staged in fp32 at a time: 16 KiB each of keys and values at a width of 64
+
+// Further keys of one query: `sum`, `weight` and `highest` are what it has seen so far.
+template <int64_t kVectors>
+inline void attend_keys(const float* query, const float* keys, const float* values, int64_t num_keys,
+                        int64_t num_vectors, float* sum, float& weight, float& highest) {
+    const int64_t vectors = kVectors ? kVectors : num_vectors, width = vectors * kLanes;
+    Floats scores[kBlockKeys / kLanes];
+    Floats tops = all(highest);
+    const int64_t num_groups = (num_keys + kLanes - 1) / kLanes;
+    for (int64_t group = 0; group < num_groups; ++group) {
+        Floats products[kLanes];
+        for (int64_t k = 0; k < kLanes; ++k) {
+            const float* key = keys + (group * kLanes + k) * width;
+            products[k] = load16(query) * load16(key);
+            for (int64_t i = 1; i < vectors; ++i) products[k] += load16(query + i * kLanes) * load16(key + i * kLanes);
+        }
+        scores[group] = sums_of(products);
+        if (const int64_t left = num_keys - group * kLanes; left < kLanes) {
+            const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+            scores[group] = lane < static_cast<int32_t>(left) ? scores[group] : all(kNever);
+        }
+        tops = higher_of(tops, scores[group]);
+    }
+    const float top = highest_of(tops), kept = exp_of(highest - top);
+    highest = top;
+    Floats total{};
+    for (int64_t group = 0; group < num_groups; ++group) {
+        scores[group] = exp_of(scores[group] - top);
+        total += scores[group];
+    }
+    weight = weight * kept + sum_of(total);
+    const float* weights = reinterpret_cast<const float*>(scores);
+    if constexpr (kVectors > 0) {
+        Floats even[kVectors], odd[kVectors];
+        for (int64_t i = 0; i < kVectors; ++i) even[i] = load16(sum + i * kLanes) * kept, odd[i] = Floats{};
+        int64_t k = 0;
+        for (; k + 1 < num_keys; k += 2)
+            for (int64_t i = 0; i < kVectors; ++i) {
+                even[i] += load16(values + k * width + i * kLanes) * weights[k];
+                odd[i] += load16(values + (k + 1) * width + i * kLanes) * weights[k + 1];
+            }
+        if (k < num_keys)
+            for (int64_t i = 0; i < kVectors; ++i) even[i] += load16(values + k * width + i * kLanes) * weights[k];
+        for (int64_t i = 0; i < kVectors; ++i) store16(sum + i * kLanes, even[i] + odd[i]);
+    } else {
+        for (int64_t i = 0; i < width; i += kLanes) {
+            Floats sums = load16(sum + i) * kept;
+            for (int64_t k = 0; k < num_keys; ++k) sums += load16(values + k * width + i) * weights[k];
+            store16(sum + i, sums);
+        }
+    }
+}
+
+// Rows in fp32, each filled up to whole vectors; of kVectors, if that is known, then there is nothing to fill.
+template <int64_t kVectors, typename Number>
+inline void lay(const Number* from, int64_t stride, int64_t num_rows, int64_t width, int64_t num_vectors, float* to) {
+    for (int64_t row = 0; row < num_rows; ++row, from += stride)
+        if constexpr (kVectors > 0) {
+            for (int64_t i = 0; i < kVectors; ++i, to += kLanes) store16(to, load16(from + i * kLanes));
+        } else {
+            for (int64_t i = 0; i < num_vectors; ++i, to += kLanes)
+                store16(to, load_some(from + i * kLanes, width - i * kLanes));
+        }
+}
+
+// kVectors: of a head, where it is known.
+template <typename Number_, int64_t kVectors>
+class VectorKeys {
+   public:
+    using Number = Number_;
+    static constexpr int64_t kAtOnce = kBlockKeys;
+
+    explicit VectorKeys(int64_t width)
+        : width_(width),
+          vectors_(kVectors ? kVectors : (width + kLanes - 1) / kLanes),
+          keys_(kBlockKeys * vectors_),
+          values_(keys_.size()) {}
+
+    static int64_t tokens_at_once(const Step&) { return 16; }
+
+    void begin(const Step& step, const Chunk& chunk) {
+        const int64_t groups = step.num_groups, padded = vectors_ * kLanes;
+        num_rows_ = (chunk.stop - chunk.start) * groups;
+        queries_.resize(std::max<size_t>(queries_.size(), num_rows_ * vectors_));
+        is_scaled_ = false;
+        for (int64_t token = chunk.start; token < chunk.stop; ++token) {
+            const Number* from = reinterpret_cast<const Number*>(step.query) + token * step.query_token;
+            lay<kVectors>(from + chunk.head * groups * step.query_head, step.query_head, groups, width_, vectors_,
+                          queries_[0].numbers + (token - chunk.start) * groups * padded);
+        }
+    }
+
+    void stage(const Number* key, int64_t key_stride, const Number* value, int64_t value_stride, int64_t num_keys,
+               int64_t at) {
+        lay<kVectors>(key, key_stride, num_keys, width_, vectors_, keys_[at * vectors_].numbers);
+        lay<kVectors>(value, value_stride, num_keys, width_, vectors_, values_[at * vectors_].numbers);
+    }
+
+    template <typename Visible>
+    void attend(float scale, int64_t, Seen& seen, Visible&& visible) {
+        if (!is_scaled_)
+            for (int64_t i = 0; i < num_rows_ * vectors_ * kLanes; ++i) queries_[0].numbers[i] *= scale;
+        is_scaled_ = true;
+        for (int64_t row = 0; row < num_rows_; ++row)
+            if (const int64_t num_keys = visible(row); num_keys > 0)
+                attend_keys<kVectors>(queries_[row * vectors_].numbers, keys_[0].numbers, values_[0].numbers, num_keys,
+                                      vectors_, seen.sums(row), seen.totals[row], seen.highest[row]);
+    }
+
+   private:
+    int64_t width_, vectors_, num_rows_ = 0;
+    bool is_scaled_ = false;
+    std::vector<Aligned> queries_, keys_, values_;
+};
+
+template <typename Number>
+void attend_by_vectors(const Step& step, float scale, const Tables& tables, int num_threads) {
+    const auto attend = step.head_dim == 64    ? attend_runs<VectorKeys<Number, 4>>
+                        : step.head_dim == 128 ? attend_runs<VectorKeys<Number, 8>>
+                                               : attend_runs<VectorKeys<Number, 0>>;
+    attend(step, scale, tables, tables.parts, num_threads);
+}
+
+void attend_by_tiles(const Step& step, float scale, const Tables& tables, int num_threads) {
+    const BlockParts blocks = attend_blocks_by_tiles(step, scale, tables.blocks, tables.num_blocks, num_threads);
+    attend_runs_by_tiles(step, scale, tables, blocks.parts.data(), num_threads);
+}
+
+}  // namespace
+}  // namespace segue
+
+using namespace segue;
+
+extern "C" {
+
+void segue_attend(int is_bf16, const void* step, float scale, const void* tables, int num_threads) {
+    const auto& whole = *static_cast<const Step*>(step);
+    const auto& rows = *static_cast<const Tables*>(tables);
+    if (is_bf16) {
+        keep<BFloat16>(whole, rows, num_threads);
+        const auto attend = rows.by_tiles ? attend_by_tiles : attend_by_vectors<BFloat16>;
+        attend(whole, scale, rows, num_threads);
+    } else {
+        keep<float>(whole, rows, num_threads);
+        attend_by_vectors<float>(whole, scale, rows, num_threads);
+    }
+}
+
+}  // extern "C"

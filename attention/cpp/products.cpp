@@ -1,0 +1,160 @@
+// Products of tokens and weights by tiles. What follows a product is done before its sums are rounded, and while the
+// next ones are added up.
+
+#include <algorithm>
+#include <cstdlib>
+
+#include "kernels.h"
+#include "tiles.h"
+
+#ifdef SEGUE_TILES
+
+#include <sys/syscall.h>
+#include <unistd.h>
+
+namespace segue {
+namespace {
+
+constexpr int64_t kPanelNumbers = 2 * kTile * kTileNumbers;  // of 32 outputs, for 32 inputs
+constexpr int64_t kCacheBytes = 768 << 10;                   // of inputs, that weights pass by
+
+enum After { kNothing, kAdd, kGate };
+
+struct Product {
+    const BFloat16 *inputs, *packed, *bias, *other;
+    BFloat16* outputs;
+    int64_t num_tokens, num_outputs, num_inputs;
+};
+
+// As exactly as bf16 needs it, which is rounded next.
+inline Floats silu(Floats numbers) {
+    const auto total = reinterpret_cast<__m512>(power_of_two(numbers * -kPerBit) + 1.0f);
+    return numbers * reinterpret_cast<Floats>(_mm512_rcp14_ps(total));
+}
+
+// A token's sums of a panel, on to where they stay.
+template <After kAfter>
+inline void finish(const Product& product, const float* sums, int64_t token, int64_t panel) {
+    const int64_t first = panel * kSums;
+    Floats low = load16(sums), high = load16(sums + kTile);
+    const int64_t num_low = product.num_outputs - first, num_high = num_low - kTile;
+    if (product.bias) {
+        low += load_some(product.bias + first, num_low);
+        if (num_high > 0) high += load_some(product.bias + first + kTile, num_high);
+    }
+    if constexpr (kAfter == kGate) {
+        store16(product.outputs + token * (product.num_outputs / 2) + panel * kTile, silu(low) * high);
+    } else {
+        const int64_t at = token * product.num_outputs + first;
+        if constexpr (kAfter == kAdd) {
+            low += load_some(product.other + at, num_low);
+            if (num_high > 0) high += load_some(product.other + at + kTile, num_high);
+        }
+        if (num_high >= kTile) return store32(product.outputs + at, low, high);
+        store_some(product.outputs + at, low, num_low);
+        if (num_high > 0) store_some(product.outputs + at + kTile, high, num_high);
+    }
+}
+
+template <After kAfter>
+void multiply(const Product& product, int num_threads) {
+    const int64_t width = product.num_inputs, num_steps = width / kTileNumbers;
+    const int64_t num_panels = (product.num_outputs + kSums - 1) / kSums;
+    const int64_t at_once = std::max(kSums, kCacheBytes / (width * 2) / kSums * kSums);
+#pragma omp parallel num_threads(num_threads)
+    {
+        Tiles tiles;
+        alignas(64) float buffers[2][kSums * kSums];
+        int64_t num_rows = 0, num_done = 0, first = 0, of_panel = 0;  // of the sums that are not finished
+        int current = 0;
+        const auto finish_until = [&](int64_t end) {
+            for (; num_done < end; ++num_done)
+                finish<kAfter>(product, buffers[current ^ 1] + num_done * kSums, first + num_done, of_panel);
+        };
+        for (int64_t start = 0; start < product.num_tokens; start += at_once) {
+            const int64_t stop = std::min(start + at_once, product.num_tokens);
+#pragma omp for schedule(static) nowait
+            for (int64_t panel = 0; panel < num_panels; ++panel) {
+                const BFloat16* columns = product.packed + panel * num_steps * kPanelNumbers;
+                for (int64_t token = start; token < stop; token += kSums) {
+                    const int64_t rows = std::min(kSums, stop - token);
+                    const BFloat16 *low = product.inputs + token * width, *high = low + kTile * width;
+                    const auto between = [&](int64_t) { finish_until(std::min(num_done + 2, num_rows)); };
+                    const auto add = [&](auto has_high, auto fetches) {
+                        zero_sums();
+                        add_products<has_high, fetches>(low, high, width * 2, kTileNumbers, columns, kPanelNumbers,
+                                                        num_steps, between);
+                        store_sums<has_high>(buffers[current], kSums);
+                    };
+                    tiles.set(rows);
+                    constexpr std::true_type yes;
+                    constexpr std::false_type no;
+                    if (rows > kTile)
+                        token == start ? add(yes, yes) : add(yes, no);
+                    else
+                        token == start ? add(no, yes) : add(no, no);
+                    finish_until(num_rows);
+                    num_rows = rows, num_done = 0, first = token, of_panel = panel;
+                    current ^= 1;
+                }
+            }
+        }
+        finish_until(num_rows);
+    }
+}
+
+}  // namespace
+}  // namespace segue
+
+using namespace segue;
+
+extern "C" {
+
+int segue_has_tiles() {
+    constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    static const bool may = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+    return may;
+}
+
+void segue_pack(const void* weights, void* packed, int64_t num_outputs, int64_t num_inputs) {
+    const auto* from = static_cast<const BFloat16*>(weights);
+    auto* to = static_cast<BFloat16*>(packed);
+    for (int64_t panel = 0; panel < num_outputs; panel += kSums)
+        for (int64_t step = 0; step < num_inputs; step += kTileNumbers)
+            for (int64_t first = panel; first < panel + kSums; first += kTile)
+                for (int64_t pair = step; pair < step + kTileNumbers; pair += 2)
+                    for (int64_t output = first; output < first + kTile; ++output, to += 2)
+                        if (output < num_outputs)
+                            std::memcpy(to, from + output * num_inputs + pair, 2 * sizeof *to);
+                        else
+                            std::memset(to, 0, 2 * sizeof *to);
+}
+
+void segue_product(int after, const void* inputs, const void* packed, const void* bias, const void* other,
+                   void* outputs, int64_t num_tokens, int64_t num_outputs, int64_t num_inputs, int num_threads) {
+    const auto numbers = [](const void* address) { return static_cast<const BFloat16*>(address); };
+    const Product product{numbers(inputs), numbers(packed), numbers(bias), numbers(other),
+                          static_cast<BFloat16*>(outputs), num_tokens, num_outputs, num_inputs};
+    if (after == kGate)
+        multiply<kGate>(product, num_threads);
+    else if (after == kAdd)
+        multiply<kAdd>(product, num_threads);
+    else
+        multiply<kNothing>(product, num_threads);
+}
+
+}  // extern "C"
+
+#else
+
+extern "C" {
+
+int segue_has_tiles() { return 0; }
+void segue_pack(const void*, void*, int64_t, int64_t) { std::abort(); }
+void segue_product(int, const void*, const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int) {
+    std::abort();
+}
+
+}  // extern "C"
+
+#endif

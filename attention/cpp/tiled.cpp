@@ -1,0 +1,293 @@
+#include "tiled.h"
+
+#include <algorithm>
+#include <cstdlib>
+
+#include "attend.h"
+#include "tiles.h"
+
+namespace segue {
+
+#ifdef SEGUE_TILES
+
+namespace {
+
+constexpr float kLowest = -200.0f;                       // two to its power is 0
+constexpr int64_t kGroupNumbers = kSums * kTileNumbers;  // of 32 keys, or dimensions, in one step of a product
+
+struct alignas(64) Line {
+    BFloat16 numbers[kTileNumbers];
+};
+
+// 16 rows of 16 pairs of numbers, of which the last may be missing, to columns.
+inline void transpose(const BFloat16* from, int64_t stride, int64_t num_rows, BFloat16* to) {
+    __m512i rows[kTile], pairs[kTile];
+    for (int64_t i = 0; i < kTile; ++i) rows[i] = i < num_rows ? _mm512_loadu_si512(from + i * stride) : __m512i{};
+    for (int64_t i = 0; i < kTile; i += 2) {
+        pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    for (int64_t i = 0; i < kTile; i += 4)
+        for (int64_t j = 0; j < 2; ++j) {
+            rows[i + 2 * j] = _mm512_unpacklo_epi64(pairs[i + j], pairs[i + 2 + j]);
+            rows[i + 2 * j + 1] = _mm512_unpackhi_epi64(pairs[i + j], pairs[i + 2 + j]);
+        }
+    for (int64_t j = 0; j < 4; ++j) {
+        const __m512i a = _mm512_shuffle_i32x4(rows[j], rows[4 + j], 0x88);
+        const __m512i b = _mm512_shuffle_i32x4(rows[j], rows[4 + j], 0xdd);
+        const __m512i c = _mm512_shuffle_i32x4(rows[8 + j], rows[12 + j], 0x88);
+        const __m512i d = _mm512_shuffle_i32x4(rows[8 + j], rows[12 + j], 0xdd);
+        _mm512_store_si512(to + j * kTileNumbers, _mm512_shuffle_i32x4(a, c, 0x88));
+        _mm512_store_si512(to + (4 + j) * kTileNumbers, _mm512_shuffle_i32x4(b, d, 0x88));
+        _mm512_store_si512(to + (8 + j) * kTileNumbers, _mm512_shuffle_i32x4(a, c, 0xdd));
+        _mm512_store_si512(to + (12 + j) * kTileNumbers, _mm512_shuffle_i32x4(b, d, 0xdd));
+    }
+}
+
+// Keys as columns: of each 32 keys, of each 32 dimensions, 16 keys and then the others.
+inline void lay_keys(const BFloat16* from, int64_t num_keys, int64_t width, BFloat16* to) {
+    for (int64_t group = 0; group < num_keys; group += kSums)
+        for (int64_t dim = 0; dim < width; dim += kTileNumbers)
+            for (int64_t key = group; key < group + kSums; key += kTile, to += kTile * kTileNumbers)
+                transpose(from + key * width + dim, width, num_keys - key, to);
+}
+
+// Dimensions as columns: of each 32 dimensions, of each 32 keys, 16 dimensions and then the others.
+inline void lay_values(const BFloat16* from, int64_t num_keys, int64_t width, BFloat16* to) {
+    alignas(64) uint16_t places[2][kTileNumbers];
+    for (uint16_t i = 0; i < kTile; ++i)
+        for (uint16_t half = 0; half < 2; ++half)
+            places[half][2 * i] = half * kTile + i, places[half][2 * i + 1] = half * kTile + i + kTileNumbers;
+    const __m512i low = _mm512_load_si512(places[0]), high = _mm512_load_si512(places[1]);
+    for (int64_t dim = 0; dim < width; dim += kTileNumbers)
+        for (int64_t group = 0; group < num_keys; group += kSums, to += kGroupNumbers)
+            for (int64_t pair = 0; pair < kTile; ++pair) {
+                const int64_t key = group + 2 * pair;
+                const BFloat16* numbers = from + key * width + dim;
+                const __m512i first = key < num_keys ? _mm512_load_si512(numbers) : __m512i{};
+                const __m512i second = key + 1 < num_keys ? _mm512_load_si512(numbers + width) : __m512i{};
+                BFloat16* row = to + pair * kTileNumbers;
+                _mm512_store_si512(row, _mm512_permutex2var_epi16(first, low, second));
+                _mm512_store_si512(row + kTile * kTileNumbers, _mm512_permutex2var_epi16(first, high, second));
+            }
+}
+
+// Lane i is the highest number of vector i.
+inline Floats highest_of_each(Floats (&v)[kLanes]) {
+    return combine_each(v, [](Floats a, Floats b) { return higher_of(a, b); });
+}
+
+template <typename Function>
+inline void with_high(int64_t num_rows, Function&& function) {
+    num_rows > kTile ? function(std::true_type{}) : function(std::false_type{});
+}
+
+class TiledKeys {
+   public:
+    using Number = BFloat16;
+    static constexpr int64_t kAtOnce = 256;
+
+    explicit TiledKeys(int64_t width)
+        : width_(width),
+          keys_(kAtOnce * width / kTileNumbers),
+          values_(keys_.size()),
+          laid_keys_(keys_.size()),
+          laid_values_(keys_.size()),
+          weights_(kSums * kWeightStride / kTileNumbers),
+          scores_(kSums * kScoreStride / kLanes),
+          products_(kSums * kSums / kLanes) {}
+
+    // Many rows share what is laid out of the keys.
+    static int64_t tokens_at_once(const Step& step) { return std::max<int64_t>(1, kRows / step.num_groups); }
+
+    void begin(const Step& step, const Chunk& chunk) {
+        const int64_t groups = step.num_groups;
+        num_rows_ = (chunk.stop - chunk.start) * groups;
+        const size_t num_lines = (num_rows_ + kSums - 1) / kSums * kSums * width_ / kTileNumbers;
+        if (queries_.size() < num_lines) queries_.resize(num_lines);
+        for (int64_t row = 0; row < num_rows_; ++row) {
+            const int64_t head = chunk.head * groups + row % groups, token = chunk.start + row / groups;
+            const auto* query = reinterpret_cast<const BFloat16*>(step.query);
+            std::memcpy(queries_[0].numbers + row * width_, query + head * step.query_head + token * step.query_token,
+                        width_ * sizeof *query);
+        }
+    }
+
+    void stage(const BFloat16* key, int64_t key_stride, const BFloat16* value, int64_t value_stride, int64_t num_keys,
+               int64_t at) {
+        BFloat16 *to_key = keys_[0].numbers + at * width_, *to_value = values_[0].numbers + at * width_;
+        for (; num_keys > 0; --num_keys, key += key_stride, value += value_stride, to_key += width_, to_value += width_) {
+            std::memcpy(to_key, key, width_ * sizeof *key);
+            std::memcpy(to_value, value, width_ * sizeof *value);
+        }
+    }
+
+    template <typename Visible>
+    void attend(float scale, int64_t num_keys, Seen& seen, Visible&& visible) {
+        BFloat16 *keys = laid_keys_[0].numbers, *values = laid_values_[0].numbers, *weights = weights_[0].numbers;
+        float *scores = scores_[0].numbers, *products = products_[0].numbers;
+        const int64_t num_groups = (num_keys + kSums - 1) / kSums;
+        lay_keys(keys_[0].numbers, num_keys, width_, keys);
+        lay_values(values_[0].numbers, num_keys, width_, values);
+        for (int64_t first = 0; first < num_rows_; first += kSums) {
+            const int64_t rows = std::min(kSums, num_rows_ - first);
+            const int64_t groups = (visible(first + rows - 1) + kSums - 1) / kSums;  // none sees more than the last
+            if (!groups) continue;
+            tiles_.set(rows);
+            with_high(rows, [&](auto has_high) {
+                const BFloat16* queries = queries_[0].numbers + first * width_;
+                for (int64_t group = 0; group < groups; ++group) {
+                    zero_sums();
+                    add_products<has_high, false>(queries, queries + kTile * width_, width_ * 2, kTileNumbers,
+                                                  keys + group * kSums * width_, kGroupNumbers, width_ / kTileNumbers,
+                                                  [](int64_t) {});
+                    store_sums<has_high>(scores + group * kSums, kScoreStride);
+                }
+            });
+            float kept[kSums];
+            for (int64_t low = 0; low < rows; low += kTile)
+                weigh(scale * kPerBit, first + low, std::min(kTile, rows - low), groups * kSums, low, seen, visible,
+                      kept + low);
+            with_high(rows, [&](auto has_high) {
+                for (int64_t dim = 0; dim < width_; dim += kSums) {
+                    zero_sums();
+                    add_products<has_high, false>(weights, weights + kTile * kWeightStride, kWeightStride * 2,
+                                                  kTileNumbers, values + dim * num_groups * kSums, kGroupNumbers, groups,
+                                                  [](int64_t) {});
+                    store_sums<has_high>(products, kSums);
+                    for (int64_t row = 0; row < rows; ++row) {
+                        float* sum = seen.sums(first + row) + dim;
+                        for (int64_t i = 0; i < kSums; i += kLanes)
+                            store16(sum + i, load16(sum + i) * kept[row] + load16(products + row * kSums + i));
+                    }
+                }
+            });
+        }
+    }
+
+   private:
+    static constexpr int64_t kRows = 192;
+    static constexpr int64_t kScoreStride = kAtOnce + kTile;  // a power of two would crowd few sets of the cache
+    static constexpr int64_t kWeightStride = kAtOnce + kTileNumbers;
+
+    // Scores of up to 16 rows, the first of them `row`, to weights, with zeros for what a row does not see up to `end`.
+    // `kept`: what remains of earlier sums.
+    template <typename Visible>
+    void weigh(float scale, int64_t row, int64_t num_rows, int64_t end, int64_t low, Seen& seen, Visible&& visible,
+               float* kept) {
+        Floats some[kLanes], top = all(kNever), total{};
+        for (int64_t i = 0; i < kLanes; ++i) {
+            some[i] = all(kNever);
+            if (i >= num_rows) continue;
+            const float* scores = scores_[0].numbers + (low + i) * kScoreStride;
+            const int64_t num_keys = visible(row + i), whole = num_keys / kLanes * kLanes;
+            for (int64_t key = 0; key < whole; key += kLanes) some[i] = higher_of(some[i], load16(scores + key));
+            if (num_keys > whole) some[i] = higher_of(some[i], load_first(scores + whole, num_keys - whole, kNever));
+        }
+        float highest[kLanes] = {}, tops[kLanes];
+        std::copy_n(&seen.highest[row], num_rows, highest);
+        top = higher_of(highest_of_each(some) * (scale / kPerBit), load16(highest));
+        const Floats change = (load16(highest) - top) * kPerBit;
+        const Floats left = power_of_two(higher_of(all(kLowest), change));
+        store16(tops, top * kPerBit);
+        for (int64_t i = 0; i < kLanes; ++i) {
+            some[i] = Floats{};
+            if (i >= num_rows) continue;
+            const float* scores = scores_[0].numbers + (low + i) * kScoreStride;
+            BFloat16* weights = weights_[0].numbers + (low + i) * kWeightStride;
+            const int64_t num_keys = visible(row + i), whole = num_keys / (2 * kLanes) * 2 * kLanes;
+            const Floats least = all(tops[i]);
+            Floats odd{};
+            for (int64_t key = 0; key < whole; key += 2 * kLanes) {
+                const Floats a = power_of_two(load16(scores + key) * scale - least);
+                const Floats b = power_of_two(load16(scores + key + kLanes) * scale - least);
+                some[i] += a, odd += b;
+                store32(weights + key, a, b);
+            }
+            for (int64_t key = whole; key < end; key += 2 * kLanes) {
+                const auto weight = [&](int64_t from) {
+                    if (from >= num_keys) return Floats{};
+                    return power_of_two(load_first(scores + from, num_keys - from, kNever) * scale - least);
+                };
+                const Floats a = weight(key), b = weight(key + kLanes);
+                some[i] += a, odd += b;
+                store32(weights + key, a, b);
+            }
+            some[i] += odd;
+        }
+        float totals[kLanes] = {};
+        std::copy_n(&seen.totals[row], num_rows, totals);
+        total = load16(totals) * left + sums_of(some);
+        store16(totals, total);
+        std::copy_n(totals, num_rows, &seen.totals[row]);
+        store16(highest, top);
+        std::copy_n(highest, num_rows, &seen.highest[row]);
+        store16(kept, left);
+    }
+
+    int64_t width_, num_rows_ = 0;
+    Tiles tiles_;
+    std::vector<Line> queries_, keys_, values_, laid_keys_, laid_values_, weights_;
+    std::vector<Aligned> scores_, products_;
+};
+
+}  // namespace
+
+BlockParts attend_blocks_by_tiles(const Step& step, float scale, const Block* blocks, int64_t num_blocks,
+                                  int num_threads) {
+    const int64_t heads = step.num_key_heads, groups = step.num_groups, width = step.head_dim;
+    BlockParts result;
+    std::vector<Chunk> chunks;
+    std::vector<int64_t> of_block;
+    int64_t num_rows = 0;
+    for (int64_t block = 0; block < num_blocks; ++block) {
+        const int64_t num_tokens = blocks[block].stop - blocks[block].start, lse_head = num_tokens * groups;
+        result.parts.push_back({blocks[block].start, num_rows, num_rows, lse_head * width, groups * width, width,
+                                lse_head, groups, 1});
+        num_rows += heads * lse_head;
+        add_chunks(chunks, blocks[block].start, blocks[block].stop, TiledKeys::tokens_at_once(step), heads);
+        of_block.resize(chunks.size(), block);
+    }
+    result.outs.reset(new BFloat16[num_rows * width]);
+    result.lses.reset(new float[num_rows]);
+    for (Part& part : result.parts) {
+        part.out = reinterpret_cast<int64_t>(result.outs.get() + part.out * width);
+        part.lse = reinterpret_cast<int64_t>(result.lses.get() + part.lse);
+    }
+#pragma omp parallel num_threads(num_threads)
+    {
+        TiledKeys keys(width);
+        Seen seen;
+#pragma omp for schedule(dynamic, 1)
+        for (size_t i = 0; i < chunks.size(); ++i) {
+            const Chunk& chunk = chunks[i];
+            const Part& part = result.parts[of_block[i]];
+            const Span& span = blocks[of_block[i]].span;
+            seen.reset((chunk.stop - chunk.start) * groups, width);
+            see_spans(step, &span, &span + 1, chunk, scale, keys, seen);
+            const int64_t first = (chunk.start - part.start) * groups;
+            auto* out = reinterpret_cast<BFloat16*>(part.out) + chunk.head * part.out_head + first * width;
+            auto* lse = reinterpret_cast<float*>(part.lse) + chunk.head * part.lse_head + first;
+            for (int64_t row = 0; row < (chunk.stop - chunk.start) * groups; ++row) {
+                const float share = 1.0f / seen.totals[row];
+                for (int64_t i = 0; i < width; i += kLanes)
+                    store16(out + row * width + i, load16(seen.sums(row) + i) * share);
+                lse[row] = seen.highest[row] + std::log(seen.totals[row]);
+            }
+        }
+    }
+    return result;
+}
+
+void attend_runs_by_tiles(const Step& step, float scale, const Tables& tables, const Part* parts, int num_threads) {
+    attend_runs<TiledKeys>(step, scale, tables, parts, num_threads);
+}
+
+#else
+
+BlockParts attend_blocks_by_tiles(const Step&, float, const Block*, int64_t, int) { std::abort(); }
+void attend_runs_by_tiles(const Step&, float, const Tables&, const Part*, int) { std::abort(); }
+
+#endif
+
+}  // namespace segue

@@ -1,0 +1,127 @@
+// Tiles of AMX: 16 rows of 64 bytes that a processor multiplies at once, here with bf16 numbers and fp32 sums.
+//
+// Tiles 0 to 3 are the sums of 32 rows by 32 columns, 4 and 5 the rows, 6 and 7 the columns; a tile of columns holds two
+// numbers of each of 16 columns in a row.
+
+#pragma once
+
+#include "numbers.h"
+
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__) && \
+    defined(__linux__)
+#define SEGUE_TILES 1
+
+namespace segue {
+
+constexpr int64_t kTile = 16;        // rows, or columns
+constexpr int64_t kTileNumbers = 32;  // in a row
+constexpr int64_t kSums = 2 * kTile;  // rows, and columns, of all four tiles of sums
+
+// Each instruction on tiles has a line of decoded instructions for itself. While the other half of the core is busy,
+// perhaps with another machine's work, close ones take up to five times as long.
+#define SEGUE_APART asm volatile(".p2align 6" ::: "memory")
+
+// For so many rows of sums; the tiles that hold none of them stay whole.
+inline void set_tiles(int64_t num_rows) {
+    struct alignas(64) {
+        uint8_t palette = 1, start = 0, unused[14] = {};
+        uint16_t bytes[16] = {};
+        uint8_t rows[16] = {};
+    } config;
+    for (int tile = 0; tile < 8; ++tile) config.bytes[tile] = 64, config.rows[tile] = kTile;
+    const uint8_t low = num_rows < kTile ? num_rows : kTile, high = num_rows > kTile ? num_rows - kTile : kTile;
+    config.rows[0] = config.rows[1] = config.rows[4] = low;
+    config.rows[2] = config.rows[3] = config.rows[5] = high;
+    asm volatile("" ::"r"(&config) : "memory");  // GCC takes the next line to read eight bytes
+    _tile_loadconfig(&config);
+}
+
+// The thread's tiles, given back in the end: a thread that holds some costs more to switch.
+class Tiles {
+   public:
+    ~Tiles() {
+        if (num_rows_) _tile_release();
+    }
+    void set(int64_t num_rows) {
+        if (num_rows != num_rows_) set_tiles(num_rows_ = num_rows);
+    }
+
+   private:
+    int64_t num_rows_ = 0;
+};
+
+// Two to the power of numbers, within 8e-5 of it: a twenty-fifth of what rounding to bf16 may change.
+inline Floats power_of_two(Floats numbers) {
+    const auto exponent = reinterpret_cast<__m512>(numbers);
+    const auto rest = reinterpret_cast<Floats>(_mm512_reduce_ps(exponent, 1));  // from the whole number below
+    Floats power = rest * 7.802452147006989e-2f + 2.2606715559959412e-1f;
+    power = power * rest + 6.958335638046265e-1f;
+    power = power * rest + 9.999251961708069e-1f;
+    return reinterpret_cast<Floats>(_mm512_scalef_ps(reinterpret_cast<__m512>(power), exponent));
+}
+
+inline void zero_sums() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+// Adds rows times columns, each with `num_steps` times 32 numbers, to the sums. Strides in bytes; `between` is called
+// num_steps times, for work that the tiles leave time for. Columns are a step of the first 16, then one of the others.
+template <bool kHasHigh, bool kFetches, typename Between>
+inline void add_products(const BFloat16* low, const BFloat16* high, int64_t stride, int64_t step_stride,
+                         const BFloat16* columns, int64_t column_stride, int64_t num_steps, Between&& between) {
+    constexpr int64_t kNumbers = kTile * kTileNumbers;
+    for (int64_t step = 0; step < num_steps; ++step) {
+        const auto fetch = [&](int64_t part) {  // what the next step multiplies, from memory
+            if constexpr (kFetches)
+                for (int64_t line = part * 8; line < part * 8 + 8; ++line)
+                    _mm_prefetch(reinterpret_cast<const char*>(columns + column_stride) + line * 64, _MM_HINT_T0);
+        };
+        SEGUE_APART;
+        _tile_loadd(6, columns, 64);
+        fetch(0);
+        SEGUE_APART;
+        _tile_loadd(4, low, stride);
+        fetch(1);
+        SEGUE_APART;
+        _tile_dpbf16ps(0, 4, 6);
+        fetch(2);
+        SEGUE_APART;
+        _tile_loadd(7, columns + kNumbers, 64);
+        fetch(3);
+        SEGUE_APART;
+        _tile_dpbf16ps(1, 4, 7);
+        if constexpr (kHasHigh) {
+            SEGUE_APART;
+            _tile_loadd(5, high, stride);
+            SEGUE_APART;
+            _tile_dpbf16ps(2, 5, 6);
+            SEGUE_APART;
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        between(step);
+        low += step_stride, high += step_stride, columns += column_stride;
+    }
+}
+
+// `[32, stride]`, or 16 rows of it.
+template <bool kHasHigh>
+inline void store_sums(float* sums, int64_t stride) {
+    const int64_t bytes = stride * static_cast<int64_t>(sizeof(float));
+    SEGUE_APART;
+    _tile_stored(0, sums, bytes);
+    SEGUE_APART;
+    _tile_stored(1, sums + kTile, bytes);
+    if constexpr (kHasHigh) {
+        SEGUE_APART;
+        _tile_stored(2, sums + kTile * stride, bytes);
+        SEGUE_APART;
+        _tile_stored(3, sums + kTile * stride + kTile, bytes);
+    }
+}
+
+}  // namespace segue
+
+#endif
