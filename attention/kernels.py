@@ -208,8 +208,10 @@ class Kernels:
     def product(
         self, inputs: Tensor, weights: PackedWeights, after: After = After.NOTHING, other: Tensor | None = None
     ) -> Tensor:
-        """`[T, K]` times weights `[N, K]` -> `[T, N]`, plus `other` of that shape if it is to be added. Gated: `[T, N / 2]`,
-        of each 32 outputs the first 16 through SiLU, times the others."""
+        """`[T, K]` times weights `[N, K]` -> `[T, N]`, plus `other` of that shape if it is to be added.
+
+        Gated: `[T, N / 2]`, of each 32 outputs the first 16 through SiLU, times the others.
+        """
         inputs = inputs.contiguous()
         num_outputs = weights.num_outputs // 2 if after == After.GATE else weights.num_outputs
         shape = (len(inputs), num_outputs)

@@ -6,6 +6,7 @@ Shapes: `L` layers, `Hkv` key heads, `T` tokens, `D` head width, `B` slots. Know
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -43,10 +44,10 @@ class NodeKV:
     def values(self, layer: int) -> Tensor:
         return self.tensor[layer, 1]
 
-    def split(self, num_tokens: int) -> tuple["NodeKV", "NodeKV"]:
+    def split(self, num_tokens: int) -> tuple[Self, Self]:
         """Copies, so that freeing one half really frees its memory."""
         upper, lower = self.tensor[:, :, :, :num_tokens], self.tensor[:, :, :, num_tokens:]
-        return NodeKV(upper.contiguous()), NodeKV(lower.contiguous())
+        return type(self)(upper.contiguous()), type(self)(lower.contiguous())
 
 
 @dataclass(eq=False)

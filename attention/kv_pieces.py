@@ -1,7 +1,7 @@
 """Keys and values where a kernel is told by address what a row sees: one tensor a tree node, and for each generating
 row as many tensors as it has outgrown. Nothing is ever moved.
 
-Shapes: `L` layers, `Hkv` key heads, `T` tokens, `D` head width. Knows no tree and no scheduler.
+Shapes: `L` layers, `Hkv` key heads, `T` tokens, `D` head width. Knows no scheduler.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,6 +14,7 @@ from torch import Tensor
 from attention.kv_cache import NodeKV
 from attention.kv_memory import KVMemory, KVShape, Tail, next_capacity
 from attention.node_memory import NodeMemory
+from attention.tree import Node
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +25,33 @@ class Piece:
     address: int
     strides: tuple[int, ...]  # of all dimensions but the last
     num_tokens: int
+    token_bytes: int
 
     @classmethod
     def of(cls, tensor: Tensor) -> Self:
-        return cls(tensor, tensor.data_ptr(), tensor.stride()[:4], tensor.shape[3])
+        strides = tensor.stride()[:4]
+        return cls(tensor, tensor.data_ptr(), strides, tensor.shape[3], strides[3] * tensor.element_size())
 
     def place(self, token: int = 0) -> tuple[int, ...]:
         """Where a token's keys and values begin."""
-        return (self.address + token * self.strides[3] * self.tensor.element_size(), *self.strides)
+        return (self.address + token * self.token_bytes, *self.strides)
+
+
+class PieceOfNode(NodeKV):
+    """A node's tokens, which are told again in each step that sees them."""
+
+    __slots__ = ("piece",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__(tensor)
+        self.piece = Piece.of(tensor)
+
+
+def piece_of(node: Node) -> Piece:
+    """Raises ValueError if the node has no memory of this kind."""
+    if not isinstance(node.kv, PieceOfNode):
+        raise ValueError(f"a node of {len(node)} tokens at position {node.start} has no KV memory in pieces")
+    return node.kv.piece
 
 
 class KVPieces(KVMemory):
@@ -42,8 +62,8 @@ class KVPieces(KVMemory):
         self._pieces: dict[int, list[Piece]] = {}  # by a tail's place, which is a number
         self._num_opened = 0
 
-    def allocate_node(self, num_tokens: int) -> NodeKV:
-        return NodeKV(self._allocate(num_tokens))
+    def allocate_node(self, num_tokens: int) -> PieceOfNode:
+        return PieceOfNode(self._allocate(num_tokens))
 
     def free_node(self, kv: NodeMemory) -> None:
         self.allocated_bytes -= kv.num_bytes

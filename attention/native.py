@@ -8,7 +8,7 @@ are made once a step; of a layer only the parts' addresses are new.
 Shapes: `T` packed tokens, `G` query heads a key head, `H = Hkv * G`, `n` queries of a block, `D` head width.
 """
 
-from array import array
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -18,10 +18,12 @@ from attention.blocks import CrossBlock, SelfBlock, StepBlocks
 from attention.flash import attend_all, attend_self
 from attention.kernels import SPAN_FIELDS, Kernels, Tables
 from attention.kv_memory import KVMemory, KVShape, Tail
-from attention.kv_pieces import KVPieces, Piece
+from attention.kv_pieces import KVPieces, Piece, piece_of
 from attention.step_memory import kv_of
 
 FEW_PAIRS = 8192  # of a query and a key it sees: up to here a block is cheaper in the kernel than in a call of its own
+
+SHORT_RUN = 32  # queries
 
 Block = SelfBlock | CrossBlock
 
@@ -39,10 +41,11 @@ class NativeBackend:
     def begin(self, blocks: StepBlocks, tails: Sequence[Tail], memory: KVMemory) -> "NativeStep":
         if not isinstance(memory, KVPieces):
             raise TypeError(f"wanted memory of pieces, got {type(memory).__name__}")
-        large = [block for block in (*blocks.self_blocks, *blocks.cross_blocks) if _num_pairs(block) > self._few_pairs]
         seen = [list(memory.pieces(tail, tail.length + 1)) for tail in tails]
         shape = memory.shape
         by_tiles = shape.dtype == torch.bfloat16 and self._kernels.multiplies(shape.head_dim)
+        candidates = _of_short_runs(blocks) if by_tiles else (*blocks.self_blocks, *blocks.cross_blocks)
+        large = [block for block in candidates if _num_pairs(block) > self._few_pairs]
         tails_of = dict(zip(blocks.decode_index, seen, strict=True))
         return NativeStep(self._kernels, blocks, large, tails_of, by_tiles=by_tiles)
 
@@ -66,7 +69,7 @@ class NativeStep:
         self._own = {block.node: slice(block.start, block.stop) for block in blocks.self_blocks}
         self.tables = tables = Tables(by_tiles=by_tiles)
         for own in blocks.self_blocks:
-            tables.kept.extend((*Piece.of(kv_of(own.node).tensor).place(), own.start, own.stop))
+            tables.kept.extend((*piece_of(own.node).place(), own.start, own.stop))
         for index, pieces in tails.items():
             last, used = pieces[-1]
             tables.kept.extend((*last.place(used - 1), index, index + 1))
@@ -123,9 +126,18 @@ class NativeStep:
 
     def _span(self, block: Block) -> tuple[int, ...]:
         if block.node not in self._own:
-            return (*Piece.of(kv_of(block.node).tensor).place(), 0, len(block.node), False)
+            return (*piece_of(block.node).place(), 0, len(block.node), False)
         is_causal = isinstance(block, SelfBlock) and block.is_causal
         return (0, 0, 0, 0, 0, self._own[block.node].start, len(block.node), is_causal)
+
+
+def _of_short_runs(blocks: StepBlocks) -> Iterator[CrossBlock]:
+    """Those that many runs see, of too few queries each to fill the rows that tiles multiply at once."""
+    starts = sorted([*(block.start for block in blocks.self_blocks), *blocks.decode_index])
+    for block in blocks.cross_blocks:
+        num_runs = bisect_left(starts, block.stop) - bisect_left(starts, block.start)
+        if num_runs > 1 and block.stop - block.start < SHORT_RUN * num_runs:
+            yield block
 
 
 def _num_pairs(block: Block) -> int:

@@ -99,11 +99,13 @@ void see_spans(const Step& step, const Span* first_span, const Span* end_span, c
     if (num_staged) attend_staged();
 }
 
-// A run's queries, so many at a time.
-inline void add_chunks(std::vector<Chunk>& chunks, int64_t start, int64_t stop, int64_t at_once, int64_t num_heads) {
-    for (; start < stop; start += at_once)
+// A run's queries in as few parts of about the same size as hold so many at most.
+inline void add_chunks(std::vector<Chunk>& chunks, int64_t start, int64_t stop, int64_t most, int64_t num_heads) {
+    const int64_t num_parts = (stop - start + most - 1) / most;
+    for (int64_t part = 0; part < num_parts; ++part)
         for (int64_t head = 0; head < num_heads; ++head)
-            chunks.push_back({start, std::min(start + at_once, stop), head});
+            chunks.push_back({start + (stop - start) * part / num_parts, start + (stop - start) * (part + 1) / num_parts,
+                              head});
 }
 
 // All runs, with the parts that they have attended to before, to the step's `out`.

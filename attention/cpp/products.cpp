@@ -76,23 +76,25 @@ void multiply(const Product& product, int num_threads) {
 #pragma omp for schedule(static) nowait
             for (int64_t panel = 0; panel < num_panels; ++panel) {
                 const BFloat16* columns = product.packed + panel * num_steps * kPanelNumbers;
+                // The next panel, a part of it with each of the first rows.
+                const int64_t num_blocks = (stop - start + kSums - 1) / kSums, num_lines = (8 + num_blocks - 1) / num_blocks;
+                const auto fetch_of = [&](int64_t done) {
+                    const int64_t first = done / kSums * num_lines * 4;
+                    const auto* next = reinterpret_cast<const char*>(columns + num_steps * kPanelNumbers);
+                    return first < 32 ? Fetch{next + first * 64, num_lines} : Fetch{};
+                };
                 for (int64_t token = start; token < stop; token += kSums) {
                     const int64_t rows = std::min(kSums, stop - token);
                     const BFloat16 *low = product.inputs + token * width, *high = low + kTile * width;
-                    const auto between = [&](int64_t) { finish_until(std::min(num_done + 2, num_rows)); };
-                    const auto add = [&](auto has_high, auto fetches) {
+                    const auto between = [&] { finish_until(std::min(num_done + 2, num_rows)); };
+                    const auto add = [&](auto has_high) {
                         zero_sums();
-                        add_products<has_high, fetches>(low, high, width * 2, kTileNumbers, columns, kPanelNumbers,
-                                                        num_steps, between);
+                        add_products<has_high>(low, high, width * 2, kTileNumbers, columns, kPanelNumbers, num_steps,
+                                               fetch_of(token - start), between);
                         store_sums<has_high>(buffers[current], kSums);
                     };
                     tiles.set(rows);
-                    constexpr std::true_type yes;
-                    constexpr std::false_type no;
-                    if (rows > kTile)
-                        token == start ? add(yes, yes) : add(yes, no);
-                    else
-                        token == start ? add(no, yes) : add(no, no);
+                    rows > kTile ? add(std::true_type{}) : add(std::false_type{});
                     finish_until(num_rows);
                     num_rows = rows, num_done = 0, first = token, of_panel = panel;
                     current ^= 1;

@@ -138,9 +138,8 @@ class TiledKeys {
                 const BFloat16* queries = queries_[0].numbers + first * width_;
                 for (int64_t group = 0; group < groups; ++group) {
                     zero_sums();
-                    add_products<has_high, false>(queries, queries + kTile * width_, width_ * 2, kTileNumbers,
-                                                  keys + group * kSums * width_, kGroupNumbers, width_ / kTileNumbers,
-                                                  [](int64_t) {});
+                    add_products<has_high>(queries, queries + kTile * width_, width_ * 2, kTileNumbers,
+                                                  keys + group * kSums * width_, kGroupNumbers, width_ / kTileNumbers, {}, [] {});
                     store_sums<has_high>(scores + group * kSums, kScoreStride);
                 }
             });
@@ -151,9 +150,8 @@ class TiledKeys {
             with_high(rows, [&](auto has_high) {
                 for (int64_t dim = 0; dim < width_; dim += kSums) {
                     zero_sums();
-                    add_products<has_high, false>(weights, weights + kTile * kWeightStride, kWeightStride * 2,
-                                                  kTileNumbers, values + dim * num_groups * kSums, kGroupNumbers, groups,
-                                                  [](int64_t) {});
+                    add_products<has_high>(weights, weights + kTile * kWeightStride, kWeightStride * 2,
+                                                  kTileNumbers, values + dim * num_groups * kSums, kGroupNumbers, groups, {}, [] {});
                     store_sums<has_high>(products, kSums);
                     for (int64_t row = 0; row < rows; ++row) {
                         float* sum = seen.sums(first + row) + dim;
@@ -166,7 +164,7 @@ class TiledKeys {
     }
 
    private:
-    static constexpr int64_t kRows = 192;
+    static constexpr int64_t kRows = 384;
     static constexpr int64_t kScoreStride = kAtOnce + kTile;  // a power of two would crowd few sets of the cache
     static constexpr int64_t kWeightStride = kAtOnce + kTileNumbers;
 

@@ -67,30 +67,37 @@ inline void zero_sums() {
     _tile_zero(3);
 }
 
+// What is wanted later, from memory: in each step a part of 2 KiB, in four times `num_lines` lines of 64 bytes.
+struct Fetch {
+    const char* next = nullptr;
+    int64_t num_lines = 0;
+
+    void some() {
+        for (int64_t line = 0; line < num_lines; ++line, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+    }
+    void end_step() { next += (32 - 4 * num_lines) * 64; }
+};
+
 // Adds rows times columns, each with `num_steps` times 32 numbers, to the sums. Strides in bytes; `between` is called
 // num_steps times, for work that the tiles leave time for. Columns are a step of the first 16, then one of the others.
-template <bool kHasHigh, bool kFetches, typename Between>
+template <bool kHasHigh, typename Between>
 inline void add_products(const BFloat16* low, const BFloat16* high, int64_t stride, int64_t step_stride,
-                         const BFloat16* columns, int64_t column_stride, int64_t num_steps, Between&& between) {
+                         const BFloat16* columns, int64_t column_stride, int64_t num_steps, Fetch fetch,
+                         Between&& between) {
     constexpr int64_t kNumbers = kTile * kTileNumbers;
     for (int64_t step = 0; step < num_steps; ++step) {
-        const auto fetch = [&](int64_t part) {  // what the next step multiplies, from memory
-            if constexpr (kFetches)
-                for (int64_t line = part * 8; line < part * 8 + 8; ++line)
-                    _mm_prefetch(reinterpret_cast<const char*>(columns + column_stride) + line * 64, _MM_HINT_T0);
-        };
         SEGUE_APART;
         _tile_loadd(6, columns, 64);
-        fetch(0);
+        fetch.some();
         SEGUE_APART;
         _tile_loadd(4, low, stride);
-        fetch(1);
+        fetch.some();
         SEGUE_APART;
         _tile_dpbf16ps(0, 4, 6);
-        fetch(2);
+        fetch.some();
         SEGUE_APART;
         _tile_loadd(7, columns + kNumbers, 64);
-        fetch(3);
+        fetch.some();
         SEGUE_APART;
         _tile_dpbf16ps(1, 4, 7);
         if constexpr (kHasHigh) {
@@ -101,7 +108,8 @@ inline void add_products(const BFloat16* low, const BFloat16* high, int64_t stri
             SEGUE_APART;
             _tile_dpbf16ps(3, 5, 7);
         }
-        between(step);
+        between();
+        fetch.end_step();
         low += step_stride, high += step_stride, columns += column_stride;
     }
 }
