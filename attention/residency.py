@@ -1,13 +1,17 @@
 """Which nodes own keys and values right now: acquired by rows, kept while memory lasts, evicted leaf first.
 
 A node that no running row needs stays resident, because the next rows of a depth-first order usually want it; it is the
-first to go when memory is short. Knows the tree and the cache; no rows, no scheduler.
+first to go when memory is short. What one row alone has ever used is seldom wanted again: of that little is kept, so that
+memory does not grow with the rows that are done. Knows the tree and the cache; no rows, no scheduler.
 """
 
 from collections import OrderedDict
 
 from attention.kv_memory import KVMemory, KVMemoryExceeded
 from attention.tree import Node, SegmentTree
+
+UNSHARED_SHARE = 1 / 32  # of the budget, for idle nodes of a single row
+UNSHARED_TOKENS = 4096  # but at least so many
 
 
 class Residency:
@@ -18,6 +22,8 @@ class Residency:
         self.cache = cache
         self.keep_idle = keep_idle
         self._idle: OrderedDict[Node, None] = OrderedDict()  # children stand before their parents
+        self._unshared: OrderedDict[Node, int] = OrderedDict()  # of these, with how many tokens each came
+        self._num_unshared = 0  # tokens
 
     def acquire(self, end: Node) -> int:
         """Hold every node of a path, allocating what is missing; returns how many tokens were there already.
@@ -27,7 +33,7 @@ class Residency:
         path = end.path()
         for node in path:
             node.num_active += 1
-            self._idle.pop(node, None)
+            self._unset_idle(node)
         missing = [node for node in path if node.kv is None]
         num_missing = sum(len(node) for node in missing)
         if not self.make_room(num_missing):
@@ -69,13 +75,22 @@ class Residency:
             self._free(end)
 
     def _set_idle(self, node: Node, *, keep_idle: bool) -> None:
-        if keep_idle and node.is_computed and node.is_listed:
-            self._idle[node] = None
-        else:
+        if not (keep_idle and node.is_computed and node.is_listed):
             self._free(node)
+            return
+        self._idle[node] = None
+        if not node.is_shared:
+            self._unshared[node] = len(node)
+            self._num_unshared += len(node)
+        while self._num_unshared > max(UNSHARED_SHARE * self.cache.budget_tokens, UNSHARED_TOKENS):
+            self._free(next(iter(self._unshared)))
+
+    def _unset_idle(self, node: Node) -> None:
+        self._idle.pop(node, None)
+        self._num_unshared -= self._unshared.pop(node, 0)
 
     def _free(self, node: Node) -> None:
-        self._idle.pop(node, None)
+        self._unset_idle(node)
         if node.kv is not None:
             self.cache.free_node(node.kv)
         node.kv = None

@@ -48,6 +48,7 @@ class Node:
     start: int  # position of the first token
     children: dict[int | tuple[int, ...], "Node"] = field(default_factory=dict)
     num_rows: int = 0  # unfinished rows whose prompt passes through here
+    is_shared: bool = False  # or has been: a second row has come
     num_active: int = 0  # of these, the rows that may not lose its keys and values
     num_scoring: int = 0  # rows that want the log-probabilities of its tokens
     is_listed: bool = True  # found by later prompts; False for a token computed again for its logits
@@ -139,6 +140,7 @@ class SegmentTree:
             raise ValueError("a bidirectional segment is atomic and cannot be cut")
         parent = _parent_of(node)
         upper = Node(node.token_ids[:num_tokens], False, parent, node.start)
+        upper.is_shared = node.is_shared
         upper.num_rows, upper.num_active, upper.num_scoring = node.num_rows, node.num_active, node.num_scoring
         upper.is_computed, upper.is_listed = node.is_computed, node.is_listed
         if node.kv is not None:
@@ -187,6 +189,7 @@ class SegmentTree:
     def add_row(self, end: Node) -> None:
         """Count a row on every node of its path."""
         for node in end.path():
+            node.is_shared = node.is_shared or node.num_rows > 0 or node.kv is not None
             node.num_rows += 1
 
     def remove_row(self, end: Node, *, above: Node | None = None) -> None:
