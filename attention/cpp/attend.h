@@ -1,7 +1,7 @@
 // Attention of queries over spans of keys as one softmax, whatever multiplies them.
 //
-// A chunk is some of a run's queries, of one key head. Its rows are these queries, each `num_groups` times, once a query
-// head. Keys are staged, as many at a time as fit; a row adds up what it sees, scaled by the highest score so far.
+// A chunk is some of a run's queries, of one key head. Its rows are these queries, each `num_groups` times, once a
+// query head. Keys are staged, as many at a time as fit; a row adds up what it sees, scaled by its highest score.
 
 #pragma once
 
@@ -18,7 +18,7 @@ struct alignas(64) Aligned {  // a load that straddles two cache lines takes twi
     float numbers[kLanes];
 };
 
-// What rows have seen: sums of values, `width` numbers each up to whole vectors, their weights' total, the highest score.
+// What rows have seen: sums of values, `width` numbers up to whole vectors, their weights' total, the highest score.
 struct Seen {
     int64_t padded = 0;
     std::vector<Aligned> memory;
@@ -59,14 +59,14 @@ void see_part(const Step& step, const Part& part, const Chunk& chunk, Seen& seen
     }
 }
 
-// Keys: `kAtOnce` can be staged, of `Number`s; `begin` takes the rows' queries, `stage` further keys, and `attend` has all
-// rows see those staged first, as many as it is told for each.
+// Keys: `kAtOnce` can be staged, of `Number`s; `begin` takes the rows' queries, `stage` further keys, and `attend` has
+// all rows see those staged first, as many as it is told for each.
 template <typename Keys>
 void see_spans(const Step& step, const Span* first_span, const Span* end_span, const Chunk& chunk, float scale,
                Keys& keys, Seen& seen) {
     using Number = typename Keys::Number;
     const int64_t head = chunk.head;
-    int64_t num_staged = 0, own = -1, own_token = 0;  // own: the first staged key that causality may hide, and its token
+    int64_t num_staged = 0, own = -1, own_token = 0;  // own: the first staged key that causality may hide; its token
     const auto attend_staged = [&] {
         keys.attend(scale, num_staged, seen, [&](int64_t row) {
             const int64_t before = std::max<int64_t>(0, chunk.start + row / step.num_groups - own_token + 1);
@@ -90,7 +90,8 @@ void see_spans(const Step& step, const Span* first_span, const Span* end_span, c
         const int64_t visible = span->is_causal ? std::min(span->num_keys, chunk.stop - span->start) : span->num_keys;
         for (int64_t first = 0, count; first < visible; first += count) {
             count = std::min(Keys::kAtOnce - num_staged, visible - first);
-            keys.stage(key + first * key_stride, key_stride, value + first * value_stride, value_stride, count, num_staged);
+            keys.stage(key + first * key_stride, key_stride, value + first * value_stride, value_stride, count,
+                       num_staged);
             if (span->is_causal) own = num_staged, own_token = span->start + first;
             num_staged += count;
             if (num_staged == Keys::kAtOnce) attend_staged();
@@ -104,8 +105,8 @@ inline void add_chunks(std::vector<Chunk>& chunks, int64_t start, int64_t stop, 
     const int64_t num_parts = (stop - start + most - 1) / most;
     for (int64_t part = 0; part < num_parts; ++part)
         for (int64_t head = 0; head < num_heads; ++head)
-            chunks.push_back({start + (stop - start) * part / num_parts, start + (stop - start) * (part + 1) / num_parts,
-                              head});
+            chunks.push_back(
+                {start + (stop - start) * part / num_parts, start + (stop - start) * (part + 1) / num_parts, head});
 }
 
 // All runs, with the parts that they have attended to before, to the step's `out`.
@@ -130,7 +131,8 @@ void attend_runs(const Step& step, float scale, const Tables& tables, const Part
         for (size_t i = 0; i < chunks.size(); ++i) {
             const Chunk& chunk = chunks[i];
             const Run& run = *runs[i];
-            const int64_t groups = step.num_groups, width = step.head_dim, num_rows = (chunk.stop - chunk.start) * groups;
+            const int64_t groups = step.num_groups, num_rows = (chunk.stop - chunk.start) * groups;
+            const int64_t width = step.head_dim;
             seen.reset(num_rows, width);
             for (int64_t part = run.first_part; part < run.end_part; ++part)
                 see_part<Number>(step, parts[tables.indices[part]], chunk, seen);

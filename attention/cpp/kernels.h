@@ -8,18 +8,18 @@
 namespace segue {
 
 struct Run {
-    int64_t start, stop;           // queries
+    int64_t start, stop;  // queries
     int64_t first_span, end_span;  // keys that all of them see, save for what comes after them in their own node
     int64_t first_part, end_part;  // of the indices: what they have attended to already
 };
 
-struct Place {                     // of keys and values in memory, those of layer 0
+struct Place {  // of keys and values in memory, those of layer 0
     int64_t address, layer_stride, value_offset, head_stride, token_stride;
 };
 
 struct Span {
-    Place place;        // without an address: keys of the step itself
-    int64_t start;      // the first one among the step's tokens, if they are its own
+    Place place;  // without an address: keys of the step itself
+    int64_t start;  // the first one among the step's tokens, if they are its own
     int64_t num_keys;
     int64_t is_causal;  // a query then sees no key after itself; only a run's last span is, or a block's
 };
@@ -30,13 +30,13 @@ struct Block {
 };
 
 struct Kept {
-    Place place;        // of the first
+    Place place;  // of the first
     int64_t start, stop;  // of the step's tokens
 };
 
 struct Part {
-    int64_t start;      // the first query
-    int64_t out, lse;   // addresses
+    int64_t start;  // the first query
+    int64_t out, lse;  // addresses
     int64_t out_head, out_token, out_group, lse_head, lse_token, lse_group;  // strides
 };
 
@@ -47,8 +47,8 @@ struct Tables {
     int64_t num_runs;
     const Span* spans;
     const int64_t* indices;
-    const Part* parts;    // of blocks that are computed elsewhere
-    int64_t by_tiles;     // then these are, one part each:
+    const Part* parts;  // of blocks that are computed elsewhere
+    int64_t by_tiles;  // then these are, one part each:
     const Block* blocks;
     int64_t num_blocks;
 };
@@ -77,7 +77,7 @@ struct Decoder {
 
 extern "C" {
 
-// Whether this processor multiplies tiles of bf16, and this process may. Else what is marked (tiles) is not to be called.
+// Whether this processor multiplies tiles of bf16, and this process may. What is marked (tiles) needs it.
 int segue_has_tiles();
 
 void segue_rms_norm(int is_bf16, const void* inputs, const void* weight, void* outputs, int64_t num_tokens,
@@ -94,8 +94,8 @@ void segue_attend(int is_bf16, const void* step, float scale, const void* tables
 // (tiles) Weights `[N, K]` to `[N up to a multiple of 32, K]` in the order they are multiplied in.
 void segue_pack(const void* weights, void* packed, int64_t num_outputs, int64_t num_inputs);
 
-// (tiles) inputs `[T, K]` -> outputs `[T, N]`, or `[T, N / 2]` if gated. After: 0 nothing, 1 the sum with `other`, 2 the
-// first 16 of each 32 outputs, through SiLU, times the others.
+// (tiles) inputs `[T, K]` -> outputs `[T, N]`, or `[T, N / 2]` if gated. After: 0 nothing, 1 the sum with `other`, 2
+// the first 16 of each 32 outputs, through SiLU, times the others.
 void segue_product(int after, const void* inputs, const void* packed, const void* bias, const void* other,
                    void* outputs, int64_t num_tokens, int64_t num_outputs, int64_t num_inputs, int num_threads);
 

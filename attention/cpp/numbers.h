@@ -23,7 +23,7 @@ typedef uint16_t Halves __attribute__((vector_size(32)));
 
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 constexpr float kPerBit = 1.44269504088896341f;  // what e is two to the power of
-constexpr int64_t kAlone = 1 << 14;     // numbers to compute, up to which waking another thread takes longer
+constexpr int64_t kAlone = 1 << 14;  // numbers to compute, up to which waking another thread takes longer
 
 struct BFloat16 {
     uint16_t bits;
@@ -163,8 +163,8 @@ inline Floats exp_of(Floats numbers) {
 #ifdef __AVX512F__
     const __m512 lowest = _mm512_set1_ps(-87.0f);
     const __mmask16 counts = _mm512_cmp_ps_mask(reinterpret_cast<__m512>(numbers), lowest, _CMP_NLT_UQ);
-    return reinterpret_cast<Floats>(_mm512_maskz_scalef_ps(counts, reinterpret_cast<__m512>(power),
-                                                           reinterpret_cast<__m512>(whole)));
+    return reinterpret_cast<Floats>(
+        _mm512_maskz_scalef_ps(counts, reinterpret_cast<__m512>(power), reinterpret_cast<__m512>(whole)));
 #else
     const Floats scaled = power * reinterpret_cast<Floats>((bits + 127) << 23);
     return numbers < all(-87.0f) ? Floats{} : scaled;

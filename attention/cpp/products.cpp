@@ -16,7 +16,7 @@ namespace segue {
 namespace {
 
 constexpr int64_t kPanelNumbers = 2 * kTile * kTileNumbers;  // of 32 outputs, for 32 inputs
-constexpr int64_t kCacheBytes = 768 << 10;                   // of inputs, that weights pass by
+constexpr int64_t kCacheBytes = 768 << 10;  // of inputs, that weights pass by
 
 enum After { kNothing, kAdd, kGate };
 
@@ -77,7 +77,8 @@ void multiply(const Product& product, int num_threads) {
             for (int64_t panel = 0; panel < num_panels; ++panel) {
                 const BFloat16* columns = product.packed + panel * num_steps * kPanelNumbers;
                 // The next panel, a part of it with each of the first rows.
-                const int64_t num_blocks = (stop - start + kSums - 1) / kSums, num_lines = (8 + num_blocks - 1) / num_blocks;
+                const int64_t num_blocks = (stop - start + kSums - 1) / kSums;
+                const int64_t num_lines = (8 + num_blocks - 1) / num_blocks;
                 const auto fetch_of = [&](int64_t done) {
                     const int64_t first = done / kSums * num_lines * 4;
                     const auto* next = reinterpret_cast<const char*>(columns + num_steps * kPanelNumbers);
@@ -135,8 +136,9 @@ void segue_pack(const void* weights, void* packed, int64_t num_outputs, int64_t 
 void segue_product(int after, const void* inputs, const void* packed, const void* bias, const void* other,
                    void* outputs, int64_t num_tokens, int64_t num_outputs, int64_t num_inputs, int num_threads) {
     const auto numbers = [](const void* address) { return static_cast<const BFloat16*>(address); };
-    const Product product{numbers(inputs), numbers(packed), numbers(bias), numbers(other),
-                          static_cast<BFloat16*>(outputs), num_tokens, num_outputs, num_inputs};
+    const Product product{
+        numbers(inputs), numbers(packed), numbers(bias), numbers(other), static_cast<BFloat16*>(outputs),
+        num_tokens,      num_outputs,     num_inputs};
     if (after == kGate)
         multiply<kGate>(product, num_threads);
     else if (after == kAdd)

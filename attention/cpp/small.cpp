@@ -55,7 +55,7 @@ void rotate(Number* heads, const Number* cosines, const Number* sines, int64_t n
 template <typename Number>
 void summarise(const Number* logits, int64_t num_rows, int64_t width, float* highest, int64_t* most_likely,
                float* log_totals, int num_threads) {
-#pragma omp parallel for num_threads(threads_for(num_rows * width, num_threads)) schedule(static)
+#pragma omp parallel for num_threads(threads_for(num_rows* width, num_threads)) schedule(static)
     for (int64_t row = 0; row < num_rows; ++row) {
         const Number* from = logits + row * width;
         const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};

@@ -12,7 +12,7 @@ namespace segue {
 
 namespace {
 
-constexpr float kLowest = -200.0f;                       // two to its power is 0
+constexpr float kLowest = -200.0f;  // two to its power is 0
 constexpr int64_t kGroupNumbers = kSums * kTileNumbers;  // of 32 keys, or dimensions, in one step of a product
 
 struct alignas(64) Line {
@@ -116,7 +116,8 @@ class TiledKeys {
     void stage(const BFloat16* key, int64_t key_stride, const BFloat16* value, int64_t value_stride, int64_t num_keys,
                int64_t at) {
         BFloat16 *to_key = keys_[0].numbers + at * width_, *to_value = values_[0].numbers + at * width_;
-        for (; num_keys > 0; --num_keys, key += key_stride, value += value_stride, to_key += width_, to_value += width_) {
+        for (; num_keys > 0;
+             --num_keys, key += key_stride, value += value_stride, to_key += width_, to_value += width_) {
             std::memcpy(to_key, key, width_ * sizeof *key);
             std::memcpy(to_value, value, width_ * sizeof *value);
         }
@@ -139,7 +140,8 @@ class TiledKeys {
                 for (int64_t group = 0; group < groups; ++group) {
                     zero_sums();
                     add_products<has_high>(queries, queries + kTile * width_, width_ * 2, kTileNumbers,
-                                                  keys + group * kSums * width_, kGroupNumbers, width_ / kTileNumbers, {}, [] {});
+                                           keys + group * kSums * width_, kGroupNumbers, width_ / kTileNumbers, {},
+                                           [] {});
                     store_sums<has_high>(scores + group * kSums, kScoreStride);
                 }
             });
@@ -150,8 +152,8 @@ class TiledKeys {
             with_high(rows, [&](auto has_high) {
                 for (int64_t dim = 0; dim < width_; dim += kSums) {
                     zero_sums();
-                    add_products<has_high>(weights, weights + kTile * kWeightStride, kWeightStride * 2,
-                                                  kTileNumbers, values + dim * num_groups * kSums, kGroupNumbers, groups, {}, [] {});
+                    add_products<has_high>(weights, weights + kTile * kWeightStride, kWeightStride * 2, kTileNumbers,
+                                           values + dim * num_groups * kSums, kGroupNumbers, groups, {}, [] {});
                     store_sums<has_high>(products, kSums);
                     for (int64_t row = 0; row < rows; ++row) {
                         float* sum = seen.sums(first + row) + dim;
@@ -240,8 +242,8 @@ BlockParts attend_blocks_by_tiles(const Step& step, float scale, const Block* bl
     int64_t num_rows = 0;
     for (int64_t block = 0; block < num_blocks; ++block) {
         const int64_t num_tokens = blocks[block].stop - blocks[block].start, lse_head = num_tokens * groups;
-        result.parts.push_back({blocks[block].start, num_rows, num_rows, lse_head * width, groups * width, width,
-                                lse_head, groups, 1});
+        result.parts.push_back(
+            {blocks[block].start, num_rows, num_rows, lse_head * width, groups * width, width, lse_head, groups, 1});
         num_rows += heads * lse_head;
         add_chunks(chunks, blocks[block].start, blocks[block].stop, TiledKeys::tokens_at_once(step), heads);
         of_block.resize(chunks.size(), block);

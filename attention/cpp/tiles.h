@@ -1,7 +1,7 @@
 // Tiles of AMX: 16 rows of 64 bytes that a processor multiplies at once, here with bf16 numbers and fp32 sums.
 //
-// Tiles 0 to 3 are the sums of 32 rows by 32 columns, 4 and 5 the rows, 6 and 7 the columns; a tile of columns holds two
-// numbers of each of 16 columns in a row.
+// Tiles 0 to 3 are the sums of 32 rows by 32 columns, 4 and 5 the rows, 6 and 7 the columns; a tile of columns holds
+// two numbers of each of 16 columns in a row.
 
 #pragma once
 
@@ -13,7 +13,7 @@
 
 namespace segue {
 
-constexpr int64_t kTile = 16;        // rows, or columns
+constexpr int64_t kTile = 16;  // rows, or columns
 constexpr int64_t kTileNumbers = 32;  // in a row
 constexpr int64_t kSums = 2 * kTile;  // rows, and columns, of all four tiles of sums
 

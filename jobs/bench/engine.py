@@ -14,10 +14,17 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-import torch
-
 from attention.segments import Segment
-from jobs.bench.machine import SOURCE, body_seconds, head_seconds, machine, say, seconds_of
+from jobs.bench.machine import (
+    SOURCE,
+    body_seconds,
+    head_seconds,
+    linear_layers,
+    machine,
+    say,
+    seconds_of,
+    weight_seconds,
+)
 from jobs.bench.prompts import shared_prompts
 from workers.engine import Engine, EngineConfig
 from workers.model import TreeModel, load_model
@@ -69,8 +76,7 @@ def _mask(model: TreeModel, repeats: int) -> dict[str, Any]:
 
 def _work(model: TreeModel, num_tokens: int, seen: float) -> float:
     """FLOPs of a prompt whose tokens see so many others each."""
-    layers = [each for each in model.model.get_decoder().modules() if isinstance(each, torch.nn.Linear)]
-    products = 2 * num_tokens * sum(layer.weight.numel() for layer in layers)
+    products = 2 * num_tokens * sum(layer.weight.numel() for layer in linear_layers(model))
     config = model.model.config
     return products + 4 * config.num_hidden_layers * config.hidden_size * num_tokens * seen
 
@@ -106,7 +112,7 @@ def _limits(model: TreeModel, repeats: int) -> dict[str, Any]:
     for _ in range(repeats):
         prefill_limit.append(body_seconds(model, step_tokens) * 512 * 16 / step_tokens)
         prefill.append(seconds_of(lambda: _generate(model, text, 1)))
-        step_limit.append(body_seconds(model, num_rows) + head_seconds(model, num_rows))
+        step_limit.append(max(body_seconds(model, num_rows) + head_seconds(model, num_rows), weight_seconds(model)))
         step.append(_step_seconds(model, short))
     found = {
         "prefill_tokens_per_s": 512 * 16 / statistics.median(prefill),
@@ -118,7 +124,7 @@ def _limits(model: TreeModel, repeats: int) -> dict[str, Any]:
     say(
         f"prefill: {found['prefill_tokens_per_s']:,.0f} tokens/s, {found['prefill_share']:.0%} of what its products "
         f"allow; a decode step of {num_rows} rows: {found['decode_step_ms']:.1f} ms, {found['decode_times_limit']:.2f} "
-        f"times its products"
+        f"times what its products and its weights' way from memory allow"
     )
     return found
 

