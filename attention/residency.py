@@ -1,8 +1,8 @@
 """Which nodes own keys and values right now: acquired by rows, kept while memory lasts, evicted leaf first.
 
 A node that no running row needs stays resident, because the next rows of a depth-first order usually want it; it is the
-first to go when memory is short. What one row alone has ever used is seldom wanted again: of that little is kept, so that
-memory does not grow with the rows that are done. Knows the tree and the cache; no rows, no scheduler.
+first to go when memory is short. What one row alone has ever used is seldom wanted again: little of that is kept, so
+that memory does not grow with the rows that are done. Knows the tree and the cache; no rows, no scheduler.
 """
 
 from collections import OrderedDict
