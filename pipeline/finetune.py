@@ -20,12 +20,13 @@ from pipeline.config import JobConfig
 from pipeline.config_file import JobDraft, keys_of, read_job
 from pipeline.finetune_config import FinetuneConfig
 from pipeline.interrupt import Interrupt
-from pipeline.job import IDENTITY_DIGITS, ReadyJob, checked_encoder, prepared, today
+from pipeline.job import IDENTITY_DIGITS, ReadyJob, prepared, today
 from pipeline.listing import is_local
 from pipeline.manifest import SUCCESS, ForeignOutput, check_same_fields
 from pipeline.pool import threads_of
 from pipeline.problems import JobRefused, Problem, shown
 from pipeline.progress import Say
+from pipeline.prompt_check import checked_encoder
 from pipeline.remote_models import local_source
 from pipeline.run import plan_job
 from pipeline.sources import discover

@@ -6,7 +6,7 @@ Everything that can be refused before work is refused here, all problems at once
 import datetime
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,8 +19,9 @@ from pipeline.limited import PREPARE_BYTES, ChildDied, LimitedProcess
 from pipeline.manifest import Manifest, check_same_job, code_version, fingerprint, load_manifest
 from pipeline.planned_rows import offer_child
 from pipeline.problems import JobRefused, Problem
+from pipeline.prompt_check import adapter_record
 from pipeline.remote_models import local_source
-from pipeline.render import RenderSpec, encoder_of
+from pipeline.render import RenderSpec
 from pipeline.sample import Sample, check_sample, sample_of
 from pipeline.schemas import ROW_PARAMS_COLUMN
 from pipeline.shards import PROTOCOL
@@ -32,8 +33,7 @@ from workers.echo import is_echo
 from workers.memory import GPU_KV_SHARE, KV_SHARE, free_memory_bytes
 from workers.model_facts import ModelFacts, inspect_model
 from workers.model_source import ModelRefused
-from workers.pairs import PairEncoder
-from workers.prompt_encoder import PromptEncoder, import_tokenizers
+from workers.prompt_encoder import import_tokenizers
 
 IDENTITY_DIGITS = 16  # of a model, in an adapter's record
 GIB = 2**30
@@ -158,14 +158,6 @@ def prepared(draft: JobDraft, others: Sequence[Problem] = (), *, runs_here: bool
     return replace(ready, sample=sample)
 
 
-def checked_encoder(spec: RenderSpec) -> PromptEncoder:
-    """Raises ValueError for what would fail in every row."""
-    encoder = encoder_of(spec)
-    if spec.task != "generate":
-        _ = PairEncoder(encoder, encoder.tokenizer).prefix_token_id
-    return encoder
-
-
 def _checked_record(job: ReadyJob, spec: RenderSpec) -> AdapterRecord:
     """What an adapter trained with the job's prompts would say of them. Raises JobRefused if they cannot be rendered.
 
@@ -189,9 +181,9 @@ def _recorded(memory_bytes: int, spec: RenderSpec, base_identity: str) -> Adapte
     """Tried twice: something else may have ended the process. Raises ChildDied, ChildUnready, ValueError, OSError."""
     child = _checking_process(memory_bytes)
     with suppress(ChildDied):
-        (record,) = child.stream(_record, spec, base_identity)
+        (record,) = child.stream(adapter_record, spec, base_identity)
         return record
-    (record,) = child.stream(_record, spec, base_identity)
+    (record,) = child.stream(adapter_record, spec, base_identity)
     return record
 
 
@@ -212,11 +204,6 @@ def _handed_over(memory_bytes: int) -> LimitedProcess:
     child = _checking_process(memory_bytes)
     _process_for.cache_clear()
     return child
-
-
-def _record(spec: RenderSpec, base_identity: str) -> Iterator[AdapterRecord]:
-    """In the child."""
-    yield checked_encoder(spec).record(spec.mask, base_identity=base_identity)
 
 
 def _check_adapter(job: ReadyJob, own: AdapterRecord) -> None:

@@ -1,8 +1,9 @@
 """One row's prompt as a run would render it, without planning the others."""
 
 from attention.segments import Segment
-from pipeline.job import ReadyJob, checked_encoder, today
+from pipeline.job import ReadyJob, today
 from pipeline.problems import JobRefused, Problem
+from pipeline.prompt_check import checked_encoder
 from pipeline.rows import read_rows
 from workers.row_errors import RowError
 

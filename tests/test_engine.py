@@ -167,6 +167,32 @@ def test_memory_is_all_given_back_after_rows_and_cache_are_gone():
     assert list(subject.tree) == []
 
 
+def test_keys_of_rows_that_are_done_do_not_pile_up_but_what_rows_shared_stays(monkeypatch):
+    """There is memory for the 2,000 own tokens, of which 50 are kept, and the 30 that all rows see."""
+    monkeypatch.setattr("attention.residency.UNSHARED_TOKENS", 50)
+    monkeypatch.setattr("attention.residency.UNSHARED_SHARE", 0.0)
+    subject = engine(max_num_seqs=4)
+    shared = Segment(tuple(range(10, 40)), True)
+    rows = [[shared, Segment(tuple(range(index, index + 20)), True)] for index in range(100)]
+    first = subject.generate(rows, SamplingParams(max_tokens=1))
+    kept = subject.cache.allocated_bytes // subject.cache.shape.bytes_per_token
+    assert 30 < kept <= 30 + 50
+    assert {output.num_cached_tokens for output in first[4:]} == {30}
+    again = subject.generate([rows[99], rows[0]], SamplingParams(max_tokens=1))
+    assert [output.num_cached_tokens for output in again] == [49, 30]  # the latest is there, but for its last token
+    assert token_ids(again) == token_ids([first[99], first[0]])
+
+
+def test_node_that_a_second_row_has_used_is_not_taken_for_one_of_a_single_row(monkeypatch):
+    monkeypatch.setattr("attention.residency.UNSHARED_TOKENS", 25)
+    monkeypatch.setattr("attention.residency.UNSHARED_SHARE", 0.0)
+    subject = engine()
+    pair, single = [Segment(tuple(range(20, 40)), True)], [[Segment((n,) * 20, True)] for n in range(50, 60)]
+    for row in (pair, pair, *single):
+        subject.generate([row], SamplingParams(max_tokens=1))
+    assert subject.generate([pair], SamplingParams(max_tokens=1))[0].num_cached_tokens == 19
+
+
 def test_kv_bytes_of_rows_over_a_shared_segment_are_exactly_the_distinct_tokens():
     """256 rows over 4,096 shared tokens: (4,096 + own) x bytes a token, and the process grows by no more."""
     own_model = tiny_model("llama", max_position_embeddings=8192, num_key_value_heads=6, num_hidden_layers=24)

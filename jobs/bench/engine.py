@@ -108,23 +108,26 @@ def _limits(model: TreeModel, repeats: int) -> dict[str, Any]:
     text = [(Segment(tuple(_text(model, 512, skip=11 * n)), True),) for n in range(16)]
     short = shared_prompts(model.tokenizer, config.max_num_seqs, system_words=0, own_words=(8, 16))
     step_tokens, num_rows = config.max_num_batched_tokens, config.max_num_seqs
-    prefill, prefill_limit, step, step_limit = [], [], [], []
+    prefill, prefill_limit, torch_limit, step, step_limit = [], [], [], [], []
     for _ in range(repeats):
         prefill_limit.append(body_seconds(model, step_tokens) * 512 * 16 / step_tokens)
+        torch_limit.append(body_seconds(model, step_tokens, ours=False) * 512 * 16 / step_tokens)
         prefill.append(seconds_of(lambda: _generate(model, text, 1)))
         step_limit.append(max(body_seconds(model, num_rows) + head_seconds(model, num_rows), weight_seconds(model)))
         step.append(_step_seconds(model, short))
     found = {
         "prefill_tokens_per_s": 512 * 16 / statistics.median(prefill),
         "prefill_share": statistics.median(prefill_limit) / statistics.median(prefill),
+        "prefill_share_of_torch": statistics.median(torch_limit) / statistics.median(prefill),
         "decode_step_ms": 1e3 * statistics.median(step),
         "decode_limit_ms": 1e3 * statistics.median(step_limit),
     }
     found["decode_times_limit"] = found["decode_step_ms"] / found["decode_limit_ms"]
     say(
         f"prefill: {found['prefill_tokens_per_s']:,.0f} tokens/s, {found['prefill_share']:.0%} of what its products "
-        f"allow; a decode step of {num_rows} rows: {found['decode_step_ms']:.1f} ms, {found['decode_times_limit']:.2f} "
-        f"times what its products and its weights' way from memory allow"
+        f"allow, {found['prefill_share_of_torch']:.0%} of what torch's do; a decode step of {num_rows} rows: "
+        f"{found['decode_step_ms']:.1f} ms, {found['decode_times_limit']:.2f} times what its products and its weights' "
+        f"way from memory allow"
     )
     return found
 

@@ -30,12 +30,12 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 @torch.inference_mode()
-def linear_rate(shape: torch.Size, dtype: torch.dtype, rows: int = 2048) -> float:
-    """FLOP/s, the median of twenty, of torch's product or of our own, whichever is the faster."""
+def linear_rate(shape: torch.Size, dtype: torch.dtype, rows: int = 2048, *, ours: bool = True) -> float:
+    """FLOP/s, the median of twenty, of torch's product or, if `ours` counts, of our own, whichever is the faster."""
     inputs, weight = torch.randn(rows, shape[1]).to(dtype), torch.randn(shape).to(dtype)
     products: list[Callable[[], object]] = [lambda: torch.nn.functional.linear(inputs, weight)]
     kernels = cpu_kernels()
-    if kernels is not None and dtype == torch.bfloat16 and kernels.multiplies(shape[1]):
+    if ours and kernels is not None and dtype == torch.bfloat16 and kernels.multiplies(shape[1]):
         packed = kernels.pack(weight, None)
         products.append(lambda: kernels.product(inputs, packed))
     for product in products:
@@ -62,10 +62,14 @@ def linear_layers(model: TreeModel) -> list[torch.nn.Linear]:
     return [each for each in model.model.get_decoder().modules() if isinstance(each, torch.nn.Linear)]
 
 
-def body_seconds(model: TreeModel, rows: int) -> float:
-    """What the matrix products of all layers take for a step of so many tokens, and nothing else."""
+def body_seconds(model: TreeModel, rows: int, *, ours: bool = True) -> float:
+    """What the matrix products of all layers take for a step of so many tokens, and nothing else; by torch alone
+    unless `ours` count."""
     layers = linear_layers(model)
-    rates = {shape: linear_rate(shape, model.kv_shape.dtype, rows) for shape in {each.weight.shape for each in layers}}
+    rates = {
+        shape: linear_rate(shape, model.kv_shape.dtype, rows, ours=ours)
+        for shape in {each.weight.shape for each in layers}
+    }
     return sum(2 * rows * each.weight.numel() / rates[each.weight.shape] for each in layers)
 
 
