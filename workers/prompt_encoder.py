@@ -27,10 +27,11 @@ DEFAULT_MAX_PROMPT_BYTES = 4 * 1024 * 1024
 
 
 def import_tokenizers() -> None:
-    """What takes a second, for who will need it soon."""
-    from transformers import AutoTokenizer
+    """What takes seconds, for who will need it soon."""
+    from transformers import AutoConfig, AutoTokenizer
 
     _ = AutoTokenizer.from_pretrained  # which imports lazily
+    AutoConfig.for_model("llama")  # so do configurations, of whatever kind: transformers (5.23) reads much of itself
 
 
 class PromptEncoder:
