@@ -43,6 +43,7 @@ class Shape:
 ORDINARY, SMALL = Shape(300, (30, 110), 16), Shape(60, (4, 12), 4)
 LEAST_EQUAL = {"float32": 0.99, "bfloat16": 0.5}  # of the answers: prompts of random words are full of near ties
 POLL_SECONDS = 0.1
+MEMORY_SECONDS = 2.0  # between looks at it, since going through all processes takes what the run could use
 
 
 def main() -> None:
@@ -131,16 +132,15 @@ def _run(folder: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "jobs.cli", "run", str(folder / "job.yaml"), "--json", "--quiet"]
     started, first, driver, everything = time.monotonic(), 0.0, 0, 0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    rows_first = 0
+    rows_first, looked = 0, started
     while process.poll() is None:
         shards = list((folder / "out").glob("part-*"))
         if shards and not first:
             first = time.monotonic() - started
             rows_first = sum(pq.read_metadata(shard).num_rows for shard in shards)
-        with contextlib.suppress(psutil.NoSuchProcess):
-            whole = psutil.Process(process.pid)
-            driver = max(driver, whole.memory_info().rss)
-            everything = max(everything, sum(_own_bytes(each) for each in (whole, *whole.children(recursive=True))))
+        if time.monotonic() - looked > MEMORY_SECONDS:
+            of_driver, of_all = _own_and_all(process.pid)
+            driver, everything, looked = max(driver, of_driver), max(everything, of_all), time.monotonic()
         time.sleep(POLL_SECONDS)
     seconds = time.monotonic() - started
     if process.returncode:
@@ -154,6 +154,14 @@ def _run(folder: Path) -> dict[str, Any]:
         "driver_mib": driver >> 20,
         "all_mib": everything >> 20,
     }
+
+
+def _own_and_all(pid: int) -> tuple[int, int]:
+    """Resident bytes of a process, and of it and all that it has started."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        whole = psutil.Process(pid)
+        return whole.memory_info().rss, sum(_own_bytes(each) for each in (whole, *whole.children(recursive=True)))
+    return 0, 0
 
 
 def _own_bytes(process: psutil.Process) -> int:
