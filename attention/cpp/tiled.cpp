@@ -45,15 +45,15 @@ inline void transpose(const BFloat16* from, int64_t stride, int64_t num_rows, BF
 }
 
 // Keys as columns: of each 32 keys, of each 32 dimensions, 16 keys and then the others.
-inline void lay_keys(const BFloat16* from, int64_t num_keys, int64_t width, BFloat16* to) {
+inline void lay_keys(const BFloat16* from, int64_t stride, int64_t num_keys, int64_t width, BFloat16* to) {
     for (int64_t group = 0; group < num_keys; group += kSums)
         for (int64_t dim = 0; dim < width; dim += kTileNumbers)
             for (int64_t key = group; key < group + kSums; key += kTile, to += kTile * kTileNumbers)
-                transpose(from + key * width + dim, width, num_keys - key, to);
+                transpose(from + key * stride + dim, stride, num_keys - key, to);
 }
 
 // Dimensions as columns: of each 32 dimensions, of each 32 keys, 16 dimensions and then the others.
-inline void lay_values(const BFloat16* from, int64_t num_keys, int64_t width, BFloat16* to) {
+inline void lay_values(const BFloat16* from, int64_t stride, int64_t num_keys, int64_t width, BFloat16* to) {
     alignas(64) uint16_t places[2][kTileNumbers];
     for (uint16_t i = 0; i < kTile; ++i)
         for (uint16_t half = 0; half < 2; ++half)
@@ -63,9 +63,9 @@ inline void lay_values(const BFloat16* from, int64_t num_keys, int64_t width, BF
         for (int64_t group = 0; group < num_keys; group += kSums, to += kGroupNumbers)
             for (int64_t pair = 0; pair < kTile; ++pair) {
                 const int64_t key = group + 2 * pair;
-                const BFloat16* numbers = from + key * width + dim;
-                const __m512i first = key < num_keys ? _mm512_load_si512(numbers) : __m512i{};
-                const __m512i second = key + 1 < num_keys ? _mm512_load_si512(numbers + width) : __m512i{};
+                const BFloat16* numbers = from + key * stride + dim;
+                const __m512i first = key < num_keys ? _mm512_loadu_si512(numbers) : __m512i{};
+                const __m512i second = key + 1 < num_keys ? _mm512_loadu_si512(numbers + stride) : __m512i{};
                 BFloat16* row = to + pair * kTileNumbers;
                 _mm512_store_si512(row, _mm512_permutex2var_epi16(first, low, second));
                 _mm512_store_si512(row + kTile * kTileNumbers, _mm512_permutex2var_epi16(first, high, second));
@@ -115,6 +115,11 @@ class TiledKeys {
 
     void stage(const BFloat16* key, int64_t key_stride, const BFloat16* value, int64_t value_stride, int64_t num_keys,
                int64_t at) {
+        if (num_keys == kAtOnce) {  // nothing else will be with them: they can be laid out from where they are
+            from_keys_ = key, key_stride_ = key_stride, from_values_ = value, value_stride_ = value_stride;
+            return;
+        }
+        from_keys_ = keys_[0].numbers, from_values_ = values_[0].numbers, key_stride_ = value_stride_ = width_;
         BFloat16 *to_key = keys_[0].numbers + at * width_, *to_value = values_[0].numbers + at * width_;
         for (; num_keys > 0;
              --num_keys, key += key_stride, value += value_stride, to_key += width_, to_value += width_) {
@@ -128,8 +133,8 @@ class TiledKeys {
         BFloat16 *keys = laid_keys_[0].numbers, *values = laid_values_[0].numbers, *weights = weights_[0].numbers;
         float *scores = scores_[0].numbers, *products = products_[0].numbers;
         const int64_t num_groups = (num_keys + kSums - 1) / kSums;
-        lay_keys(keys_[0].numbers, num_keys, width_, keys);
-        lay_values(values_[0].numbers, num_keys, width_, values);
+        lay_keys(from_keys_, key_stride_, num_keys, width_, keys);
+        lay_values(from_values_, value_stride_, num_keys, width_, values);
         for (int64_t first = 0; first < num_rows_; first += kSums) {
             const int64_t rows = std::min(kSums, num_rows_ - first);
             const int64_t groups = (visible(first + rows - 1) + kSums - 1) / kSums;  // none sees more than the last
@@ -226,6 +231,8 @@ class TiledKeys {
     }
 
     int64_t width_, num_rows_ = 0;
+    const BFloat16 *from_keys_ = nullptr, *from_values_ = nullptr;
+    int64_t key_stride_ = 0, value_stride_ = 0;
     Tiles tiles_;
     std::vector<Line> queries_, keys_, values_, laid_keys_, laid_values_, weights_;
     std::vector<Aligned> scores_, products_;
