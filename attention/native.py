@@ -1,9 +1,9 @@
-"""The default backend without a GPU: large blocks by torch's flash attention, everything else by one call of a compiled
-kernel, which also merges the two by log-sum-exp and writes the answer.
+"""The default backend without a GPU: one call of a compiled kernel a layer, or one of all layers for a whole decoder.
 
 A step is told to the kernel as *runs*, queries with the same keys: a node's own tokens, or a generating row's one. A
-run has *spans*, keys it still has to see, and *parts*, what flash attention has made of its large blocks. The tables
-are made once a step; of a layer only the parts' addresses are new.
+run has *spans*, keys it still has to see, and *parts*, what has been made of its large blocks, merged by log-sum-exp.
+Where tiles multiply, the kernel makes them; elsewhere torch's flash attention does, and of a layer their addresses are
+new. All else is the same for all layers of a step.
 
 Shapes: `T` packed tokens, `G` query heads a key head, `H = Hkv * G`, `n` queries of a block, `D` head width.
 """

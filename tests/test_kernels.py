@@ -83,14 +83,18 @@ def test_summary_of_logits_is_torchs(kernels, width, dtype):
     assert kernels.summarise(logits, with_totals=False)[0].isnan().all()
 
 
-@dtypes
-@pytest.mark.parametrize("head_dim", [8, 64, 80, 128])
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "by_tiles"),
+    [
+        *((dtype, head_dim, False) for dtype in TOLERANCES for head_dim in (8, 64, 80, 128)),
+        *((torch.bfloat16, head_dim, True) for head_dim in (32, 64, 128)),
+    ],
+)
 @pytest.mark.parametrize("groups", [1, 3, 4])
-@pytest.mark.parametrize("by_tiles", [False, True])
-def test_keys_in_memory_of_the_step_and_in_parts_are_one_softmax(kernels, by_tiles, groups, head_dim, dtype):
+def test_keys_in_memory_of_the_step_and_in_parts_are_one_softmax(kernels, groups, dtype, head_dim, by_tiles):
     """40 causal queries and one more, over 100 keys in memory, 70 that flash attention has seen, and their own."""
-    if by_tiles and not (dtype == torch.bfloat16 and kernels.multiplies(head_dim)):
-        pytest.skip("no tiles for these")
+    if by_tiles and not kernels.has_tiles:
+        pytest.skip("this processor multiplies no tiles")
     num_key_heads, num_tokens, layer = 2, 41, 1
     num_heads = num_key_heads * groups
     query = randn(num_tokens, num_heads, head_dim, dtype=dtype).transpose(0, 1)
@@ -217,6 +221,27 @@ def test_scores_by_tiles_do_not_overflow(tiles, scale):
     for tables in (run, part):
         got = tiles.attend(0, query, own, own, 1.0, tables)
         torch.testing.assert_close(got[0].double(), wanted[:, 0], atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_numbers_that_are_none_stay_in_their_row(tiles, bad):
+    """Two runs of 20 tokens over one block; what overflows in the second is multiplied beside the first."""
+    query, key, value = (randn(1, 40, 32, dtype=torch.bfloat16) for _ in range(3))
+    shared = randn(1, 2, 1, 50, 32, dtype=torch.bfloat16)
+    spans = [(0, 0, 0, 0, 0, start, 20, False) for start in (0, 20)]
+    block = (0, 40, shared.data_ptr(), *shared.stride()[:4], 0, 50, False)
+    tables = Tables(
+        by_tiles=True,
+        runs=array("q", (0, 20, 0, 1, 0, 1, 20, 40, 1, 2, 1, 2)),
+        spans=array("q", (*spans[0], *spans[1])),
+        indices=array("q", (0, 0)),
+        blocks=array("q", block),
+    )
+    sound = tiles.attend(0, query, key, value, 0.3, tables)
+    query[0, 25], value[0, 30] = bad, bad
+    got = tiles.attend(0, query, key, value, 0.3, tables)
+    assert torch.equal(got[:20], sound[:20])
+    assert not got[20:].isfinite().all(dim=-1).any()
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

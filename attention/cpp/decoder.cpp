@@ -11,7 +11,6 @@ extern "C" void segue_decode(const void* decoder, const void* layers, const void
                              const void* cosines, const void* sines, int64_t num_tokens, float scale, float epsilon,
                              int num_threads) {
     constexpr int kIsBf16 = 1;
-    enum After { kNothing, kAdd, kGate };
     const auto& d = *static_cast<const Decoder*>(decoder);
     const int64_t num_heads = d.num_key_heads * d.num_groups, all_heads = num_heads + 2 * d.num_key_heads;
     const int64_t heads_width = num_heads * d.head_dim, qkv_width = all_heads * d.head_dim;

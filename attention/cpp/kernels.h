@@ -69,6 +69,8 @@ const Number* in_memory(const Place& place, int64_t layer, int64_t head) {
     return reinterpret_cast<const Number*>(place.address) + layer * place.layer_stride + head * place.head_stride;
 }
 
+enum After { kNothing, kAdd, kGate };  // what is done with a product's sums: see segue_product
+
 struct Decoder {
     int64_t num_layers, width, mlp_width, num_key_heads, num_groups, head_dim;
 };

@@ -15,10 +15,7 @@
 namespace segue {
 namespace {
 
-constexpr int64_t kPanelNumbers = 2 * kTile * kTileNumbers;  // of 32 outputs, for 32 inputs
 constexpr int64_t kCacheBytes = 768 << 10;  // of inputs, that weights pass by
-
-enum After { kNothing, kAdd, kGate };
 
 struct Product {
     const BFloat16 *inputs, *packed, *bias, *other;
@@ -75,13 +72,13 @@ void multiply(const Product& product, int num_threads) {
             const int64_t stop = std::min(start + at_once, product.num_tokens);
 #pragma omp for schedule(static) nowait
             for (int64_t panel = 0; panel < num_panels; ++panel) {
-                const BFloat16* columns = product.packed + panel * num_steps * kPanelNumbers;
+                const BFloat16* columns = product.packed + panel * num_steps * kStepNumbers;
                 // The next panel, a part of it with each of the first rows.
                 const int64_t num_blocks = (stop - start + kSums - 1) / kSums;
                 const int64_t num_lines = (8 + num_blocks - 1) / num_blocks;
                 const auto fetch_of = [&](int64_t done) {
                     const int64_t first = done / kSums * num_lines * 4;
-                    const auto* next = reinterpret_cast<const char*>(columns + num_steps * kPanelNumbers);
+                    const auto* next = reinterpret_cast<const char*>(columns + num_steps * kStepNumbers);
                     return first < 32 ? Fetch{next + first * 64, num_lines} : Fetch{};
                 };
                 for (int64_t token = start; token < stop; token += kSums) {
@@ -90,8 +87,8 @@ void multiply(const Product& product, int num_threads) {
                     const auto between = [&] { finish_until(std::min(num_done + 2, num_rows)); };
                     const auto add = [&](auto has_high) {
                         zero_sums();
-                        add_products<has_high>(low, high, width * 2, kTileNumbers, columns, kPanelNumbers, num_steps,
-                                               fetch_of(token - start), between);
+                        add_products<has_high>(low, high, width * 2, columns, num_steps, fetch_of(token - start),
+                                               between);
                         store_sums<has_high>(buffers[current], kSums);
                     };
                     tiles.set(rows);

@@ -13,7 +13,6 @@ namespace segue {
 namespace {
 
 constexpr float kLowest = -200.0f;  // two to its power is 0
-constexpr int64_t kGroupNumbers = kSums * kTileNumbers;  // of 32 keys, or dimensions, in one step of a product
 
 struct alignas(64) Line {
     BFloat16 numbers[kTileNumbers];
@@ -60,7 +59,7 @@ inline void lay_values(const BFloat16* from, int64_t stride, int64_t num_keys, i
             places[half][2 * i] = half * kTile + i, places[half][2 * i + 1] = half * kTile + i + kTileNumbers;
     const __m512i low = _mm512_load_si512(places[0]), high = _mm512_load_si512(places[1]);
     for (int64_t dim = 0; dim < width; dim += kTileNumbers)
-        for (int64_t group = 0; group < num_keys; group += kSums, to += kGroupNumbers)
+        for (int64_t group = 0; group < num_keys; group += kSums, to += kStepNumbers)
             for (int64_t pair = 0; pair < kTile; ++pair) {
                 const int64_t key = group + 2 * pair;
                 const BFloat16* numbers = from + key * stride + dim;
@@ -144,9 +143,8 @@ class TiledKeys {
                 const BFloat16* queries = queries_[0].numbers + first * width_;
                 for (int64_t group = 0; group < groups; ++group) {
                     zero_sums();
-                    add_products<has_high>(queries, queries + kTile * width_, width_ * 2, kTileNumbers,
-                                           keys + group * kSums * width_, kGroupNumbers, width_ / kTileNumbers, {},
-                                           [] {});
+                    add_products<has_high>(queries, queries + kTile * width_, width_ * 2, keys + group * kSums * width_,
+                                           width_ / kTileNumbers, {}, [] {});
                     store_sums<has_high>(scores + group * kSums, kScoreStride);
                 }
             });
@@ -157,8 +155,8 @@ class TiledKeys {
             with_high(rows, [&](auto has_high) {
                 for (int64_t dim = 0; dim < width_; dim += kSums) {
                     zero_sums();
-                    add_products<has_high>(weights, weights + kTile * kWeightStride, kWeightStride * 2, kTileNumbers,
-                                           values + dim * num_groups * kSums, kGroupNumbers, groups, {}, [] {});
+                    add_products<has_high>(weights, weights + kTile * kWeightStride, kWeightStride * 2,
+                                           values + dim * num_groups * kSums, groups, {}, [] {});
                     store_sums<has_high>(products, kSums);
                     for (int64_t row = 0; row < rows; ++row) {
                         float* sum = seen.sums(first + row) + dim;

@@ -16,6 +16,7 @@ namespace segue {
 constexpr int64_t kTile = 16;  // rows, or columns
 constexpr int64_t kTileNumbers = 32;  // in a row
 constexpr int64_t kSums = 2 * kTile;  // rows, and columns, of all four tiles of sums
+constexpr int64_t kStepNumbers = kSums * kTileNumbers;  // of 32 columns that a step multiplies
 
 // Each instruction on tiles has a line of decoded instructions for itself. While the other half of the core is busy,
 // perhaps with another machine's work, close ones take up to five times as long.
@@ -78,13 +79,11 @@ struct Fetch {
     void end_step() { next += (32 - 4 * num_lines) * 64; }
 };
 
-// Adds rows times columns, each with `num_steps` times 32 numbers, to the sums. Strides in bytes; `between` is called
-// num_steps times, for work that the tiles leave time for. Columns are a step of the first 16, then one of the others.
+// Adds rows times columns, each with `num_steps` times 32 numbers, to the sums. The stride is in bytes; `between` is
+// called num_steps times, for work that the tiles leave time for. Of each step's columns first 16, then the others.
 template <bool kHasHigh, typename Between>
-inline void add_products(const BFloat16* low, const BFloat16* high, int64_t stride, int64_t step_stride,
-                         const BFloat16* columns, int64_t column_stride, int64_t num_steps, Fetch fetch,
-                         Between&& between) {
-    constexpr int64_t kNumbers = kTile * kTileNumbers;
+inline void add_products(const BFloat16* low, const BFloat16* high, int64_t stride, const BFloat16* columns,
+                         int64_t num_steps, Fetch fetch, Between&& between) {
     for (int64_t step = 0; step < num_steps; ++step) {
         SEGUE_APART;
         _tile_loadd(6, columns, 64);
@@ -96,7 +95,7 @@ inline void add_products(const BFloat16* low, const BFloat16* high, int64_t stri
         _tile_dpbf16ps(0, 4, 6);
         fetch.some();
         SEGUE_APART;
-        _tile_loadd(7, columns + kNumbers, 64);
+        _tile_loadd(7, columns + kStepNumbers / 2, 64);
         fetch.some();
         SEGUE_APART;
         _tile_dpbf16ps(1, 4, 7);
@@ -110,7 +109,7 @@ inline void add_products(const BFloat16* low, const BFloat16* high, int64_t stri
         }
         between();
         fetch.end_step();
-        low += step_stride, high += step_stride, columns += column_stride;
+        low += kTileNumbers, high += kTileNumbers, columns += kStepNumbers;
     }
 }
 
