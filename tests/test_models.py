@@ -200,7 +200,12 @@ def test_small_models_in_bf16_run_on_packed_weights_with_the_same_logits():
 def test_all_layers_in_one_call_are_the_layers_one_by_one(kind, changes, mask):
     """And these, with the same weights, what transformers' modules compute over the tree; in bf16."""
     _tiles()
-    model = tree_model(tiny_model(kind, **WIDE, **changes).bfloat16(), tiny_tokenizer())
+    own_model = tiny_model(kind, **WIDE, **changes).bfloat16()
+    with torch.no_grad():
+        for parameter in own_model.parameters():
+            if parameter.dim() == 1:  # norms, all ones, and biases, all zeros
+                parameter.add_(torch.rand(parameter.shape).to(parameter))
+    model = tree_model(own_model, tiny_tokenizer())
     assert model.fused is not None
     assert model.fused._whole is not None
     prompts = [*PROMPTS, [Segment(tuple(range(5, 205)), True), Segment((7, 8), True)]]  # with a block that is large

@@ -209,7 +209,6 @@ class TiledKeys {
             }
             for (int64_t key = whole; key < end; key += 2 * kLanes) {
                 const auto weight = [&](int64_t from) {
-                    if (from >= num_keys) return Floats{};
                     return power_of_two(load_first(scores + from, num_keys - from, kNever) * scale - least);
                 };
                 const Floats a = weight(key), b = weight(key + kLanes);
