@@ -225,23 +225,24 @@ def test_scores_by_tiles_do_not_overflow(tiles, scale):
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_numbers_that_are_none_stay_in_their_row(tiles, bad):
-    """Two runs of 20 tokens over one block; what overflows in the second is multiplied beside the first."""
+    """Two runs over one block; what overflows in the first is multiplied beside the second, and lies in a thread's memory
+    right behind where the second has its last key."""
     query, key, value = (randn(1, 40, 32, dtype=torch.bfloat16) for _ in range(3))
     shared = randn(1, 2, 1, 50, 32, dtype=torch.bfloat16)
-    spans = [(0, 0, 0, 0, 0, start, 20, False) for start in (0, 20)]
+    spans = [(0, 0, 0, 0, 0, 0, 21, False), (0, 0, 0, 0, 0, 21, 19, False)]
     block = (0, 40, shared.data_ptr(), *shared.stride()[:4], 0, 50, False)
     tables = Tables(
         by_tiles=True,
-        runs=array("q", (0, 20, 0, 1, 0, 1, 20, 40, 1, 2, 1, 2)),
+        runs=array("q", (0, 21, 0, 1, 0, 1, 21, 40, 1, 2, 1, 2)),
         spans=array("q", (*spans[0], *spans[1])),
         indices=array("q", (0, 0)),
         blocks=array("q", block),
     )
     sound = tiles.attend(0, query, key, value, 0.3, tables)
-    query[0, 25], value[0, 30] = bad, bad
+    query[0, 5], value[0, 19] = bad, bad
     got = tiles.attend(0, query, key, value, 0.3, tables)
-    assert torch.equal(got[:20], sound[:20])
-    assert not got[20:].isfinite().all(dim=-1).any()
+    assert torch.equal(got[21:], sound[21:])
+    assert not got[:21].isfinite().all(dim=-1).any()
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -1,5 +1,6 @@
 """Rows of scoring jobs to what is scored of them: what is wrong with a row stays its own error."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -8,6 +9,7 @@ from render_specs import TEXT, render_spec
 
 from attention.segments import Segment, num_tokens
 from pipeline.chains import decode_chain
+from pipeline.prompt_check import checked_encoder
 from pipeline.render import render_block
 from pipeline.rows import block_of
 from pipeline.units import score_row
@@ -54,6 +56,14 @@ def test_choices_follow_a_space_and_share_their_context():
     assert [text_of(tokens) for tokens in row.continuations] == [" x", " yz"]
     assert text_of(row.context[0].token_ids) == "ab"
     assert (row.sizes, row.label) == ((1, 2), 1)
+
+
+def test_tokenizer_without_a_token_to_begin_with_is_refused_for_scoring_before_anything_starts(monkeypatch):
+    nothing = SimpleNamespace(tokenizer=SimpleNamespace(bos_token_id=None, eos_token_id=None))
+    monkeypatch.setattr("pipeline.prompt_check.encoder_of", lambda spec: nothing)
+    assert checked_encoder(render_spec(TEXT)) is nothing
+    with pytest.raises(ValueError, match="BOS or EOS token, got neither"):
+        checked_encoder(render_spec(TEXT, task="choose"))
 
 
 @pytest.mark.parametrize("prompt", ["", "   "])

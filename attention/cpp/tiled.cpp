@@ -18,10 +18,10 @@ struct alignas(64) Line {
     BFloat16 numbers[kTileNumbers];
 };
 
-// 16 rows of 16 pairs of numbers, of which the last may be missing, to columns.
-inline void transpose(const BFloat16* from, int64_t stride, int64_t num_rows, BFloat16* to) {
+// 16 rows of 16 pairs of numbers to columns.
+inline void transpose(const BFloat16* from, int64_t stride, BFloat16* to) {
     __m512i rows[kTile], pairs[kTile];
-    for (int64_t i = 0; i < kTile; ++i) rows[i] = i < num_rows ? _mm512_loadu_si512(from + i * stride) : __m512i{};
+    for (int64_t i = 0; i < kTile; ++i) rows[i] = _mm512_loadu_si512(from + i * stride);
     for (int64_t i = 0; i < kTile; i += 2) {
         pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
         pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
@@ -43,15 +43,17 @@ inline void transpose(const BFloat16* from, int64_t stride, int64_t num_rows, BF
     }
 }
 
-// Keys as columns: of each 32 keys, of each 32 dimensions, 16 keys and then the others.
+// Keys as columns: of each 32 keys, of each 32 dimensions, 16 keys and then the others. Behind the last key anything
+// may be: nobody sees its scores.
 inline void lay_keys(const BFloat16* from, int64_t stride, int64_t num_keys, int64_t width, BFloat16* to) {
     for (int64_t group = 0; group < num_keys; group += kSums)
         for (int64_t dim = 0; dim < width; dim += kTileNumbers)
             for (int64_t key = group; key < group + kSums; key += kTile, to += kTile * kTileNumbers)
-                transpose(from + key * stride + dim, stride, num_keys - key, to);
+                transpose(from + key * stride + dim, stride, to);
 }
 
-// Dimensions as columns: of each 32 dimensions, of each 32 keys, 16 dimensions and then the others.
+// Dimensions as columns: of each 32 dimensions, of each 32 keys, 16 dimensions and then the others. Behind the last key
+// are zeros, since what nobody sees is multiplied, too, by 0.
 inline void lay_values(const BFloat16* from, int64_t stride, int64_t num_keys, int64_t width, BFloat16* to) {
     alignas(64) uint16_t places[2][kTileNumbers];
     for (uint16_t i = 0; i < kTile; ++i)
