@@ -225,8 +225,8 @@ def test_scores_by_tiles_do_not_overflow(tiles, scale):
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_numbers_that_are_none_stay_in_their_row(tiles, bad):
-    """Two runs over one block; what overflows in the first is multiplied beside the second, and lies in a thread's memory
-    right behind where the second has its last key."""
+    """Two runs over one block; what overflows in the first is multiplied beside the second, and lies in a thread's
+    memory right behind where the second has its last key."""
     query, key, value = (randn(1, 40, 32, dtype=torch.bfloat16) for _ in range(3))
     shared = randn(1, 2, 1, 50, 32, dtype=torch.bfloat16)
     spans = [(0, 0, 0, 0, 0, 0, 21, False), (0, 0, 0, 0, 0, 21, 19, False)]
