@@ -2,6 +2,7 @@
 `create_causal_mask(block_sequence_ids=...)`; and the kinds that are refused, by name."""
 
 import copy
+import os
 from functools import partial
 
 import pytest
@@ -221,6 +222,24 @@ def test_all_layers_in_one_call_are_the_layers_one_by_one(kind, changes, mask):
     plain = Engine(model, EngineConfig(mask=mask)).logits(prompts)
     assert (plain - exact).norm() < 0.1 * exact.norm()
     assert (whole - exact).norm() < 1.25 * (plain - exact).norm()
+
+
+def test_any_number_of_threads_computes_the_same_numbers():
+    """Also more than there are processors, where most of a team wait for others that are not running."""
+    _tiles()
+    model = tree_model(tiny_model("llama", **WIDE).bfloat16(), tiny_tokenizer())
+    assert model.fused is not None
+    assert model.fused._whole is not None
+    prompts = [*PROMPTS, [Segment(tuple(range(5, 205)), True), Segment((7, 8), True)]]
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for num_threads in (1, 2, 3, 3 * (os.cpu_count() or 1)):
+            torch.set_num_threads(num_threads)
+            found += [Engine(model, EngineConfig(mask="segment")).logits(prompts) for _ in range(5)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(each, found[0]) for each in found)
 
 
 def test_decoder_whose_blocks_only_torch_attends_to_goes_layer_by_layer(monkeypatch):

@@ -1,4 +1,4 @@
-// Attention by vectors, of bf16 or fp32 and heads of any width, and what a step calls.
+// Attention by vectors, of bf16 or fp32 and heads of any width, and what one layer calls.
 
 #include "attend.h"
 
@@ -7,30 +7,9 @@
 
 #include "kernels.h"
 #include "numbers.h"
-#include "tiled.h"
 
 namespace segue {
 namespace {
-
-template <typename Number>
-void keep(const Step& step, const Tables& tables, int num_threads) {
-    const int64_t size = step.head_dim * static_cast<int64_t>(sizeof(Number)), heads = step.num_key_heads;
-    int64_t num_numbers = 0;
-    for (int64_t i = 0; i < tables.num_kept; ++i)
-        num_numbers += (tables.kept[i].stop - tables.kept[i].start) * heads * step.head_dim;
-#pragma omp parallel for num_threads(threads_for(num_numbers, num_threads)) schedule(static)
-    for (int64_t item = 0; item < tables.num_kept * heads; ++item) {
-        const Kept& each = tables.kept[item / heads];
-        const int64_t head = item % heads;
-        Number* to = const_cast<Number*>(in_memory<Number>(each.place, step.layer, head));
-        const Number* key = reinterpret_cast<const Number*>(step.key) + head * step.key_head;
-        const Number* value = reinterpret_cast<const Number*>(step.value) + head * step.value_head;
-        for (int64_t token = each.start; token < each.stop; ++token, to += each.place.token_stride) {
-            std::memcpy(to, key + token * step.key_token, size);
-            std::memcpy(to + each.place.value_offset, value + token * step.value_token, size);
-        }
-    }
-}
 
 constexpr int64_t kBlockKeys = 64;  // staged in fp32 at a time: 16 KiB each of keys and values at a width of 64
 
@@ -142,6 +121,8 @@ class VectorKeys {
                                       vectors_, seen.sums(row), seen.totals[row], seen.highest[row]);
     }
 
+    void end() {}
+
    private:
     int64_t width_, vectors_, num_rows_ = 0;
     bool is_scaled_ = false;
@@ -149,36 +130,30 @@ class VectorKeys {
 };
 
 template <typename Number>
-void attend_by_vectors(const Step& step, float scale, const Tables& tables, int num_threads) {
-    const auto attend = step.head_dim == 64    ? attend_runs<VectorKeys<Number, 4>>
-                        : step.head_dim == 128 ? attend_runs<VectorKeys<Number, 8>>
-                                               : attend_runs<VectorKeys<Number, 0>>;
-    attend(step, scale, tables, tables.parts, num_threads);
-}
-
-void attend_by_tiles(const Step& step, float scale, const Tables& tables, int num_threads) {
-    const BlockParts blocks = attend_blocks_by_tiles(step, scale, tables.blocks, tables.num_blocks, num_threads);
-    attend_runs_by_tiles(step, scale, tables, blocks.parts.data(), num_threads);
+std::unique_ptr<Attention> by_vectors(const Step& step, float scale, const Tables& tables, int num_threads) {
+    if (step.head_dim == 64)
+        return std::make_unique<AttentionBy<VectorKeys<Number, 4>>>(step, scale, tables, num_threads);
+    if (step.head_dim == 128)
+        return std::make_unique<AttentionBy<VectorKeys<Number, 8>>>(step, scale, tables, num_threads);
+    return std::make_unique<AttentionBy<VectorKeys<Number, 0>>>(step, scale, tables, num_threads);
 }
 
 }  // namespace
+
+std::unique_ptr<Attention> attention_by_vectors(bool is_bf16, const Step& step, float scale, const Tables& tables,
+                                                int num_threads) {
+    return (is_bf16 ? by_vectors<BFloat16> : by_vectors<float>)(step, scale, tables, num_threads);
+}
+
 }  // namespace segue
 
 using namespace segue;
 
-extern "C" {
-
-void segue_attend(int is_bf16, const void* step, float scale, const void* tables, int num_threads) {
-    const auto& whole = *static_cast<const Step*>(step);
-    const auto& rows = *static_cast<const Tables*>(tables);
-    if (is_bf16) {
-        keep<BFloat16>(whole, rows, num_threads);
-        const auto attend = rows.by_tiles ? attend_by_tiles : attend_by_vectors<BFloat16>;
-        attend(whole, scale, rows, num_threads);
-    } else {
-        keep<float>(whole, rows, num_threads);
-        attend_by_vectors<float>(whole, scale, rows, num_threads);
-    }
+extern "C" void segue_attend(int is_bf16, const void* step, float scale, const void* tables, int num_threads) {
+    const auto& of_layer = *static_cast<const Step*>(step);
+    const auto& of_step = *static_cast<const Tables*>(tables);
+    const auto attention = of_step.by_tiles ? attention_by_tiles(of_layer, scale, of_step, num_threads)
+                                            : attention_by_vectors(is_bf16, of_layer, scale, of_step, num_threads);
+    Team::run(threads_for(attention->num_numbers(), num_threads),
+              [&](Member& member) { attention->attend(member, of_layer.layer); });
 }
-
-}  // extern "C"

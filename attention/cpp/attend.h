@@ -6,10 +6,11 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <vector>
 
-#include "kernels.h"
+#include "attention.h"
 #include "numbers.h"
 
 namespace segue {
@@ -36,6 +37,7 @@ struct Seen {
 struct Chunk {
     int64_t start, stop;  // queries
     int64_t head;
+    int64_t whose;  // number of the run, or of the block
 };
 
 // What somebody has made of a query and other keys.
@@ -60,7 +62,7 @@ void see_part(const Step& step, const Part& part, const Chunk& chunk, Seen& seen
 }
 
 // Keys: `kAtOnce` can be staged, of `Number`s; `begin` takes the rows' queries, `stage` further keys, and `attend` has
-// all rows see those staged first, as many as it is told for each.
+// all rows see those staged first, as many as it is told for each. `end` gives back what a thread holds.
 template <typename Keys>
 void see_spans(const Step& step, const Span* first_span, const Span* end_span, const Chunk& chunk, float scale,
                Keys& keys, Seen& seen) {
@@ -100,53 +102,157 @@ void see_spans(const Step& step, const Span* first_span, const Span* end_span, c
     if (num_staged) attend_staged();
 }
 
-// A run's queries in as few parts of about the same size as hold so many at most.
-inline void add_chunks(std::vector<Chunk>& chunks, int64_t start, int64_t stop, int64_t most, int64_t num_heads) {
-    const int64_t num_parts = (stop - start + most - 1) / most;
-    for (int64_t part = 0; part < num_parts; ++part)
-        for (int64_t head = 0; head < num_heads; ++head)
-            chunks.push_back(
-                {start + (stop - start) * part / num_parts, start + (stop - start) * (part + 1) / num_parts, head});
-}
-
-// All runs, with the parts that they have attended to before, to the step's `out`.
+// By Keys.
 template <typename Keys>
-void attend_runs(const Step& step, float scale, const Tables& tables, const Part* parts, int num_threads) {
-    using Number = typename Keys::Number;
-    std::vector<Chunk> chunks;
-    std::vector<const Run*> runs;
-    int64_t size = 0;  // numbers to compute
-    for (const Run* run = tables.runs; run != tables.runs + tables.num_runs; ++run) {
-        add_chunks(chunks, run->start, run->stop, Keys::tokens_at_once(step), step.num_key_heads);
-        runs.resize(chunks.size(), run);
-        for (int64_t span = run->first_span; span < run->end_span; ++span)
-            size += (run->stop - run->start) * tables.spans[span].num_keys;
+class AttentionBy final : public Attention {
+   public:
+    AttentionBy(const Step& step, float scale, const Tables& tables, int num_threads)
+        : step_(step), scale_(scale), tables_(tables), scratch_(std::max(1, num_threads)) {
+        int64_t num_pairs = 0;
+        for (int64_t i = 0; i < tables.num_runs; ++i) {
+            const Run& run = tables.runs[i];
+            add_chunks(of_runs_, run.start, run.stop, i);
+            for (int64_t span = run.first_span; span < run.end_span; ++span)
+                num_pairs += (run.stop - run.start) * tables.spans[span].num_keys;
+        }
+        for (int64_t i = 0; i < tables.num_blocks; ++i) {
+            const Block& block = tables.blocks[i];
+            add_chunks(of_blocks_, block.start, block.stop, i);
+            num_pairs += (block.stop - block.start) * block.span.num_keys;
+        }
+        num_numbers_ = num_pairs * step.num_key_heads * step.num_groups * 4;
+        make_room_for_parts();
     }
-    size *= step.num_key_heads * step.num_groups * 4;
-#pragma omp parallel num_threads(threads_for(size, num_threads))
-    {
-        Keys keys(step.head_dim);
+
+    int64_t num_numbers() const override { return num_numbers_; }
+
+    void attend(Member& member, int64_t layer) override {
+        Step step = step_;
+        step.layer = layer;
+        auto& scratch = scratch_[member.index()];
+        if (!scratch) scratch.reset(new Scratch{Keys(step.head_dim), {}});
+        keep(member, step);
+        member.wait();
+        if (tables_.num_blocks) {
+            for_each(member, of_blocks_, [&](const Chunk& chunk) { attend_block(step, chunk, *scratch); });
+            scratch->keys.end();
+            member.wait();
+        }
+        for_each(member, of_runs_, [&](const Chunk& chunk) { attend_run(step, chunk, *scratch); });
+        scratch->keys.end();
+    }
+
+   private:
+    using Number = typename Keys::Number;
+
+    struct Scratch {  // of a thread
+        Keys keys;
         Seen seen;
-#pragma omp for schedule(dynamic, 4)
-        for (size_t i = 0; i < chunks.size(); ++i) {
-            const Chunk& chunk = chunks[i];
-            const Run& run = *runs[i];
-            const int64_t groups = step.num_groups, num_rows = (chunk.stop - chunk.start) * groups;
-            const int64_t width = step.head_dim;
-            seen.reset(num_rows, width);
-            for (int64_t part = run.first_part; part < run.end_part; ++part)
-                see_part<Number>(step, parts[tables.indices[part]], chunk, seen);
-            see_spans(step, tables.spans + run.first_span, tables.spans + run.end_span, chunk, scale, keys, seen);
-            for (int64_t row = 0; row < num_rows; ++row) {
-                const int64_t token = chunk.start + row / groups, group = row % groups;
-                const int64_t at = (token * step.num_key_heads + chunk.head) * groups + group;
-                Number* to = reinterpret_cast<Number*>(step.out) + at * width;
-                const float share = 1.0f / seen.totals[row];
-                for (int64_t i = 0; i < width; i += kLanes)
-                    store_some(to + i, load16(seen.sums(row) + i) * share, width - i);
+    };
+
+    // Queries in as few parts of about the same size as hold so many at most.
+    void add_chunks(std::vector<Chunk>& chunks, int64_t start, int64_t stop, int64_t whose) {
+        const int64_t most = Keys::tokens_at_once(step_), num_parts = (stop - start + most - 1) / most;
+        for (int64_t part = 0; part < num_parts; ++part)
+            for (int64_t head = 0; head < step_.num_key_heads; ++head)
+                chunks.push_back({start + (stop - start) * part / num_parts,
+                                  start + (stop - start) * (part + 1) / num_parts, head, whose});
+    }
+
+    template <typename Function>
+    static void for_each(Member& member, const std::vector<Chunk>& chunks, Function&& function) {
+        member.share(chunks.size(), [&](int64_t start, int64_t stop) {
+            std::for_each(chunks.begin() + start, chunks.begin() + stop, function);
+        });
+    }
+
+    // One part a block, in their order: out `[Hkv, n, G, D]`, log-sum-exp `[Hkv, n, G]`. Nobody else's are there then.
+    void make_room_for_parts() {
+        if (!tables_.num_blocks) return;
+        const int64_t groups = step_.num_groups, width = step_.head_dim;
+        int64_t num_rows = 0;
+        for (int64_t i = 0; i < tables_.num_blocks; ++i)
+            num_rows += (tables_.blocks[i].stop - tables_.blocks[i].start) * step_.num_key_heads * groups;
+        outs_.reset(new Number[num_rows * width]);
+        lses_.reset(new float[num_rows]);
+        num_rows = 0;
+        for (int64_t i = 0; i < tables_.num_blocks; ++i) {
+            const int64_t start = tables_.blocks[i].start, of_head = (tables_.blocks[i].stop - start) * groups;
+            parts_.push_back({start, reinterpret_cast<int64_t>(outs_.get() + num_rows * width),
+                              reinterpret_cast<int64_t>(lses_.get() + num_rows), of_head * width, groups * width, width,
+                              of_head, groups, 1});
+            num_rows += of_head * step_.num_key_heads;
+        }
+        tables_.parts = parts_.data();
+    }
+
+    // Keys and values of the step's tokens to where they stay.
+    void keep(Member& member, const Step& step) {
+        const int64_t size = step.head_dim * static_cast<int64_t>(sizeof(Number)), heads = step.num_key_heads;
+        member.share(tables_.num_kept * heads, [&](int64_t item, int64_t end) {
+            for (; item < end; ++item) {
+                const Kept& each = tables_.kept[item / heads];
+                const int64_t head = item % heads;
+                Number* to = const_cast<Number*>(in_memory<Number>(each.place, step.layer, head));
+                const Number* key = reinterpret_cast<const Number*>(step.key) + head * step.key_head;
+                const Number* value = reinterpret_cast<const Number*>(step.value) + head * step.value_head;
+                for (int64_t token = each.start; token < each.stop; ++token, to += each.place.token_stride) {
+                    std::memcpy(to, key + token * step.key_token, size);
+                    std::memcpy(to + each.place.value_offset, value + token * step.value_token, size);
+                }
             }
+        });
+    }
+
+    void attend_block(const Step& step, const Chunk& chunk, Scratch& scratch) {
+        const int64_t groups = step.num_groups, width = step.head_dim;
+        const int64_t num_rows = (chunk.stop - chunk.start) * groups;
+        const Part& part = parts_[chunk.whose];
+        const Span& span = tables_.blocks[chunk.whose].span;
+        Seen& seen = scratch.seen;
+        seen.reset(num_rows, width);
+        see_spans(step, &span, &span + 1, chunk, scale_, scratch.keys, seen);
+        const int64_t first = (chunk.start - part.start) * groups;
+        auto* out = reinterpret_cast<Number*>(part.out) + chunk.head * part.out_head + first * width;
+        auto* lse = reinterpret_cast<float*>(part.lse) + chunk.head * part.lse_head + first;
+        for (int64_t row = 0; row < num_rows; ++row) {
+            write_sums(seen, row, width, out + row * width);
+            lse[row] = seen.highest[row] + std::log(seen.totals[row]);
         }
     }
-}
+
+    // With the parts that the run has attended to before, to the step's `out`.
+    void attend_run(const Step& step, const Chunk& chunk, Scratch& scratch) {
+        const Run& run = tables_.runs[chunk.whose];
+        const int64_t groups = step.num_groups, num_rows = (chunk.stop - chunk.start) * groups;
+        const int64_t width = step.head_dim;
+        Seen& seen = scratch.seen;
+        seen.reset(num_rows, width);
+        for (int64_t part = run.first_part; part < run.end_part; ++part)
+            see_part<Number>(step, tables_.parts[tables_.indices[part]], chunk, seen);
+        const Span* spans = tables_.spans;
+        see_spans(step, spans + run.first_span, spans + run.end_span, chunk, scale_, scratch.keys, seen);
+        for (int64_t row = 0; row < num_rows; ++row) {
+            const int64_t token = chunk.start + row / groups, group = row % groups;
+            const int64_t at = (token * step.num_key_heads + chunk.head) * groups + group;
+            write_sums(seen, row, width, reinterpret_cast<Number*>(step.out) + at * width);
+        }
+    }
+
+    static void write_sums(Seen& seen, int64_t row, int64_t width, Number* to) {
+        const float share = 1.0f / seen.totals[row];
+        for (int64_t i = 0; i < width; i += kLanes) store_some(to + i, load16(seen.sums(row) + i) * share, width - i);
+    }
+
+    Step step_;
+    float scale_;
+    Tables tables_;
+    std::vector<std::unique_ptr<Scratch>> scratch_;
+    std::vector<Chunk> of_runs_, of_blocks_;
+    int64_t num_numbers_ = 0;
+    std::vector<Part> parts_;
+    std::unique_ptr<Number[]> outs_;
+    std::unique_ptr<float[]> lses_;
+};
 
 }  // namespace segue

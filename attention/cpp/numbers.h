@@ -23,7 +23,6 @@ typedef uint16_t Halves __attribute__((vector_size(32)));
 
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 constexpr float kPerBit = 1.44269504088896341f;  // what e is two to the power of
-constexpr int64_t kAlone = 1 << 14;  // numbers to compute, up to which waking another thread takes longer
 
 struct BFloat16 {
     uint16_t bits;
@@ -172,7 +171,5 @@ inline Floats exp_of(Floats numbers) {
 }
 
 inline float exp_of(float number) { return exp_of(all(number))[0]; }
-
-inline int threads_for(int64_t size, int num_threads) { return size <= kAlone ? 1 : num_threads; }
 
 }  // namespace segue

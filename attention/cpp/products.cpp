@@ -1,10 +1,11 @@
 // Products of tokens and weights by tiles. What follows a product is done before its sums are rounded, and while the
 // next ones are added up.
 
+#include "products.h"
+
 #include <algorithm>
 #include <cstdlib>
 
-#include "kernels.h"
 #include "tiles.h"
 
 #ifdef SEGUE_TILES
@@ -16,12 +17,6 @@ namespace segue {
 namespace {
 
 constexpr int64_t kCacheBytes = 768 << 10;  // of inputs, that weights pass by
-
-struct Product {
-    const BFloat16 *inputs, *packed, *bias, *other;
-    BFloat16* outputs;
-    int64_t num_tokens, num_outputs, num_inputs;
-};
 
 // As exactly as bf16 needs it, which is rounded next.
 inline Floats silu(Floats numbers) {
@@ -54,56 +49,67 @@ inline void finish(const Product& product, const float* sums, int64_t token, int
 }
 
 template <After kAfter>
-void multiply(const Product& product, int num_threads) {
+void multiply_then(Member& member, const Product& product) {
     const int64_t width = product.num_inputs, num_steps = width / kTileNumbers;
     const int64_t num_panels = (product.num_outputs + kSums - 1) / kSums;
     const int64_t at_once = std::max(kSums, kCacheBytes / (width * 2) / kSums * kSums);
-#pragma omp parallel num_threads(num_threads)
-    {
-        Tiles tiles;
-        alignas(64) float buffers[2][kSums * kSums];
-        int64_t num_rows = 0, num_done = 0, first = 0, of_panel = 0;  // of the sums that are not finished
-        int current = 0;
-        const auto finish_until = [&](int64_t end) {
-            for (; num_done < end; ++num_done)
-                finish<kAfter>(product, buffers[current ^ 1] + num_done * kSums, first + num_done, of_panel);
+    const int64_t num_passes = (product.num_tokens + at_once - 1) / at_once;
+    Tiles tiles;
+    alignas(64) float buffers[2][kSums * kSums];
+    int64_t num_rows = 0, num_done = 0, first = 0, of_panel = 0;  // of the sums that are not finished
+    int current = 0;
+    const auto finish_until = [&](int64_t end) {
+        for (; num_done < end; ++num_done)
+            finish<kAfter>(product, buffers[current ^ 1] + num_done * kSums, first + num_done, of_panel);
+    };
+    const auto multiply_panel = [&](int64_t start, int64_t stop, int64_t panel) {
+        const BFloat16* columns = product.packed + panel * num_steps * kStepNumbers;
+        // The next panel, a part of it with each of the first rows.
+        const int64_t num_blocks = (stop - start + kSums - 1) / kSums;
+        const int64_t num_lines = (8 + num_blocks - 1) / num_blocks;
+        const auto fetch_of = [&](int64_t done) {
+            const int64_t first = done / kSums * num_lines * 4;
+            const auto* next = reinterpret_cast<const char*>(columns + num_steps * kStepNumbers);
+            return first < 32 ? Fetch{next + first * 64, num_lines} : Fetch{};
         };
-        for (int64_t start = 0; start < product.num_tokens; start += at_once) {
-            const int64_t stop = std::min(start + at_once, product.num_tokens);
-#pragma omp for schedule(static) nowait
-            for (int64_t panel = 0; panel < num_panels; ++panel) {
-                const BFloat16* columns = product.packed + panel * num_steps * kStepNumbers;
-                // The next panel, a part of it with each of the first rows.
-                const int64_t num_blocks = (stop - start + kSums - 1) / kSums;
-                const int64_t num_lines = (8 + num_blocks - 1) / num_blocks;
-                const auto fetch_of = [&](int64_t done) {
-                    const int64_t first = done / kSums * num_lines * 4;
-                    const auto* next = reinterpret_cast<const char*>(columns + num_steps * kStepNumbers);
-                    return first < 32 ? Fetch{next + first * 64, num_lines} : Fetch{};
-                };
-                for (int64_t token = start; token < stop; token += kSums) {
-                    const int64_t rows = std::min(kSums, stop - token);
-                    const BFloat16 *low = product.inputs + token * width, *high = low + kTile * width;
-                    const auto between = [&] { finish_until(std::min(num_done + 2, num_rows)); };
-                    const auto add = [&](auto has_high) {
-                        zero_sums();
-                        add_products<has_high>(low, high, width * 2, columns, num_steps, fetch_of(token - start),
-                                               between);
-                        store_sums<has_high>(buffers[current], kSums);
-                    };
-                    tiles.set(rows);
-                    rows > kTile ? add(std::true_type{}) : add(std::false_type{});
-                    finish_until(num_rows);
-                    num_rows = rows, num_done = 0, first = token, of_panel = panel;
-                    current ^= 1;
-                }
-            }
+        for (int64_t token = start; token < stop; token += kSums) {
+            const int64_t rows = std::min(kSums, stop - token);
+            const BFloat16 *low = product.inputs + token * width, *high = low + kTile * width;
+            const auto between = [&] { finish_until(std::min(num_done + 2, num_rows)); };
+            const auto add = [&](auto has_high) {
+                zero_sums();
+                add_products<has_high>(low, high, width * 2, columns, num_steps, fetch_of(token - start), between);
+                store_sums<has_high>(buffers[current], kSums);
+            };
+            tiles.set(rows);
+            rows > kTile ? add(std::true_type{}) : add(std::false_type{});
+            finish_until(num_rows);
+            num_rows = rows, num_done = 0, first = token, of_panel = panel;
+            current ^= 1;
         }
-        finish_until(num_rows);
-    }
+    };
+    member.share(num_passes * num_panels, [&](int64_t item, int64_t end) {
+        for (; item < end; ++item) {
+            const int64_t start = item / num_panels * at_once;
+            multiply_panel(start, std::min(start + at_once, product.num_tokens), item % num_panels);
+        }
+    });
+    finish_until(num_rows);
 }
 
 }  // namespace
+
+void multiply(Member& member, const Product& product) {
+    switch (product.after) {
+        case kNothing:
+            return multiply_then<kNothing>(member, product);
+        case kAdd:
+            return multiply_then<kAdd>(member, product);
+        case kGate:
+            return multiply_then<kGate>(member, product);
+    }
+}
+
 }  // namespace segue
 
 using namespace segue;
@@ -134,19 +140,16 @@ void segue_product(int after, const void* inputs, const void* packed, const void
                    void* outputs, int64_t num_tokens, int64_t num_outputs, int64_t num_inputs, int num_threads) {
     const auto numbers = [](const void* address) { return static_cast<const BFloat16*>(address); };
     const Product product{
-        numbers(inputs), numbers(packed), numbers(bias), numbers(other), static_cast<BFloat16*>(outputs),
-        num_tokens,      num_outputs,     num_inputs};
-    if (after == kGate)
-        multiply<kGate>(product, num_threads);
-    else if (after == kAdd)
-        multiply<kAdd>(product, num_threads);
-    else
-        multiply<kNothing>(product, num_threads);
+        static_cast<After>(after),       numbers(inputs), numbers(packed), numbers(bias), numbers(other),
+        static_cast<BFloat16*>(outputs), num_tokens,      num_outputs,     num_inputs};
+    Team::run(num_threads, [&](Member& member) { multiply(member, product); });
 }
 
 }  // extern "C"
 
 #else
+
+void segue::multiply(Member&, const Product&) { std::abort(); }
 
 extern "C" {
 

@@ -1,4 +1,4 @@
-#include "tiled.h"
+// Attention by tiles, of bf16 and heads of a multiple of 32.
 
 #include <algorithm>
 #include <cstdlib>
@@ -170,6 +170,8 @@ class TiledKeys {
         }
     }
 
+    void end() { tiles_.release(); }
+
    private:
     static constexpr int64_t kRows = 384;
     static constexpr int64_t kScoreStride = kAtOnce + kTile;  // a power of two would crowd few sets of the cache
@@ -239,60 +241,13 @@ class TiledKeys {
 
 }  // namespace
 
-BlockParts attend_blocks_by_tiles(const Step& step, float scale, const Block* blocks, int64_t num_blocks,
-                                  int num_threads) {
-    const int64_t heads = step.num_key_heads, groups = step.num_groups, width = step.head_dim;
-    BlockParts result;
-    std::vector<Chunk> chunks;
-    std::vector<int64_t> of_block;
-    int64_t num_rows = 0;
-    for (int64_t block = 0; block < num_blocks; ++block) {
-        const int64_t num_tokens = blocks[block].stop - blocks[block].start, lse_head = num_tokens * groups;
-        result.parts.push_back(
-            {blocks[block].start, num_rows, num_rows, lse_head * width, groups * width, width, lse_head, groups, 1});
-        num_rows += heads * lse_head;
-        add_chunks(chunks, blocks[block].start, blocks[block].stop, TiledKeys::tokens_at_once(step), heads);
-        of_block.resize(chunks.size(), block);
-    }
-    result.outs.reset(new BFloat16[num_rows * width]);
-    result.lses.reset(new float[num_rows]);
-    for (Part& part : result.parts) {
-        part.out = reinterpret_cast<int64_t>(result.outs.get() + part.out * width);
-        part.lse = reinterpret_cast<int64_t>(result.lses.get() + part.lse);
-    }
-#pragma omp parallel num_threads(num_threads)
-    {
-        TiledKeys keys(width);
-        Seen seen;
-#pragma omp for schedule(dynamic, 1)
-        for (size_t i = 0; i < chunks.size(); ++i) {
-            const Chunk& chunk = chunks[i];
-            const Part& part = result.parts[of_block[i]];
-            const Span& span = blocks[of_block[i]].span;
-            seen.reset((chunk.stop - chunk.start) * groups, width);
-            see_spans(step, &span, &span + 1, chunk, scale, keys, seen);
-            const int64_t first = (chunk.start - part.start) * groups;
-            auto* out = reinterpret_cast<BFloat16*>(part.out) + chunk.head * part.out_head + first * width;
-            auto* lse = reinterpret_cast<float*>(part.lse) + chunk.head * part.lse_head + first;
-            for (int64_t row = 0; row < (chunk.stop - chunk.start) * groups; ++row) {
-                const float share = 1.0f / seen.totals[row];
-                for (int64_t i = 0; i < width; i += kLanes)
-                    store16(out + row * width + i, load16(seen.sums(row) + i) * share);
-                lse[row] = seen.highest[row] + std::log(seen.totals[row]);
-            }
-        }
-    }
-    return result;
-}
-
-void attend_runs_by_tiles(const Step& step, float scale, const Tables& tables, const Part* parts, int num_threads) {
-    attend_runs<TiledKeys>(step, scale, tables, parts, num_threads);
+std::unique_ptr<Attention> attention_by_tiles(const Step& step, float scale, const Tables& tables, int num_threads) {
+    return std::make_unique<AttentionBy<TiledKeys>>(step, scale, tables, num_threads);
 }
 
 #else
 
-BlockParts attend_blocks_by_tiles(const Step&, float, const Block*, int64_t, int) { std::abort(); }
-void attend_runs_by_tiles(const Step&, float, const Tables&, const Part*, int) { std::abort(); }
+std::unique_ptr<Attention> attention_by_tiles(const Step&, float, const Tables&, int) { std::abort(); }
 
 #endif
 

@@ -40,8 +40,10 @@ inline void set_tiles(int64_t num_rows) {
 // The thread's tiles, given back in the end: a thread that holds some costs more to switch.
 class Tiles {
    public:
-    ~Tiles() {
+    ~Tiles() { release(); }
+    void release() {
         if (num_rows_) _tile_release();
+        num_rows_ = 0;
     }
     void set(int64_t num_rows) {
         if (num_rows != num_rows_) set_tiles(num_rows_ = num_rows);
