@@ -27,7 +27,7 @@ from jobs.options import (
     overrides_of,
 )
 from jobs.outputs import errors, evaluate, report, status, verify
-from jobs.running import run_values
+from jobs.running import run_file, run_values
 from jobs.submit import cancel, logs, submit
 
 SHOWN_ERRORS = 5
@@ -52,16 +52,10 @@ def run(
 ) -> None:
     """Plan the job if needed, run what is missing, and complete its output folder."""
     with exit_codes():
-        from jobs.show import show_answers, show_summary
-        from pipeline.cluster import is_local
-        from pipeline.job import prepare
-        from pipeline.run import run_job
-
-        ready = prepare(job, overrides_of(overrides, limit, output, sample), runs_here=is_local())
-        if ready.warns_of_unadapted_mask:
-            say("warning: mask segment on a model that was not adapted to it: expect worse answers, often garbage")
-        summary = run_job(ready, silent if quiet else say, quiet=quiet)
+        ready, summary = run_file(job, overrides_of(overrides, limit, output, sample), quiet=quiet)
         if not json_only:
+            from jobs.show import show_answers, show_summary
+
             show_answers(ready.config.output.path, show)
             show_summary(summary)
         print_json(asdict(summary))

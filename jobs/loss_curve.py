@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipeline.training_process import METRICS, read_metrics
+from pipeline.training_metrics import METRICS, read_metrics
 
 FILE_NAME = "loss.png"
 SMOOTHED_STEPS = 20

@@ -23,9 +23,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="no progress on stderr")]
 
 
 def require_auth(is_required: bool) -> None:
-    from pipeline.cluster import REQUIRE_AUTH
-
     if is_required:
+        from pipeline.cluster import REQUIRE_AUTH
+
         os.environ[REQUIRE_AUTH] = "1"
 
 

@@ -1,4 +1,4 @@
-"""A job that a command has made up, run and shown like one that a person has written."""
+"""A job that is run by a command: one that a person has written, or one that the command has made up."""
 
 import os
 import tempfile
@@ -8,23 +8,40 @@ from typing import TYPE_CHECKING, Any
 from jobs.ending import say, silent
 
 if TYPE_CHECKING:
+    from pipeline.job import ReadyJob
     from pipeline.summary import RunSummary
+
+
+def run_file(path: str, overrides: Sequence[str], *, quiet: bool) -> tuple["ReadyJob", "RunSummary"]:
+    """Prepare and run a job file. Raises what preparing and running raise."""
+    from pipeline.checking_process import checking_process
+    from pipeline.config_file import read_job
+
+    draft = read_job(path, overrides)
+    if draft.config:
+        checking_process(draft.config.limits.row_memory_bytes).begin()  # before Ray, which takes a second to import
+    from pipeline.cluster import is_local
+    from pipeline.job import prepared
+    from pipeline.run import ray_ahead, run_job
+
+    with ray_ahead() as start_ray:
+        ready = prepared(draft, runs_here=is_local(), meanwhile=start_ray)
+        if ready.warns_of_unadapted_mask:
+            say("warning: mask segment on a model that was not adapted to it: expect worse answers, often garbage")
+        return ready, run_job(ready, silent if quiet else say, quiet=quiet)
 
 
 def run_values(values: Mapping[str, Any], overrides: Sequence[str], *, quiet: bool, json_only: bool) -> "RunSummary":
     """Run the job with these values as its file. Raises what preparing and running raise."""
-    from jobs.show import show_summary
-    from pipeline.cluster import is_local
-    from pipeline.job import prepare
-    from pipeline.run import run_job
     from pipeline.yaml_file import as_yaml
 
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, f"{values['name']}.yaml")
         with open(path, "w", encoding="utf-8") as file:
             file.write(as_yaml(values))
-        ready = prepare(path, overrides, runs_here=is_local())
-    summary = run_job(ready, silent if quiet else say, quiet=quiet)
+        _, summary = run_file(path, overrides, quiet=quiet)
     if not json_only:
+        from jobs.show import show_summary
+
         show_summary(summary)
     return summary

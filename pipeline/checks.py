@@ -82,8 +82,17 @@ def check_job_file(path: str | os.PathLike[str], overrides: Sequence[str] = (), 
 
 
 def check_draft(draft: JobDraft, *, has_gpu: bool = False, others: Sequence[Problem] = ()) -> CheckedJob:
-    """`check_job` for a job file as read: sections that are right are checked even if others are wrong."""
-    problems = [*draft.problems, *others]
+    """`check_job` for a job file as read."""
+    checked, problems = look_over(draft, has_gpu=has_gpu)
+    if checked is None or others:
+        raise refused(draft, [*others, *problems])
+    return checked
+
+
+def look_over(draft: JobDraft, *, has_gpu: bool) -> tuple[CheckedJob | None, list[Problem]]:
+    """The job, or what is wrong with it beside `draft.problems`: sections that are right are looked at even if others
+    are wrong."""
+    problems: list[Problem] = []
     inputs: tuple[InputFile, ...] = ()
     if draft.config is not None:
         problems += [*_check_dtype(draft.config, has_gpu), *_check_task(draft.config), *_check_form(draft.config)]
@@ -98,11 +107,16 @@ def check_draft(draft: JobDraft, *, has_gpu: bool = False, others: Sequence[Prob
     problems += found
     if draft.output is not None:
         problems += check_output(draft.output.path, draft.input.path if draft.input else (), inputs)
-    if problems or draft.config is None or columns is None:
-        raise JobRefused(_placed(problem, draft) for problem in problems)
+    if draft.problems or problems or draft.config is None or columns is None:
+        return None, problems
     config = draft.config
     selected = selected_rows(inputs, config.input, config.limits, config.seed)
-    return CheckedJob(config, config.prompt_template(), inputs, columns, selected, failed)
+    return CheckedJob(config, config.prompt_template(), inputs, columns, selected, failed), []
+
+
+def refused(draft: JobDraft, problems: Sequence[Problem]) -> JobRefused:
+    """For all that is wrong with the file and these problems, with the lines of their keys."""
+    return JobRefused(_placed(problem, draft) for problem in [*draft.problems, *problems])
 
 
 def input_identity(inputs: Sequence[InputFile]) -> str:

@@ -59,6 +59,7 @@ def _start(num_cpus: int | None) -> None:
     `jobs` would shadow ours: so it is started from an empty one."""
     address = os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # what is run here is nobody else's business
     if address and address != "local":
         _check_authentication(address)
         for problem in check_reachable():

@@ -32,15 +32,8 @@ from pipeline.run import plan_job
 from pipeline.sources import discover
 from pipeline.store import OutputStorageError
 from pipeline.training_data import FINISH_REASON, Holdout
-from pipeline.training_process import (
-    ADAPTER,
-    METRICS,
-    NothingToTrain,
-    TrainingSpec,
-    check_data,
-    read_metrics,
-    train_process,
-)
+from pipeline.training_metrics import METRICS, read_metrics
+from pipeline.training_process import ADAPTER, NothingToTrain, TrainingSpec, check_data, train_process
 from workers.echo import is_echo
 from workers.model_source import ModelRefused
 from workers.ranks import Ranks

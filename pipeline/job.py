@@ -6,20 +6,21 @@ Everything that can be refused before work is refused here, all problems at once
 import datetime
 import functools
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from pipeline import cluster
-from pipeline.checks import CheckedJob, check_draft, input_identity
+from pipeline.checking_process import CHECK_SECONDS, checking_process, found_in_child, handed_over
+from pipeline.checks import CheckedJob, input_identity, look_over, refused
 from pipeline.config import JobConfig
 from pipeline.config_file import JobDraft, read_job
-from pipeline.limited import PREPARE_BYTES, ChildDied, LimitedProcess
+from pipeline.limited import ChildDied
 from pipeline.manifest import Manifest, check_same_job, code_version, fingerprint, load_manifest
 from pipeline.planned_rows import offer_child
 from pipeline.problems import JobRefused, Problem
-from pipeline.prompt_check import adapter_record
+from pipeline.prompt_check import adapter_record, config_facts
 from pipeline.remote_models import local_source
 from pipeline.render import RenderSpec
 from pipeline.sample import Sample, check_sample, sample_of
@@ -28,17 +29,14 @@ from pipeline.shards import PROTOCOL
 from pipeline.store import Store, open_store
 from pipeline.unit_worker import WorkerSpec
 from workers.adapter_record import AdapterRecord
-from workers.devices import num_gpus_here
 from workers.echo import is_echo
+from workers.gpus import num_gpus_here
 from workers.memory import GPU_KV_SHARE, KV_SHARE, free_memory_bytes
-from workers.model_facts import ModelFacts, inspect_model
+from workers.model_facts import ConfigFacts, ModelFacts, inspect_model
 from workers.model_source import ModelRefused
-from workers.prompt_encoder import import_tokenizers
 
 IDENTITY_DIGITS = 16  # of a model, in an adapter's record
 GIB = 2**30
-PLACES = ("AWS_", "FSSPEC_", "HF_", "SEGUE_")  # beginnings of names in the environment
-CHECK_SECONDS = 120.0  # for loading a tokenizer and rendering a message with it
 
 
 @dataclass(frozen=True)
@@ -125,36 +123,45 @@ def prepare(
     others: Sequence[Problem] = (),
     *,
     runs_here: bool = False,
+    meanwhile: Callable[[JobConfig], object] | None = None,
 ) -> ReadyJob:
-    """Read and check a job file. `runs_here`: also whether its workers fit into this machine.
+    """Read and check a job file. `runs_here`: also whether its workers fit into this machine. `meanwhile` is called
+    when only the model and the prompts are left to be looked at, for which a child process is getting ready.
 
     Raises JobRefused with `others`, which the caller found, and every problem of file, data, output and model.
     """
-    return prepared(read_job(path, overrides), others, runs_here=runs_here)
+    return prepared(read_job(path, overrides), others, runs_here=runs_here, meanwhile=meanwhile)
 
 
-def prepared(draft: JobDraft, others: Sequence[Problem] = (), *, runs_here: bool = False) -> ReadyJob:
+def prepared(
+    draft: JobDraft,
+    others: Sequence[Problem] = (),
+    *,
+    runs_here: bool = False,
+    meanwhile: Callable[[JobConfig], object] | None = None,
+) -> ReadyJob:
     """`prepare` for a job file as read. Raises JobRefused with `others`, which the caller found, and every other."""
     if draft.config:
-        _checking_process(draft.config.limits.row_memory_bytes).begin()  # it loads while the model is looked at
-    facts, problems = _look_at_model(draft.config) if draft.config else (None, [])
+        checking_process(draft.config.limits.row_memory_bytes).begin()  # it loads while the data is looked at
+    checked, of_data = look_over(draft, has_gpu=num_gpus_here() > 0)
+    if checked and not others and meanwhile:
+        meanwhile(checked.config)
+    facts, of_model = _look_at_model(draft.config) if draft.config else (None, [])
     if draft.config and cluster.is_local():
-        problems += _check_gpus(draft.config)
+        of_model += _check_gpus(draft.config)
     if runs_here and draft.config and facts:
-        problems += _check_fits(draft.config, facts)
-    problems = [*others, *problems]
-    checked = check_draft(draft, has_gpu=num_gpus_here() > 0, others=problems)
-    if facts is None:
-        raise JobRefused(problems)
+        of_model += _check_fits(draft.config, facts)
+    if checked is None or facts is None or others or of_model:
+        raise refused(draft, [*others, *of_model, *of_data])
     mask = facts.adapter_mask or "causal" if checked.config.mask == "auto" else checked.config.mask
     ready = ReadyJob(checked, facts, mask, fingerprint_fields(checked, facts, mask))
     spec = ready.render_spec(today())
     _check_adapter(ready, _checked_record(ready, spec))
     memory_bytes = checked.config.limits.row_memory_bytes
-    sample = sample_of(checked, spec, _checking_process(memory_bytes))
+    sample = sample_of(checked, spec, checking_process(memory_bytes))
     if problems := check_sample(checked, sample):
         raise JobRefused(problems)
-    offer_child(spec, functools.partial(_handed_over, memory_bytes))
+    offer_child(spec, functools.partial(handed_over, memory_bytes))
     return replace(ready, sample=sample)
 
 
@@ -165,7 +172,7 @@ def _checked_record(job: ReadyJob, spec: RenderSpec) -> AdapterRecord:
     """
     memory = job.config.limits.row_memory_bytes
     try:
-        return _recorded(memory, spec, job.facts.identity[:IDENTITY_DIGITS])
+        return found_in_child(memory, adapter_record, spec, job.facts.identity[:IDENTITY_DIGITS])
     except (ValueError, OSError) as error:
         raise JobRefused([Problem("prompt", "", str(error))]) from error
     except ChildDied as died:
@@ -175,35 +182,6 @@ def _checked_record(job: ReadyJob, spec: RenderSpec) -> AdapterRecord:
             "crash": "a tokenizer or chat template that ends its process",
         }[died.death]
         raise JobRefused([Problem("prompt", got, "one that renders")]) from None
-
-
-def _recorded(memory_bytes: int, spec: RenderSpec, base_identity: str) -> AdapterRecord:
-    """Tried twice: something else may have ended the process. Raises ChildDied, ChildUnready, ValueError, OSError."""
-    child = _checking_process(memory_bytes)
-    with suppress(ChildDied):
-        (record,) = child.stream(adapter_record, spec, base_identity)
-        return record
-    (record,) = child.stream(adapter_record, spec, base_identity)
-    return record
-
-
-def _checking_process(memory_bytes: int) -> LimitedProcess:
-    """Kept for who checks several jobs, since starting one takes longer than a check, as long as the environment says
-    the same of where files and models are, and of who asks."""
-    names = sorted(name for name in os.environ if name.startswith(PLACES))
-    return _process_for(memory_bytes, tuple((name, os.environ[name]) for name in names))
-
-
-@functools.lru_cache(maxsize=1)
-def _process_for(memory_bytes: int, _: tuple[tuple[str, str], ...]) -> LimitedProcess:
-    return LimitedProcess(CHECK_SECONDS, PREPARE_BYTES + memory_bytes, import_tokenizers)
-
-
-def _handed_over(memory_bytes: int) -> LimitedProcess:
-    """The checking process, which the next check will not find any more."""
-    child = _checking_process(memory_bytes)
-    _process_for.cache_clear()
-    return child
 
 
 def _check_adapter(job: ReadyJob, own: AdapterRecord) -> None:
@@ -241,14 +219,26 @@ def _look_at_model(config: JobConfig) -> tuple[ModelFacts | None, list[Problem]]
             revision=model.revision,
             quantization=model.quantization,
             on_gpu=_is_on_gpu(config),
+            look=functools.partial(_config_facts, config.limits.row_memory_bytes),
         )
-    except ModelRefused as refused:
-        return None, [*problems, Problem("model", "", str(refused))]
+    except ModelRefused as error:
+        return None, [Problem("model", "", str(error))]
+    except ChildDied as died:
+        got = {
+            "time": f"a configuration or tokenizer that takes longer than {CHECK_SECONDS:g} s to load",
+            "memory": "a configuration or tokenizer that takes more than limits.row_memory_bytes",
+            "crash": "a configuration or tokenizer that ends its process",
+        }[died.death]
+        return None, [Problem("model", got, "one that can be loaded")]
     wanted_length = config.limits.max_model_len
     if wanted_length is not None and wanted_length > facts.max_model_len:
         limit = f"at most the model's own {facts.max_model_len}"
         problems.append(Problem("limits.max_model_len", str(wanted_length), limit))
     return facts, problems
+
+
+def _config_facts(memory_bytes: int, directory: Path, **wanted: Any) -> ConfigFacts:
+    return found_in_child(memory_bytes, config_facts, directory, wanted)
 
 
 def _is_on_gpu(config: JobConfig) -> bool | None:

@@ -1,15 +1,27 @@
-"""Whether a job's prompts can be rendered at all, as it is looked at in a child process.
+"""Whether a model and a job's prompts can be used at all, as it is looked at in a child process.
 
-Apart from `pipeline.job`, which imports Ray and torch: a child that unpickles a function imports its module, and a run
-waits for the child before it starts anything.
+Apart from `pipeline.job`, which imports Ray: a child that unpickles a function imports its module, and a run waits for
+the child before it plans anything.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from pipeline.render import RenderSpec, encoder_of
+from workers import model_facts
 from workers.adapter_record import AdapterRecord
+from workers.model_facts import ConfigFacts
 from workers.pairs import PairEncoder
-from workers.prompt_encoder import PromptEncoder
+from workers.prompt_encoder import PromptEncoder, import_tokenizers
+
+
+def import_all() -> None:
+    """What takes seconds of all that is below."""
+    from workers.model_config import import_models
+
+    import_tokenizers()
+    import_models()
 
 
 def checked_encoder(spec: RenderSpec) -> PromptEncoder:
@@ -18,6 +30,11 @@ def checked_encoder(spec: RenderSpec) -> PromptEncoder:
     if spec.task != "generate":
         _ = PairEncoder(encoder, encoder.tokenizer).prefix_token_id
     return encoder
+
+
+def config_facts(directory: Path, wanted: dict[str, Any]) -> Iterator[ConfigFacts]:
+    """`workers.model_facts.config_facts`, one value. For a stream of a LimitedProcess."""
+    yield model_facts.config_facts(directory, **wanted)
 
 
 def adapter_record(spec: RenderSpec, base_identity: str) -> Iterator[AdapterRecord]:

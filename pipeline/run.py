@@ -4,18 +4,21 @@ Ray schedules, the store commits: a run can end anywhere and be run again.
 """
 
 import time
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 
 from pipeline import cluster
 from pipeline.completeness import check_complete, check_unused, missing_units, write_success
+from pipeline.config import JobConfig
 from pipeline.interrupt import Interrupt
 from pipeline.job import ReadyJob, existing_manifest, today
-from pipeline.manifest import SUCCESS, Manifest
+from pipeline.manifest import MANIFEST, SUCCESS, Manifest
 from pipeline.ordering import needs_ray
 from pipeline.passes import Passes, Tally
 from pipeline.planning import growing_plans, plan_all, plan_first
 from pipeline.presence import Presence
 from pipeline.progress import Say
+from pipeline.store import open_store
 from pipeline.summary import RunSummary, committed_footers, count_rows, summary_of
 
 
@@ -31,6 +34,24 @@ def plan_job(job: ReadyJob, say: Say) -> Manifest:
     with Interrupt() as interrupt, session():
         interrupt.install()
         return plan_all(job, manifest, say)
+
+
+@contextmanager
+def ray_ahead() -> Iterator[Callable[[JobConfig], None]]:
+    """Yields what starts Ray for a job that is still being looked at (`meanwhile` of `prepare`), unless its output is
+    complete or not empty. It ends with the block, which has `run_job` in it. Starting takes seconds, and mostly waits.
+    """
+    with ExitStack() as stack:
+
+        def start(config: JobConfig) -> None:
+            store = open_store(config.output.path)
+            if store.exists(SUCCESS) or (store.data_names() and not store.exists(MANIFEST)):
+                return
+            interrupt = stack.enter_context(Interrupt())
+            stack.enter_context(cluster.ray_session())
+            interrupt.install()  # Ray takes SIGTERM for itself
+
+        yield start
 
 
 def run_job(job: ReadyJob, say: Say, *, quiet: bool = False) -> RunSummary:

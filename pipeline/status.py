@@ -13,7 +13,7 @@ from pipeline.output import manifest_of
 from pipeline.presence import RunNote, runs_at_work
 from pipeline.store import Store, open_store
 from pipeline.summary import committed_footers, count_rows
-from pipeline.training_process import METRICS, read_metrics
+from pipeline.training_metrics import METRICS, read_metrics
 
 TRAINING = "finetune"  # the task of a plan that is trained on
 

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,19 @@ from pipeline.remote_models import local_source
 from pipeline.store import OutputStorageError
 from pipeline.summary import is_over_limit
 from pipeline.training_data import Holdout, TrainingData, load_training_data
+from pipeline.training_metrics import METRICS, Metrics
 from workers.adapter_record import RECORD, AdapterRecord
 from workers.checkpoints import Checkpoints, sync
 from workers.devices import DTYPES
 from workers.memory import keep_freed_memory
 from workers.ranks import Ranks
-from workers.train import EvaluationReport, StepReport, Trainer
+from workers.train import Trainer
 from workers.training_batches import num_steps
 from workers.training_model import TrainingModel
 from workers.training_params import LoraParams, TrainingParams
 
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
-METRICS = "metrics.jsonl"
 
 
 class NothingToTrain(ValueError):
@@ -128,43 +128,6 @@ def save_adapter(model: TrainingModel, target: Path, record: AdapterRecord) -> N
     shutil.rmtree(target, ignore_errors=True)  # of a run that was killed before it could say that it is done
     os.rename(temporary, target)
     sync(target.parent)
-
-
-class Metrics:
-    """One JSON line for each step and each look at the held-out examples. `step`: what a resumed training has done;
-    later lines are of steps that will be made again. None: a process that writes nothing."""
-
-    def __init__(self, path: Path, step: int | None) -> None:
-        self._path = path
-        self._step = step
-        self._file: Any = None
-
-    def __enter__(self) -> "Metrics":
-        if self._step is None:
-            return self
-        kept = [line for line in read_metrics(self._path) if line["step"] <= self._step]
-        temporary = self._path.with_name(f".tmp-{self._path.name}")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self._path)
-        self._file = self._path.open("a", encoding="utf-8")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def write(self, event: StepReport | EvaluationReport) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps(asdict(event)) + "\n")
-            self._file.flush()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines that are whole; a process that was killed may have left a part of one."""
-    if not path.is_file():
-        return []
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines]
 
 
 @contextmanager

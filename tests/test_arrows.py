@@ -136,7 +136,7 @@ def test_telling_how_a_command_ended_needs_neither_torch_nor_ray() -> None:
     assert (result.returncode, result.stdout.strip()) == (0, "[]"), result.stderr
 
 
-@pytest.mark.parametrize("module", ["pipeline.config", "pipeline.problems", "jobs.cli"])
+@pytest.mark.parametrize("module", ["pipeline.config", "pipeline.problems", "jobs.cli", "jobs.running", "jobs.options"])
 def test_reading_a_job_file_and_asking_for_help_start_neither_torch_nor_ray(module: str) -> None:
     result = run_python(
         f"import sys, {module}; print([n for n in ('torch', 'ray', 'transformers') if n in sys.modules])"

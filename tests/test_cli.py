@@ -101,6 +101,7 @@ def test_cli_run_on_a_cluster_that_does_not_answer_exits_4_at_once(tmp_path, mon
     assert time.monotonic() - started < 60, "Ray tried by itself"
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray[.]")
 def test_cli_model_that_does_not_fit_is_refused_where_it_would_run(tmp_path, monkeypatch, model_directory):
     """Planning needs no weights, and a cluster has memory of its own."""
     from pipeline import job

@@ -29,7 +29,8 @@ from pipeline.problems import JobRefused, WorkersFailed
 from pipeline.run import run_job
 from pipeline.store import OutputStorageError
 from pipeline.training_data import Holdout, load_training_data
-from pipeline.training_process import METRICS, NothingToTrain, read_metrics, train_process
+from pipeline.training_metrics import METRICS, read_metrics
+from pipeline.training_process import NothingToTrain, train_process
 from pipeline.unit_worker import make_engine
 from workers.echo import echo_tokenizer
 from workers.engine import Engine

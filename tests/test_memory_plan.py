@@ -8,7 +8,7 @@ from test_cli import segue
 from transformers import AutoConfig
 
 from workers.memory_plan import CARDS, ModelSize, Workload, memory_plan
-from workers.model_facts import kv_bytes_per_token
+from workers.support import kv_bytes_per_token
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray[.]")
 LLAMA_3_8B = AutoConfig.for_model(

@@ -12,7 +12,8 @@ from echo_jobs import write_input, write_job
 from test_planned_rows import LOOPS
 
 from pipeline import planned_rows
-from pipeline.job import ReadyJob, _checking_process, prepare
+from pipeline.checking_process import checking_process
+from pipeline.job import ReadyJob, prepare
 from pipeline.problems import JobRefused
 from pipeline.run import plan_job
 from pipeline.sample import ROWS_EACH
@@ -90,20 +91,20 @@ def test_damaged_page_is_left_to_the_plan(tmp_path):
 
 def test_process_that_checks_is_another_where_the_environment_is(monkeypatch):
     """Which says where S3 is, and who asks."""
-    first = _checking_process(2**30)
-    assert _checking_process(2**30) is first
+    first = checking_process(2**30)
+    assert checking_process(2**30) is first
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    assert _checking_process(2**30) is not first
+    assert checking_process(2**30) is not first
 
 
 def test_process_that_checked_a_job_plans_it(tmp_path):
     job = prepare(write_job(write_input(tmp_path)))
-    checking = _checking_process(job.config.limits.row_memory_bytes)
+    checking = checking_process(job.config.limits.row_memory_bytes)
     (pid,) = checking.stream(own_pid)
     plan_job(job, lambda line: None)
     ((_, _, planning),) = planned_rows._kept
     assert list(planning.stream(own_pid)) == [pid]
-    assert _checking_process(job.config.limits.row_memory_bytes) is not checking
+    assert checking_process(job.config.limits.row_memory_bytes) is not checking
 
 
 def own_pid():

@@ -91,11 +91,6 @@ def _wanted_kernels() -> Kernels:
     return kernels
 
 
-def num_gpus_here() -> int:
-    """GPUs that this process sees."""
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
 def kv_memory_bytes(layer_devices: Sequence[torch.device], share: float | None) -> tuple[int, str]:
     """What keys and values of all layers may take now, and how that is explained. `share`: of a CPU's free memory, or
     of all of a GPU's, in which weights are counted; None is the default of each."""

@@ -1,31 +1,23 @@
 """What a plan must know of a model, found out without loading its weights: identity, limits, precision, mask.
 
-Raises ModelRefused for everything that would fail later on the workers, as far as files can tell.
+Imports neither torch nor transformers, which take seconds; what needs them is `workers/model_config.py`.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from workers import echo, support
+from workers import echo
 from workers.adapter_record import AdapterRecord, load_record
-from workers.devices import resolve_dtype
-from workers.model import checked_config
+from workers.gpus import num_gpus_here
 from workers.model_source import ModelRefused, file_digest, locate, safetensors_directory, weights_identity
-from workers.quantization import checked_quantization
 
 
 @dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """A model, as the fingerprint and the plan see it."""
+class ConfigFacts:
+    """Of a model without its weights."""
 
-    identity: str  # sha256 of weights, configuration and tokenizer
-    commit: str | None  # of a hub id: what every worker must load, whatever its branch points to by then
-    adapter_identity: str | None
-    adapter_record: AdapterRecord | None  # what the adapter says it was trained for
     dtype: str  # resolved: float32, bfloat16 or float16
     max_model_len: int  # tokens of prompt and answer
     window: int | None  # the sliding window that limits it, if one does
@@ -33,10 +25,27 @@ class ModelFacts:
     weight_bytes: int = 0  # in memory, in this dtype
     kv_bytes_per_token: int = 0
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts(ConfigFacts):
+    """A model, as the fingerprint and the plan see it."""
+
+    identity: str  # sha256 of weights, configuration and tokenizer
+    commit: str | None = None  # of a hub id: what every worker must load, whatever its branch points to by then
+    adapter_identity: str | None = None
+    adapter_record: AdapterRecord | None = None  # what the adapter says it was trained for
+
     @property
     def adapter_mask(self) -> str | None:
         """segment or causal, if the adapter says."""
         return self.adapter_record.mask if self.adapter_record else None
+
+
+def config_facts(directory: Path, **wanted: Any) -> ConfigFacts:
+    """`workers.model_config.config_facts`, which is not imported before."""
+    from workers import model_config
+
+    return model_config.config_facts(directory, **wanted)
 
 
 def inspect_model(
@@ -47,41 +56,35 @@ def inspect_model(
     revision: str | None,
     quantization: Mapping[str, Any] | None = None,
     on_gpu: bool | None = None,
+    look: Callable[..., ConfigFacts] = config_facts,
 ) -> ModelFacts:
     """Find, convert if needed, and check a model. `source: echo` has no weights and no limits.
 
-    `on_gpu`: whether it will compute on GPUs, maybe of other machines; None is as on this one.
+    `on_gpu`: whether it will compute on GPUs, maybe of other machines; None is as on this one. `look` does what
+    `config_facts` does, perhaps elsewhere.
+
+    Raises ModelRefused for everything that would fail later on the workers, as far as files can tell.
     """
     if echo.is_echo(source):
-        return ModelFacts(echo.SOURCE, None, None, None, "float32", echo.MAX_MODEL_LEN, None)
+        return ModelFacts(identity=echo.SOURCE, dtype="float32", max_model_len=echo.MAX_MODEL_LEN, window=None)
     files = locate(source, revision)
-    directory = safetensors_directory(files)
-    config, _ = checked_config(directory)
-    resolved = resolve_dtype(dtype, None if on_gpu is None else torch.device("cuda" if on_gpu else "cpu"))
-    quantized = checked_quantization(config, quantization, has_adapter=adapter is not None)
-    if quantized is not None:
-        num_weights, weight_bytes = quantized.size_in_memory(directory, config, resolved)
-    else:
-        num_weights = support.num_weights(directory)
-        weight_bytes = num_weights * resolved.itemsize
+    directory = safetensors_directory(files).absolute()
+    if num_gpus_here() and on_gpu is not False:
+        dtype = _dtype_here(dtype)  # what a card can is asked in this process
+    found = look(directory, dtype=dtype, quantization=quantization, has_adapter=adapter is not None, on_gpu=on_gpu)
     return ModelFacts(
+        **asdict(found),
         identity=weights_identity(files),
         commit=files.commit,
         adapter_identity=None if adapter is None else _adapter_identity(Path(adapter)),
         adapter_record=None if adapter is None else load_record(Path(adapter)),
-        dtype=str(resolved).removeprefix("torch."),
-        max_model_len=support.max_model_len(config),
-        window=support.sliding_window(config),
-        num_weights=num_weights,
-        weight_bytes=weight_bytes,
-        kv_bytes_per_token=kv_bytes_per_token(config, resolved.itemsize),
     )
 
 
-def kv_bytes_per_token(config: Any, bytes_per_number: int) -> int:
-    """Of all layers."""
-    text = config.get_text_config()
-    return 2 * int(text.num_hidden_layers) * support.num_kv_heads(text) * support.head_dim(text) * bytes_per_number
+def _dtype_here(dtype: str) -> str:
+    from workers.devices import resolve_dtype
+
+    return str(resolve_dtype(dtype)).removeprefix("torch.")
 
 
 def _adapter_identity(adapter: Path) -> str:

@@ -130,3 +130,9 @@ def num_weights(directory: Path) -> int:
         with safe_open(path, framework="pt") as file:
             total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     return total
+
+
+def kv_bytes_per_token(config: Any, bytes_per_number: int) -> int:
+    """Of all layers."""
+    text = config.get_text_config()
+    return 2 * int(text.num_hidden_layers) * num_kv_heads(text) * head_dim(text) * bytes_per_number

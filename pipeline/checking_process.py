@@ -1,0 +1,50 @@
+"""The child process in which a job's model and prompts are looked at, before anything of theirs is trusted.
+
+Kept for who checks several jobs, since starting one takes longer than a check, as long as the environment says the same
+of where files and models are, and of who asks.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from pipeline.limited import PREPARE_BYTES, ChildDied, LimitedProcess
+from pipeline.prompt_check import import_all
+
+CHECK_SECONDS = 120.0  # for loading a configuration or tokenizer, and for rendering a message with it
+PLACES = ("AWS_", "FSSPEC_", "HF_", "SEGUE_")  # beginnings of names in the environment
+
+Found = TypeVar("Found")
+
+
+def checking_process(memory_bytes: int) -> LimitedProcess:
+    """The one that there is, or a new one. `begin` it early: it imports torch and transformers."""
+    names = sorted(name for name in os.environ if name.startswith(PLACES))
+    return _process_for(memory_bytes, tuple((name, os.environ[name]) for name in names))
+
+
+def found_in_child(memory_bytes: int, look: Callable[..., Iterator[Found]], *arguments: Any) -> Found:
+    """The one value that `look(*arguments)` yields there. Tried twice: something else may have ended the process.
+
+    Raises ChildDied, ChildUnready, what `look` does.
+    """
+    child = checking_process(memory_bytes)
+    with suppress(ChildDied):
+        (found,) = child.stream(look, *arguments)
+        return found  # type: ignore[no-any-return]
+    (found,) = child.stream(look, *arguments)
+    return found  # type: ignore[no-any-return]
+
+
+def handed_over(memory_bytes: int) -> LimitedProcess:
+    """The checking process, which the next check will not find any more."""
+    child = checking_process(memory_bytes)
+    _process_for.cache_clear()
+    return child
+
+
+@functools.lru_cache(maxsize=1)
+def _process_for(memory_bytes: int, _: tuple[tuple[str, str], ...]) -> LimitedProcess:
+    return LimitedProcess(CHECK_SECONDS, PREPARE_BYTES + memory_bytes, import_all)
