@@ -8,18 +8,42 @@ from typing import TYPE_CHECKING, Any
 from jobs.ending import say, silent
 
 if TYPE_CHECKING:
+    from pipeline.config_file import JobDraft
     from pipeline.job import ReadyJob
     from pipeline.summary import RunSummary
 
 
 def run_file(path: str, overrides: Sequence[str], *, quiet: bool) -> tuple["ReadyJob", "RunSummary"]:
     """Prepare and run a job file. Raises what preparing and running raise."""
-    from pipeline.checking_process import checking_process
     from pipeline.config_file import read_job
 
-    draft = read_job(path, overrides)
+    return _run(read_job(path, overrides), quiet=quiet)
+
+
+def run_values(values: Mapping[str, Any], overrides: Sequence[str], *, quiet: bool, json_only: bool) -> "RunSummary":
+    """Run the job with these values as its file. Raises what preparing and running raise."""
+    from pipeline.config_file import read_job
+    from pipeline.yaml_file import as_yaml
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, f"{values['name']}.yaml")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(as_yaml(values))
+        draft = read_job(path, overrides)
+    _, summary = _run(draft, quiet=quiet)
+    if not json_only:
+        from jobs.show import show_summary
+
+        show_summary(summary)
+    return summary
+
+
+def _run(draft: "JobDraft", *, quiet: bool) -> tuple["ReadyJob", "RunSummary"]:
+    """What takes seconds each goes on at once: the child's imports, this process's own, and Ray's start."""
+    from pipeline.checking_process import checking_process
+
     if draft.config:
-        checking_process(draft.config.limits.row_memory_bytes).begin()  # before Ray, which takes a second to import
+        checking_process(draft.config).begin()
     from pipeline.cluster import is_local
     from pipeline.job import prepared
     from pipeline.run import ray_ahead, run_job
@@ -29,19 +53,3 @@ def run_file(path: str, overrides: Sequence[str], *, quiet: bool) -> tuple["Read
         if ready.warns_of_unadapted_mask:
             say("warning: mask segment on a model that was not adapted to it: expect worse answers, often garbage")
         return ready, run_job(ready, silent if quiet else say, quiet=quiet)
-
-
-def run_values(values: Mapping[str, Any], overrides: Sequence[str], *, quiet: bool, json_only: bool) -> "RunSummary":
-    """Run the job with these values as its file. Raises what preparing and running raise."""
-    from pipeline.yaml_file import as_yaml
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, f"{values['name']}.yaml")
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(as_yaml(values))
-        _, summary = run_file(path, overrides, quiet=quiet)
-    if not json_only:
-        from jobs.show import show_summary
-
-        show_summary(summary)
-    return summary

@@ -10,8 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from pipeline.config import JobConfig
 from pipeline.limited import PREPARE_BYTES, ChildDied, LimitedProcess
 from pipeline.prompt_check import import_all
+from workers.echo import is_echo
+from workers.prompt_encoder import import_tokenizers
 
 CHECK_SECONDS = 120.0  # for loading a configuration or tokenizer, and for rendering a message with it
 PLACES = ("AWS_", "FSSPEC_", "HF_", "SEGUE_")  # beginnings of names in the environment
@@ -19,18 +22,19 @@ PLACES = ("AWS_", "FSSPEC_", "HF_", "SEGUE_")  # beginnings of names in the envi
 Found = TypeVar("Found")
 
 
-def checking_process(memory_bytes: int) -> LimitedProcess:
-    """The one that there is, or a new one. `begin` it early: it imports torch and transformers."""
+def checking_process(config: JobConfig) -> LimitedProcess:
+    """The one that there is, or a new one. `begin` it early: for a model it imports torch and transformers."""
     names = sorted(name for name in os.environ if name.startswith(PLACES))
-    return _process_for(memory_bytes, tuple((name, os.environ[name]) for name in names))
+    environment = tuple((name, os.environ[name]) for name in names)
+    return _process_for(config.limits.row_memory_bytes, environment, not is_echo(config.model.source))
 
 
-def found_in_child(memory_bytes: int, look: Callable[..., Iterator[Found]], *arguments: Any) -> Found:
+def found_in_child(config: JobConfig, look: Callable[..., Iterator[Found]], *arguments: Any) -> Found:
     """The one value that `look(*arguments)` yields there. Tried twice: something else may have ended the process.
 
     Raises ChildDied, ChildUnready, what `look` does.
     """
-    child = checking_process(memory_bytes)
+    child = checking_process(config)
     with suppress(ChildDied):
         (found,) = child.stream(look, *arguments)
         return found  # type: ignore[no-any-return]
@@ -38,13 +42,14 @@ def found_in_child(memory_bytes: int, look: Callable[..., Iterator[Found]], *arg
     return found  # type: ignore[no-any-return]
 
 
-def handed_over(memory_bytes: int) -> LimitedProcess:
+def handed_over(config: JobConfig) -> LimitedProcess:
     """The checking process, which the next check will not find any more."""
-    child = checking_process(memory_bytes)
+    child = checking_process(config)
     _process_for.cache_clear()
     return child
 
 
 @functools.lru_cache(maxsize=1)
-def _process_for(memory_bytes: int, _: tuple[tuple[str, str], ...]) -> LimitedProcess:
-    return LimitedProcess(CHECK_SECONDS, PREPARE_BYTES + memory_bytes, import_all)
+def _process_for(memory_bytes: int, _: tuple[tuple[str, str], ...], has_model: bool) -> LimitedProcess:
+    prepare = import_all if has_model else import_tokenizers
+    return LimitedProcess(CHECK_SECONDS, PREPARE_BYTES + memory_bytes, prepare)

@@ -7,9 +7,9 @@ put beside its own, so that a person sees all of them at once.
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from fsspec.utils import glob_translate
 
@@ -83,15 +83,15 @@ def check_job_file(path: str | os.PathLike[str], overrides: Sequence[str] = (), 
 
 def check_draft(draft: JobDraft, *, has_gpu: bool = False, others: Sequence[Problem] = ()) -> CheckedJob:
     """`check_job` for a job file as read."""
-    checked, problems = look_over(draft, has_gpu=has_gpu)
-    if checked is None or others:
+    select, problems = look_over(draft, has_gpu=has_gpu)
+    if select is None or others:
         raise refused(draft, [*others, *problems])
-    return checked
+    return select()
 
 
-def look_over(draft: JobDraft, *, has_gpu: bool) -> tuple[CheckedJob | None, list[Problem]]:
-    """The job, or what is wrong with it beside `draft.problems`: sections that are right are looked at even if others
-    are wrong."""
+def look_over(draft: JobDraft, *, has_gpu: bool) -> tuple[Callable[[], CheckedJob] | None, list[Problem]]:
+    """What makes the job, reading what its filters need, or what is wrong with it beside `draft.problems`: sections
+    that are right are looked at even if others are wrong."""
     problems: list[Problem] = []
     inputs: tuple[InputFile, ...] = ()
     if draft.config is not None:
@@ -109,9 +109,14 @@ def look_over(draft: JobDraft, *, has_gpu: bool) -> tuple[CheckedJob | None, lis
         problems += check_output(draft.output.path, draft.input.path if draft.input else (), inputs)
     if draft.problems or problems or draft.config is None or columns is None:
         return None, problems
-    config = draft.config
+    return partial(_selected, draft.config, inputs, columns, failed), []
+
+
+def _selected(
+    config: JobConfig, inputs: tuple[InputFile, ...], columns: JobColumns, failed: FailedRows | None
+) -> CheckedJob:
     selected = selected_rows(inputs, config.input, config.limits, config.seed)
-    return CheckedJob(config, config.prompt_template(), inputs, columns, selected, failed), []
+    return CheckedJob(config, config.prompt_template(), inputs, columns, selected, failed)
 
 
 def refused(draft: JobDraft, problems: Sequence[Problem]) -> JobRefused:

@@ -32,7 +32,7 @@ from workers.adapter_record import AdapterRecord
 from workers.echo import is_echo
 from workers.gpus import num_gpus_here
 from workers.memory import GPU_KV_SHARE, KV_SHARE, free_memory_bytes
-from workers.model_facts import ConfigFacts, ModelFacts, inspect_model
+from workers.model_facts import ConfigFacts, FoundModel, ModelFacts, find_model, inspect_model
 from workers.model_source import ModelRefused
 
 IDENTITY_DIGITS = 16  # of a model, in an adapter's record
@@ -126,7 +126,7 @@ def prepare(
     meanwhile: Callable[[JobConfig], object] | None = None,
 ) -> ReadyJob:
     """Read and check a job file. `runs_here`: also whether its workers fit into this machine. `meanwhile` is called
-    when only the model and the prompts are left to be looked at, for which a child process is getting ready.
+    when all that is left is done in a child process, which is getting ready for it; not before data is filtered.
 
     Raises JobRefused with `others`, which the caller found, and every problem of file, data, output and model.
     """
@@ -141,27 +141,32 @@ def prepared(
     meanwhile: Callable[[JobConfig], object] | None = None,
 ) -> ReadyJob:
     """`prepare` for a job file as read. Raises JobRefused with `others`, which the caller found, and every other."""
-    if draft.config:
-        checking_process(draft.config.limits.row_memory_bytes).begin()  # it loads while the data is looked at
-    checked, of_data = look_over(draft, has_gpu=num_gpus_here() > 0)
-    if checked and not others and meanwhile:
-        meanwhile(checked.config)
-    facts, of_model = _look_at_model(draft.config) if draft.config else (None, [])
-    if draft.config and cluster.is_local():
-        of_model += _check_gpus(draft.config)
-    if runs_here and draft.config and facts:
-        of_model += _check_fits(draft.config, facts)
-    if checked is None or facts is None or others or of_model:
-        raise refused(draft, [*others, *of_model, *of_data])
+    config = draft.config
+    if config:
+        checking_process(config).begin()  # it loads while the data is looked at
+    select, of_data = look_over(draft, has_gpu=num_gpus_here() > 0)
+    found, of_model = _find_model(config) if config else (None, [])
+    of_gpus = _check_gpus(config) if config and cluster.is_local() else []
+    free_bytes = free_memory_bytes() if runs_here else None  # before anything else is started here
+    if select and config and not config.input.filters and not (others or of_model or of_gpus) and meanwhile:
+        meanwhile(config)
+    facts: ModelFacts | None = None
+    if config and found:
+        facts, of_config = _look_at_model(config, found)
+        of_model += of_config
+    if config and facts and free_bytes is not None:
+        of_gpus += _check_fits(config, facts, free_bytes)
+    if select is None or facts is None or others or of_model or of_gpus:
+        raise refused(draft, [*others, *of_model, *of_gpus, *of_data])
+    checked = select()
     mask = facts.adapter_mask or "causal" if checked.config.mask == "auto" else checked.config.mask
     ready = ReadyJob(checked, facts, mask, fingerprint_fields(checked, facts, mask))
     spec = ready.render_spec(today())
     _check_adapter(ready, _checked_record(ready, spec))
-    memory_bytes = checked.config.limits.row_memory_bytes
-    sample = sample_of(checked, spec, checking_process(memory_bytes))
+    sample = sample_of(checked, spec, checking_process(checked.config))
     if problems := check_sample(checked, sample):
         raise JobRefused(problems)
-    offer_child(spec, functools.partial(handed_over, memory_bytes))
+    offer_child(spec, functools.partial(handed_over, checked.config))
     return replace(ready, sample=sample)
 
 
@@ -172,7 +177,7 @@ def _checked_record(job: ReadyJob, spec: RenderSpec) -> AdapterRecord:
     """
     memory = job.config.limits.row_memory_bytes
     try:
-        return found_in_child(memory, adapter_record, spec, job.facts.identity[:IDENTITY_DIGITS])
+        return found_in_child(job.config, adapter_record, spec, job.facts.identity[:IDENTITY_DIGITS])
     except (ValueError, OSError) as error:
         raise JobRefused([Problem("prompt", "", str(error))]) from error
     except ChildDied as died:
@@ -207,19 +212,21 @@ def today() -> str:
     return datetime.date.today().isoformat()
 
 
-def _look_at_model(config: JobConfig) -> tuple[ModelFacts | None, list[Problem]]:
+def _find_model(config: JobConfig) -> tuple[FoundModel | None, list[Problem]]:
     model = config.model
-    problems = []
     try:
         source, adapter = local_source(model.source), model.adapter and local_source(model.adapter, "model.adapter")
+        return find_model(source, adapter=adapter, revision=model.revision), []
+    except ModelRefused as error:
+        return None, [Problem("model", "", str(error))]
+
+
+def _look_at_model(config: JobConfig, found: FoundModel) -> tuple[ModelFacts | None, list[Problem]]:
+    model = config.model
+    look = functools.partial(_config_facts, config)
+    try:
         facts = inspect_model(
-            source,
-            dtype=model.dtype,
-            adapter=adapter,
-            revision=model.revision,
-            quantization=model.quantization,
-            on_gpu=_is_on_gpu(config),
-            look=functools.partial(_config_facts, config.limits.row_memory_bytes),
+            found, dtype=model.dtype, quantization=model.quantization, on_gpu=_is_on_gpu(config), look=look
         )
     except ModelRefused as error:
         return None, [Problem("model", "", str(error))]
@@ -230,6 +237,7 @@ def _look_at_model(config: JobConfig) -> tuple[ModelFacts | None, list[Problem]]
             "crash": "a configuration or tokenizer that ends its process",
         }[died.death]
         return None, [Problem("model", got, "one that can be loaded")]
+    problems = []
     wanted_length = config.limits.max_model_len
     if wanted_length is not None and wanted_length > facts.max_model_len:
         limit = f"at most the model's own {facts.max_model_len}"
@@ -237,8 +245,8 @@ def _look_at_model(config: JobConfig) -> tuple[ModelFacts | None, list[Problem]]
     return facts, problems
 
 
-def _config_facts(memory_bytes: int, directory: Path, **wanted: Any) -> ConfigFacts:
-    return found_in_child(memory_bytes, config_facts, directory, wanted)
+def _config_facts(config: JobConfig, directory: Path, **wanted: Any) -> ConfigFacts:
+    return found_in_child(config, config_facts, directory, wanted)
 
 
 def _is_on_gpu(config: JobConfig) -> bool | None:
@@ -255,11 +263,11 @@ def _check_gpus(config: JobConfig) -> list[Problem]:
     return [Problem("workers.num_gpus", f"{config.workers.num_gpus:g}", wanted, hint)]
 
 
-def _check_fits(config: JobConfig, facts: ModelFacts) -> list[Problem]:
-    """Whether the weights of the fewest workers fit into what this machine has free."""
+def _check_fits(config: JobConfig, facts: ModelFacts, free: int) -> list[Problem]:
+    """Whether the weights of the fewest workers fit into what this machine has free, in bytes."""
     if _is_on_gpu(config) or (_is_on_gpu(config) is None and num_gpus_here()):
         return []  # a GPU's memory is another
-    workers, free = config.workers.min_size, free_memory_bytes()
+    workers = config.workers.min_size
     if workers * facts.weight_bytes <= free:
         return []
     got = f"weights of {facts.weight_bytes / GIB:,.1f} GiB in {facts.dtype}, for each of {workers} workers"

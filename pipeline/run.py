@@ -5,7 +5,7 @@ Ray schedules, the store commits: a run can end anywhere and be run again.
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 
 from pipeline import cluster
 from pipeline.completeness import check_complete, check_unused, missing_units, write_success
@@ -17,6 +17,7 @@ from pipeline.ordering import needs_ray
 from pipeline.passes import Passes, Tally
 from pipeline.planning import growing_plans, plan_all, plan_first
 from pipeline.presence import Presence
+from pipeline.problems import ClusterUnavailable
 from pipeline.progress import Say
 from pipeline.store import open_store
 from pipeline.summary import RunSummary, committed_footers, count_rows, summary_of
@@ -48,7 +49,8 @@ def ray_ahead() -> Iterator[Callable[[JobConfig], None]]:
             if store.exists(SUCCESS) or (store.data_names() and not store.exists(MANIFEST)):
                 return
             interrupt = stack.enter_context(Interrupt())
-            stack.enter_context(cluster.ray_session())
+            with suppress(ClusterUnavailable):  # the run will find that out, if nothing else is wrong
+                stack.enter_context(cluster.ray_session())
             interrupt.install()  # Ray takes SIGTERM for itself
 
         yield start

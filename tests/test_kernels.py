@@ -24,7 +24,7 @@ TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of numbers of about 
 dtypes = pytest.mark.parametrize("dtype", TOLERANCES, ids=["fp32", "bf16"])
 
 
-@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+@pytest.fixture(params=[1, 3], ids=["one thread", "three threads"])
 def kernels(request) -> Iterator[Kernels]:
     found = cpu_kernels()
     if found is None:

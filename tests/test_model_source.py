@@ -1,6 +1,8 @@
 """Where models come from, and what is refused before weights are read."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from attention.segments import Segment
 from workers.devices import resolve_dtype
 from workers.engine import Engine, EngineConfig
 from workers.model import load_model
-from workers.model_facts import inspect_model
+from workers.model_facts import find_model, inspect_model
 from workers.model_source import ModelRefused, file_digest, locate, safetensors_directory, weights_identity
 
 PROMPT = [Segment((5, 6, 7), True), Segment((8, 9), False)]
@@ -30,7 +32,7 @@ def private_cache(tmp_path, monkeypatch):
 
 
 def inspect(path, **changes):
-    return inspect_model(str(path), **{"dtype": "float32", "adapter": None, "revision": None, **changes})
+    return inspect_model(find_model(str(path), **{"adapter": None, "revision": None, **changes}), dtype="float32")
 
 
 def edit_config(path, **changes):
@@ -42,6 +44,28 @@ def test_model_directory_loads_and_equals_transformers(model_directory):
     engine = Engine.from_pretrained(str(model_directory), mask="segment", dtype="float32")
     wanted = oracle_logits(tiny_model("llama"), PROMPT)[-1]
     torch.testing.assert_close(engine.logits([PROMPT])[0], wanted, atol=1e-4, rtol=0)
+
+
+def test_weights_of_many_gigabytes_are_looked_at_in_little_memory(tmp_path):
+    """As the checking child has it, whose limit counts what is mapped to be written."""
+    shape = (70_000, 32_000)
+    header = json.dumps({"embed_tokens.weight": {"dtype": "BF16", "shape": shape, "data_offsets": (0, 4_480_000_000)}})
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header.encode())
+        file.truncate(8 + len(header) + 4_480_000_000)  # a hole
+    code = f"""
+import resource
+from pathlib import Path
+from types import SimpleNamespace
+from workers import support
+resource.setrlimit(resource.RLIMIT_DATA, (1 << 30, 1 << 30))
+config = SimpleNamespace(vocab_size=70_000, hidden_size=32_000)
+config.get_text_config = lambda: config
+support.check_weights_match(Path({str(tmp_path)!r}), config)
+print(support.num_weights(Path({str(tmp_path)!r})))
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (found.returncode, found.stdout.strip()) == (0, str(70_000 * 32_000)), found.stderr
 
 
 def test_adapter_is_merged_and_equals_peft(model_directory, tmp_path):

@@ -19,7 +19,7 @@ from pipeline.problems import JobRefused
 from pipeline.unit_worker import make_engine
 from workers.engine import Engine
 from workers.fused_decoder import FusedDecoder
-from workers.model_facts import inspect_model
+from workers.model_facts import FoundModel, ModelFacts, find_model, inspect_model
 from workers.model_source import ModelRefused
 from workers.sampling import SamplingParams
 from workers.training_model import check_trainable
@@ -33,6 +33,11 @@ def torchao(name: str) -> dict[str, Any]:
 
 
 INT8 = torchao("Int8WeightOnlyConfig")
+
+
+def inspect(directory: str, quantization: dict[str, Any] | None, dtype: str = "float32") -> ModelFacts:
+    found = find_model(directory, adapter=None, revision=None)
+    return inspect_model(found, dtype=dtype, quantization=quantization)
 
 
 def own_model(directory: Path) -> Any:
@@ -86,10 +91,7 @@ def test_quantised_decoder_is_not_fused(model_directory):
 
 
 def test_size_in_memory_counts_a_byte_a_weight(model_directory):
-    facts = {
-        name: inspect_model(model_directory, dtype="float32", adapter=None, revision=None, quantization=quantization)
-        for name, quantization in (("plain", None), ("int8", INT8))
-    }
+    facts = {name: inspect(model_directory, quantization) for name, quantization in (("plain", None), ("int8", INT8))}
     model = AutoModelForCausalLM.from_pretrained(model_directory)
     linear = sum(p.numel() for n, p in model.named_parameters() if n.endswith("_proj.weight"))
     assert facts["plain"].num_weights == facts["int8"].num_weights
@@ -108,7 +110,7 @@ def test_size_in_memory_counts_a_byte_a_weight(model_directory):
 )
 def test_what_cannot_be_had_is_refused_before_weights_are_read(wanted, reason, model_directory):
     with pytest.raises(ModelRefused, match=f"model.quantization: .*({reason})"):
-        inspect_model(model_directory, dtype="auto", adapter=None, revision=None, quantization=wanted)
+        inspect(model_directory, wanted, dtype="auto")
 
 
 def test_a_method_that_wants_a_gpu_is_left_for_the_worker_to_try(monkeypatch, model_directory):
@@ -116,8 +118,7 @@ def test_a_method_that_wants_a_gpu_is_left_for_the_worker_to_try(monkeypatch, mo
         raise RuntimeError("No GPU found. A GPU is needed for quantization.")
 
     monkeypatch.setattr(TorchAoHfQuantizer, "validate_environment", no_gpu)
-    told = {"dtype": "float32", "adapter": None, "revision": None}
-    assert inspect_model(model_directory, **told, quantization=INT8).num_weights > 0
+    assert inspect(model_directory, INT8).num_weights > 0
     with pytest.raises(ModelRefused, match=r"model\.quantization: RuntimeError: No GPU found"):
         Engine.from_pretrained(model_directory, quantization=INT8)
 
@@ -153,6 +154,8 @@ def test_values_that_yaml_has_and_json_has_not_are_refused_by_key(tmp_path):
 
 def test_adapter_over_quantised_weights_is_refused(model_directory):
     with pytest.raises(ModelRefused, match="merge it into the model first"):
-        inspect_model(model_directory, dtype="auto", adapter="anywhere", revision=None, quantization=INT8)
+        inspect_model(
+            FoundModel(Path(model_directory), "its", adapter_identity="an adapter's"), dtype="auto", quantization=INT8
+        )
     with pytest.raises(ModelRefused, match="merge it into the model first"):
         Engine.from_pretrained(model_directory, adapter="anywhere", quantization=INT8)

@@ -89,22 +89,23 @@ def test_damaged_page_is_left_to_the_plan(tmp_path):
     assert prepare(write_job(tmp_path)).sample.num_rows == 0
 
 
-def test_process_that_checks_is_another_where_the_environment_is(monkeypatch):
+def test_process_that_checks_is_another_where_the_environment_is(monkeypatch, tmp_path):
     """Which says where S3 is, and who asks."""
-    first = checking_process(2**30)
-    assert checking_process(2**30) is first
+    config = prepare(write_job(write_input(tmp_path))).config
+    first = checking_process(config)
+    assert checking_process(config) is first
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    assert checking_process(2**30) is not first
+    assert checking_process(config) is not first
 
 
 def test_process_that_checked_a_job_plans_it(tmp_path):
     job = prepare(write_job(write_input(tmp_path)))
-    checking = checking_process(job.config.limits.row_memory_bytes)
+    checking = checking_process(job.config)
     (pid,) = checking.stream(own_pid)
     plan_job(job, lambda line: None)
     ((_, _, planning),) = planned_rows._kept
     assert list(planning.stream(own_pid)) == [pid]
-    assert checking_process(job.config.limits.row_memory_bytes) is not checking
+    assert checking_process(job.config) is not checking
 
 
 def own_pid():

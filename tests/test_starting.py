@@ -14,6 +14,7 @@ from echo_jobs import write_input, write_job
 from pipeline.config import JobConfig
 from pipeline.job import prepare
 from pipeline.problems import JobRefused
+from workers.gpus import may_be_there
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,6 +44,7 @@ def write_model_job(folder: Path, source: str) -> Path:
     return yaml_job.write(folder, job)
 
 
+@pytest.mark.skipif(may_be_there(), reason="with a card here the driver asks torch what it can")
 def test_a_run_imports_neither_torch_nor_transformers_beside_its_workers(tmp_path, model_directory):
     """Importing them takes longer than all else that the driver does."""
     job = write_model_job(tmp_path, model_directory)
@@ -64,9 +66,36 @@ def test_meanwhile_comes_once_data_is_seen_to_be_right_and_before_the_model_is(t
     with pytest.raises(JobRefused, match="unheard-of"):
         prepare(tmp_path / "job.yaml", meanwhile=called.append)
     assert len(called) == 2
-    with pytest.raises(JobRefused, match=r"input\.path(.|\n)*unheard-of|unheard-of(.|\n)*input\.path"):
+    with pytest.raises(JobRefused, match=r"unheard-of(.|\n)*input\.path"):
         prepare(tmp_path / "job.yaml", ["input.path=nowhere"], meanwhile=called.append)
+    for change in ("model.source=./nowhere", "workers.num_gpus=1", "input.path=nowhere"):
+        with pytest.raises(JobRefused, match=change.split("=")[0].split(".")[0]):
+            prepare(tmp_path / "job.yaml", [change], meanwhile=called.append)
     assert len(called) == 2
+
+
+def test_what_is_wrong_with_a_model_is_told_before_filters_read_the_data(tmp_path, strange_model, monkeypatch):
+    monkeypatch.setattr("pipeline.checks.selected_rows", lambda *_: pytest.fail("the data was read"))
+    called: list[JobConfig] = []
+    filtered = "input.filters=[[prompt, ==, one]]"
+    with pytest.raises(JobRefused, match="unheard-of"):
+        prepare(write_model_job(tmp_path, strange_model), [filtered], meanwhile=called.append)
+    assert not called, "Ray would wait for the filters"
+
+
+def test_cluster_that_does_not_answer_hides_no_problem_of_the_model(tmp_path, strange_model):
+    job = write_model_job(tmp_path, strange_model)
+    result = python(f"""
+import os
+from jobs.running import run_file
+os.environ["RAY_ADDRESS"] = "127.0.0.1:1"
+for source in ({strange_model!r}, "echo"):
+    try:
+        run_file({str(job)!r}, [f"model.source={{source}}"], quiet=True)
+    except Exception as error:
+        print(type(error).__name__)
+""")
+    assert (result.returncode, result.stdout.split()) == (0, ["JobRefused", "ClusterUnavailable"]), result.stderr
 
 
 def test_ray_that_was_started_ahead_ends_with_a_job_that_is_refused(tmp_path, strange_model):

@@ -48,36 +48,56 @@ def config_facts(directory: Path, **wanted: Any) -> ConfigFacts:
     return model_config.config_facts(directory, **wanted)
 
 
+@dataclass(frozen=True, slots=True)
+class FoundModel:
+    """A model's files, nothing of which has been loaded."""
+
+    directory: Path | None  # None: the echo
+    identity: str
+    commit: str | None = None
+    adapter_identity: str | None = None
+    adapter_record: AdapterRecord | None = None
+
+
+def find_model(source: str, *, adapter: str | None, revision: str | None) -> FoundModel:
+    """Find a model, download and convert it if needed. `source: echo` has no files. Raises ModelRefused."""
+    if echo.is_echo(source):
+        return FoundModel(None, echo.SOURCE)
+    files = locate(source, revision)
+    return FoundModel(
+        safetensors_directory(files).absolute(),
+        weights_identity(files),
+        files.commit,
+        adapter_identity=None if adapter is None else _adapter_identity(Path(adapter)),
+        adapter_record=None if adapter is None else load_record(Path(adapter)),
+    )
+
+
 def inspect_model(
-    source: str,
+    found: FoundModel,
     *,
     dtype: str,
-    adapter: str | None,
-    revision: str | None,
     quantization: Mapping[str, Any] | None = None,
     on_gpu: bool | None = None,
     look: Callable[..., ConfigFacts] = config_facts,
 ) -> ModelFacts:
-    """Find, convert if needed, and check a model. `source: echo` has no weights and no limits.
-
-    `on_gpu`: whether it will compute on GPUs, maybe of other machines; None is as on this one. `look` does what
-    `config_facts` does, perhaps elsewhere.
+    """Check a model. `on_gpu`: whether it will compute on GPUs, maybe of other machines; None is as on this one. `look`
+    does what `config_facts` does, perhaps elsewhere.
 
     Raises ModelRefused for everything that would fail later on the workers, as far as files can tell.
     """
-    if echo.is_echo(source):
-        return ModelFacts(identity=echo.SOURCE, dtype="float32", max_model_len=echo.MAX_MODEL_LEN, window=None)
-    files = locate(source, revision)
-    directory = safetensors_directory(files).absolute()
+    if found.directory is None:
+        return ModelFacts(identity=found.identity, dtype="float32", max_model_len=echo.MAX_MODEL_LEN, window=None)
     if num_gpus_here() and on_gpu is not False:
-        dtype = _dtype_here(dtype)  # what a card can is asked in this process
-    found = look(directory, dtype=dtype, quantization=quantization, has_adapter=adapter is not None, on_gpu=on_gpu)
+        dtype, on_gpu = _dtype_here(dtype), True  # what a card can is asked in this process
+    has_adapter = found.adapter_identity is not None
+    facts = look(found.directory, dtype=dtype, quantization=quantization, has_adapter=has_adapter, on_gpu=on_gpu)
     return ModelFacts(
-        **asdict(found),
-        identity=weights_identity(files),
-        commit=files.commit,
-        adapter_identity=None if adapter is None else _adapter_identity(Path(adapter)),
-        adapter_record=None if adapter is None else load_record(Path(adapter)),
+        **asdict(facts),
+        identity=found.identity,
+        commit=found.commit,
+        adapter_identity=found.adapter_identity,
+        adapter_record=found.adapter_record,
     )
 
 

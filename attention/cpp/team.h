@@ -53,6 +53,7 @@ class Team::Member {
             const int64_t whose = (index_ + i) % size;
             const int64_t first = num_parts * whose / size, end = num_parts * (whose + 1) / size;
             auto& num_taken = team_.shares_[whose].num_taken[round_ % 2];
+            if (num_taken.load(std::memory_order_relaxed) >= end - first) continue;
             for (int64_t part; (part = first + num_taken.fetch_add(1, std::memory_order_relaxed)) < end;)
                 function(part * at_once, std::min((part + 1) * at_once, num_items));
         }
