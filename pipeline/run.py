@@ -39,12 +39,14 @@ def plan_job(job: ReadyJob, say: Say) -> Manifest:
 
 @contextmanager
 def ray_ahead() -> Iterator[Callable[[JobConfig], None]]:
-    """Yields what starts Ray for a job that is still being looked at (`meanwhile` of `prepare`), unless its output is
-    complete or not empty. It ends with the block, which has `run_job` in it. Starting takes seconds, and mostly waits.
-    """
+    """Yields what starts a local Ray for a job that is still being looked at (`meanwhile` of `prepare`), unless its
+    output is complete or not empty. It ends with the block, which has `run_job` in it. Starting takes seconds, and
+    mostly waits; joining a cluster does not, and may take the folder from under a submitted job (Ray 2.60)."""
     with ExitStack() as stack:
 
         def start(config: JobConfig) -> None:
+            if not cluster.is_local():
+                return
             store = open_store(config.output.path)
             if store.exists(SUCCESS) or (store.data_names() and not store.exists(MANIFEST)):
                 return
