@@ -37,9 +37,9 @@ def found_in_child(config: JobConfig, look: Callable[..., Iterator[Found]], *arg
     child = checking_process(config)
     with suppress(ChildDied):
         (found,) = child.stream(look, *arguments)
-        return found  # type: ignore[no-any-return]
+        return found
     (found,) = child.stream(look, *arguments)
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def handed_over(config: JobConfig) -> LimitedProcess:

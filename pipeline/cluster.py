@@ -74,9 +74,9 @@ def _start(num_cpus: int | None) -> None:
         _start_here(num_cpus)
     except Exception as error:  # Ray has bare ones, too: a node that starts too slowly
         raise ClusterUnavailable(f"Ray at {address or 'a local address'} cannot be used: {error}") from error
-    except SystemExit:
-        # Ray's own handler, in place while it starts, exits with the bare number of the signal.
-        raise SystemExit(128 + signal.SIGTERM) from None
+    except SystemExit as ended:
+        # Ray's own handler of SIGTERM, in place while it starts, exits with the bare number of the signal.
+        raise SystemExit(ended.code if ended.code == 128 + signal.SIGINT else 128 + signal.SIGTERM) from None
     finally:
         with suppress(FileNotFoundError):  # Ray (2.60) may unpack a submitted job's folder again, in another's place
             os.chdir(here)

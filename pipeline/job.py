@@ -226,7 +226,7 @@ def _look_at_model(config: JobConfig, found: FoundModel) -> tuple[ModelFacts | N
     look = functools.partial(_config_facts, config)
     try:
         facts = inspect_model(
-            found, dtype=model.dtype, quantization=model.quantization, on_gpu=_is_on_gpu(config), look=look
+            found, look, dtype=model.dtype, quantization=model.quantization, on_gpu=_is_on_gpu(config)
         )
     except ModelRefused as error:
         return None, [Problem("model", "", str(error))]

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.render import RenderSpec, encoder_of
-from workers import model_facts
 from workers.adapter_record import AdapterRecord
 from workers.model_facts import ConfigFacts
 from workers.pairs import PairEncoder
@@ -33,8 +32,10 @@ def checked_encoder(spec: RenderSpec) -> PromptEncoder:
 
 
 def config_facts(directory: Path, wanted: dict[str, Any]) -> Iterator[ConfigFacts]:
-    """`workers.model_facts.config_facts`, one value. For a stream of a LimitedProcess."""
-    yield model_facts.config_facts(directory, **wanted)
+    """`workers.model_config.config_facts`, one value. For a stream of a LimitedProcess."""
+    from workers import model_config
+
+    yield model_config.config_facts(directory, **wanted)
 
 
 def adapter_record(spec: RenderSpec, base_identity: str) -> Iterator[AdapterRecord]:

@@ -12,6 +12,7 @@ from attention.segments import Segment
 from workers.devices import resolve_dtype
 from workers.engine import Engine, EngineConfig
 from workers.model import load_model
+from workers.model_config import config_facts
 from workers.model_facts import find_model, inspect_model
 from workers.model_source import ModelRefused, file_digest, locate, safetensors_directory, weights_identity
 
@@ -32,7 +33,9 @@ def private_cache(tmp_path, monkeypatch):
 
 
 def inspect(path, **changes):
-    return inspect_model(find_model(str(path), **{"adapter": None, "revision": None, **changes}), dtype="float32")
+    return inspect_model(
+        find_model(str(path), **{"adapter": None, "revision": None, **changes}), config_facts, dtype="float32"
+    )
 
 
 def edit_config(path, **changes):

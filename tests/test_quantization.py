@@ -19,6 +19,7 @@ from pipeline.problems import JobRefused
 from pipeline.unit_worker import make_engine
 from workers.engine import Engine
 from workers.fused_decoder import FusedDecoder
+from workers.model_config import config_facts
 from workers.model_facts import FoundModel, ModelFacts, find_model, inspect_model
 from workers.model_source import ModelRefused
 from workers.sampling import SamplingParams
@@ -37,7 +38,7 @@ INT8 = torchao("Int8WeightOnlyConfig")
 
 def inspect(directory: str, quantization: dict[str, Any] | None, dtype: str = "float32") -> ModelFacts:
     found = find_model(directory, adapter=None, revision=None)
-    return inspect_model(found, dtype=dtype, quantization=quantization)
+    return inspect_model(found, config_facts, dtype=dtype, quantization=quantization)
 
 
 def own_model(directory: Path) -> Any:
@@ -155,7 +156,10 @@ def test_values_that_yaml_has_and_json_has_not_are_refused_by_key(tmp_path):
 def test_adapter_over_quantised_weights_is_refused(model_directory):
     with pytest.raises(ModelRefused, match="merge it into the model first"):
         inspect_model(
-            FoundModel(Path(model_directory), "its", adapter_identity="an adapter's"), dtype="auto", quantization=INT8
+            FoundModel(Path(model_directory), "its", adapter_identity="an adapter's"),
+            config_facts,
+            dtype="auto",
+            quantization=INT8,
         )
     with pytest.raises(ModelRefused, match="merge it into the model first"):
         Engine.from_pretrained(model_directory, adapter="anywhere", quantization=INT8)

@@ -41,13 +41,6 @@ class ModelFacts(ConfigFacts):
         return self.adapter_record.mask if self.adapter_record else None
 
 
-def config_facts(directory: Path, **wanted: Any) -> ConfigFacts:
-    """`workers.model_config.config_facts`, which is not imported before."""
-    from workers import model_config
-
-    return model_config.config_facts(directory, **wanted)
-
-
 @dataclass(frozen=True, slots=True)
 class FoundModel:
     """A model's files, nothing of which has been loaded."""
@@ -75,14 +68,14 @@ def find_model(source: str, *, adapter: str | None, revision: str | None) -> Fou
 
 def inspect_model(
     found: FoundModel,
+    look: Callable[..., ConfigFacts],
     *,
     dtype: str,
     quantization: Mapping[str, Any] | None = None,
     on_gpu: bool | None = None,
-    look: Callable[..., ConfigFacts] = config_facts,
 ) -> ModelFacts:
-    """Check a model. `on_gpu`: whether it will compute on GPUs, maybe of other machines; None is as on this one. `look`
-    does what `config_facts` does, perhaps elsewhere.
+    """Check a model. `look` is `workers.model_config.config_facts`, here or in another process. `on_gpu`: whether it
+    will compute on GPUs, maybe of other machines; None is as on this one.
 
     Raises ModelRefused for everything that would fail later on the workers, as far as files can tell.
     """

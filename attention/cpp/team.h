@@ -11,9 +11,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <memory>
-
-#include "numbers.h"
 
 namespace segue {
 
