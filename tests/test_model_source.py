@@ -145,6 +145,21 @@ def test_config_that_asks_for_remote_code_is_refused(model_directory, key):
         inspect(model_directory)
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"model_type": "llama", ', "is no JSON"),
+        ("\xff", "is no JSON"),
+        ("[1]", "is a list, wanted an object"),
+        ('{"model_type": "llama", "hidden_size": "many"}', "cannot be used: .*hidden_size"),
+    ],
+)
+def test_config_that_is_none_is_refused_with_the_reason(model_directory, text, told):
+    (model_directory / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ModelRefused, match=rf"config\.json {told}"):
+        inspect(model_directory)
+
+
 def test_unknown_model_type_is_refused_by_name(model_directory):
     edit_config(model_directory, model_type="perpetuum")
     with pytest.raises(ModelRefused, match="'perpetuum' is unknown"):

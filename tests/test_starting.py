@@ -14,6 +14,7 @@ from echo_jobs import write_input, write_job
 from pipeline.config import JobConfig
 from pipeline.job import prepare
 from pipeline.problems import JobRefused
+from pipeline.run import ray_ahead
 from workers.gpus import may_be_there
 
 ROOT = Path(__file__).parents[1]
@@ -83,12 +84,14 @@ def test_what_is_wrong_with_a_model_is_told_before_filters_read_the_data(tmp_pat
     assert not called, "Ray would wait for the filters"
 
 
-def test_cluster_that_does_not_answer_hides_no_problem_of_the_model(tmp_path, strange_model):
+def test_ray_that_does_not_start_hides_no_problem_of_the_model(tmp_path, strange_model):
     job = write_model_job(tmp_path, strange_model)
     result = python(f"""
-import os
+import ray
 from jobs.running import run_file
-os.environ["RAY_ADDRESS"] = "127.0.0.1:1"
+def fail(**options):
+    raise RuntimeError("no room for Ray here")
+ray.init = fail
 for source in ({strange_model!r}, "echo"):
     try:
         run_file({str(job)!r}, [f"model.source={{source}}"], quiet=True)
@@ -98,6 +101,31 @@ for source in ({strange_model!r}, "echo"):
     assert (result.returncode, result.stdout.split()) == (0, ["JobRefused", "ClusterUnavailable"]), result.stderr
 
 
+def test_submitted_job_joins_its_cluster_when_all_is_looked_at(tmp_path, monkeypatch):
+    """Ray (2.60) may unpack its folder again when it does, in another's place, while a child still stands there."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr("pipeline.cluster.ray_session", lambda: pytest.fail("joined before"))
+    with ray_ahead() as start:
+        prepare(write_model_job(tmp_path, "echo"), meanwhile=start)
+
+
+@pytest.mark.parametrize(("signum", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_signal_while_ray_starts_is_told_by_its_number(tmp_path, signum, code):
+    job = write_model_job(tmp_path, "echo")
+    result = python(f"""
+import os, signal
+import ray
+from jobs.running import run_file
+def interrupted(**options):
+    if signal.{signum} == signal.SIGTERM:  # as Ray does
+        signal.signal(signal.SIGTERM, lambda number, frame: exit(number))
+    os.kill(os.getpid(), signal.{signum})
+ray.init = interrupted
+run_file({str(job)!r}, [], quiet=True)
+""")
+    assert result.returncode == code, result.stderr
+
+
 def test_ray_that_was_started_ahead_ends_with_a_job_that_is_refused(tmp_path, strange_model):
     job = write_model_job(tmp_path, strange_model)
     result = python(f"""
@@ -105,6 +133,7 @@ import ray
 import pipeline.job as job
 from jobs.running import run_file
 from pipeline.problems import JobRefused
+from pipeline.run import ray_ahead
 was_there = []
 look = job.inspect_model
 job.inspect_model = lambda *args, **more: was_there.append(ray.is_initialized()) or look(*args, **more)

@@ -15,17 +15,28 @@ SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention", "attention"
 
 
 def read_config(directory: Path) -> Any:
-    """The model's transformers configuration. Raises ModelRefused for remote code or an unknown kind."""
-    from transformers import AutoConfig
+    """The model's transformers configuration. Raises ModelRefused for remote code, an unknown kind, or a file that is no
+    configuration."""
+    from transformers import CONFIG_MAPPING, AutoConfig
 
-    raw = json.loads((directory / "config.json").read_text())
+    try:
+        raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelRefused(f"config.json is no JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ModelRefused(f"config.json is a {type(raw).__name__}, wanted an object")
     for key in ("auto_map", "trust_remote_code", "_attn_implementation_internal"):
         if key in raw:
             raise ModelRefused(f"config.json asks for code of its own ({key!r}); only transformers' own models are run")
     try:
         return AutoConfig.from_pretrained(directory, local_files_only=True)
-    except ValueError as error:
-        raise ModelRefused(f"config.json: model_type {raw.get('model_type')!r} is unknown to transformers") from error
+    except Exception as error:  # of validators, whose own kinds there are many of
+        if raw.get("model_type") not in CONFIG_MAPPING:
+            raise ModelRefused(
+                f"config.json: model_type {raw.get('model_type')!r} is unknown to transformers"
+            ) from error
+        first_line = (str(error).splitlines() or [""])[0]
+        raise ModelRefused(f"config.json cannot be used: {type(error).__name__}: {first_line}") from error
 
 
 def check_supported(config: Any) -> None:
