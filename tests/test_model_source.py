@@ -1,5 +1,6 @@
 """Where models come from, and what is refused before weights are read."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -117,6 +118,23 @@ def test_file_digest_is_remembered_and_notices_a_change(tmp_path):
     assert file_digest(path) == first
     path.write_bytes(b"other")
     assert file_digest(path) != first
+
+
+def test_cache_on_a_full_disk_forgets_digests_and_refuses_conversions_by_name(tmp_path, monkeypatch):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"one")
+    cache = tmp_path / "cache"
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("workers.model_source.os.replace", full)
+    assert file_digest(path) == hashlib.sha256(b"one").hexdigest()
+    assert not list((cache / "digests").iterdir())
+    monkeypatch.setattr("workers.model_source._write_safetensors", full)
+    with pytest.raises(ModelRefused, match=r"model\.gguf cannot be converted into .*SEGUE_CACHE.*No space left"):
+        safetensors_directory(locate(str(path)))
+    assert not list((cache / "models").iterdir())
 
 
 def test_tokenizer_with_more_ids_than_the_weights_is_refused(model_directory):

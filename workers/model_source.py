@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,15 +128,21 @@ def file_digest(path: Path) -> str:
         return memo.read_text()
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    _write_once(memo, digest)
+    with suppress(OSError):  # a disk that is full: it is computed again
+        _write_once(memo, digest)
     return digest
 
 
 def _write_once(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
+    descriptor, name = tempfile.mkstemp(dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+        os.replace(name, path)
+    except OSError:
+        os.unlink(name)
+        raise
 
 
 def safetensors_directory(files: ModelFiles) -> Path:
@@ -151,16 +158,21 @@ def safetensors_directory(files: ModelFiles) -> Path:
 
 def _convert_gguf(files: ModelFiles, target: Path) -> None:
     """Dequantise into a temporary folder beside `target`, then rename: a reader sees all of it or nothing."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
+    from safetensors import SafetensorError
+
+    scratch: Path | None = None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
         _write_safetensors(files, scratch)
         os.rename(scratch, target)
-    except OSError:
-        if not (target / "config.json").is_file():
-            raise  # otherwise another process converted the same file first
+    except (OSError, SafetensorError) as error:
+        if not (target / "config.json").is_file():  # otherwise another process converted the same file first
+            place = f"{target.parent} (SEGUE_CACHE)"
+            raise ModelRefused(f"model.source: {files.gguf_file} cannot be converted into {place}: {error}") from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _write_safetensors(files: ModelFiles, target: Path) -> None:

@@ -15,8 +15,8 @@ SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention", "attention"
 
 
 def read_config(directory: Path) -> Any:
-    """The model's transformers configuration. Raises ModelRefused for remote code, an unknown kind, or a file that is no
-    configuration."""
+    """The model's transformers configuration. Raises ModelRefused for remote code, an unknown kind, or a file that is
+    no configuration."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
     try:
