@@ -53,28 +53,28 @@ test: check
 
 chaos: $(READY)
 	@$(PIP) --no-build-isolation --editable '.[dev,stores]'
-	$(BIN)/python tests/crash_points.py
+	$(BIN)/python tests/faults/crash_points.py
 	$(BIN)/python -m pytest -m "chaos or long"
-	$(BIN)/python tests/mutations.py
-	$(BIN)/python tests/chaos.py
+	$(BIN)/python tests/faults/mutations.py
+	$(BIN)/python tests/faults/chaos.py
 
 fuzz: $(READY)
 	SEGUE_HYPOTHESIS=fuzz $(BIN)/python -m pytest -m fuzz --timeout=7200
 
 # On a machine with a card and a CUDA build of torch in the Python that PYTHON names; nothing is installed.
 test-gpu:
-	PYTHONPATH=.:tests $(or $(PYTHON),python3) -m pytest tests/test_gpu.py --noconftest -p no:cacheprovider
+	PYTHONPATH=.:tests/support $(or $(PYTHON),python3) -m pytest tests/gpu/test_gpu.py --noconftest -p no:cacheprovider
 
 VLLM := $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
 
 bench: $(READY)
-	for case in limits mask sharing precision; do $(BIN)/python -m jobs.bench.engine $$case || exit 1; done
-	for case in shared decode prefixes; do $(BIN)/python -m jobs.bench.generate --case $$case $(VLLM) || exit 1; done
-	$(BIN)/python -m jobs.bench.endtoend
-	$(BIN)/python -m jobs.bench.endtoend --rows 1000 10000 100000 --rows-per-file 500
+	for case in limits mask sharing precision; do $(BIN)/python -m segue.jobs.bench.engine $$case || exit 1; done
+	for case in shared decode prefixes; do $(BIN)/python -m segue.jobs.bench.generate --case $$case $(VLLM) || exit 1; done
+	$(BIN)/python -m segue.jobs.bench.endtoend
+	$(BIN)/python -m segue.jobs.bench.endtoend --rows 1000 10000 100000 --rows-per-file 500
 
 bench-gpu:
-	PYTHONPATH=. $(or $(PYTHON),python3) -m jobs.bench.gpu --record
+	PYTHONPATH=. $(or $(PYTHON),python3) -m segue.jobs.bench.gpu --record
 
 test-commands: $(READY)
 	$(BIN)/python -m pytest -m commands

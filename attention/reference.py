@@ -6,12 +6,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from attention.blocks import StepBlocks
-from attention.kv_cache import KVCache
-from attention.kv_memory import KVMemory, KVShape, Tail
-from attention.step_memory import StepMemory, kv_of
-from attention.tree import Node
-from attention.visibility import block_sequence_ids, visible
+from segue.attention.cpu.kv_cache import KVCache
+from segue.attention.cpu.step_memory import StepMemory, kv_of
+from segue.attention.memory.budget import KVMemory, KVShape, Tail
+from segue.attention.tree.blocks import StepBlocks
+from segue.attention.tree.tree import Node
+from segue.attention.visibility import block_sequence_ids, visible
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attention.segments import Segment
+from segue.attention.segments import Segment
 
 
 def block_sequence_ids(segments: Sequence[Segment], num_generated: int = 0) -> Tensor:

@@ -10,10 +10,10 @@ from typing import Annotated
 
 import typer
 
-from jobs.batch import batch
-from jobs.convert import convert
-from jobs.ending import exit_codes, print_json, say, silent
-from jobs.options import (
+from segue.jobs.commands.batch import batch
+from segue.jobs.commands.convert import convert
+from segue.jobs.commands.ending import exit_codes, print_json, say, silent
+from segue.jobs.commands.options import (
     AsJson,
     Card,
     JobFile,
@@ -26,9 +26,9 @@ from jobs.options import (
     absolute,
     overrides_of,
 )
-from jobs.outputs import errors, evaluate, report, status, verify
-from jobs.running import run_file, run_values
-from jobs.submit import cancel, logs, submit
+from segue.jobs.commands.outputs import errors, evaluate, report, status, verify
+from segue.jobs.commands.running import run_file, run_values
+from segue.jobs.commands.submit import cancel, logs, submit
 
 SHOWN_ERRORS = 5
 
@@ -54,7 +54,7 @@ def run(
     with exit_codes():
         ready, summary = run_file(job, overrides_of(overrides, limit, output, sample), quiet=quiet)
         if not json_only:
-            from jobs.show import show_answers, show_summary
+            from segue.jobs.show.tables import show_answers, show_summary
 
             show_answers(ready.config.output.path, show)
             show_summary(summary)
@@ -73,7 +73,7 @@ def retry(
 ) -> None:
     """Answer the rows that have an error in OUT, by the same job with what --set changes, into another folder."""
     with exit_codes():
-        from pipeline.retries import retry_job
+        from segue.pipeline.ledger.failed_rows import retry_job
 
         job = retry_job(absolute(done), absolute(output))
         summary = run_values(job, overrides or [], quiet=quiet, json_only=json_only)
@@ -95,10 +95,10 @@ def plan(
 ) -> None:
     """Render, tokenise and order all prompts; show the tree they share; stop before any model runs."""
     with exit_codes():
-        from jobs.show import show_memory, show_plan
-        from pipeline.capacity import capacity, card_of
-        from pipeline.job import prepare
-        from pipeline.run import plan_job
+        from segue.jobs.analysis.capacity import capacity, card_of
+        from segue.jobs.show.tables import show_memory, show_plan
+        from segue.pipeline.ready.job import prepare
+        from segue.pipeline.run.run import plan_job
 
         wanted = card_of(card)
         ready = prepare(job, overrides_of(overrides, limit, output, sample))
@@ -133,10 +133,10 @@ def validate(
     Of a job for `segue run`, or for `segue finetune`.
     """
     with exit_codes():
-        from pipeline.cluster import check_reachable, is_local
-        from pipeline.completeness import check_unused
-        from pipeline.finetune import is_training, prepare_finetune
-        from pipeline.job import existing_manifest, prepare
+        from segue.pipeline.ledger.completeness import check_unused
+        from segue.pipeline.processes.ray_session import check_reachable, is_local
+        from segue.pipeline.ready.job import existing_manifest, prepare
+        from segue.pipeline.train.finetune import is_training, prepare_finetune
 
         changes = overrides_of(overrides, limit, output, sample)
         others = check_reachable()
@@ -177,9 +177,9 @@ def attention(
 ) -> None:
     """A picture of who looks at whom in one row's prompt, under the causal and the segment mask."""
     with exit_codes():
-        from jobs.attention_picture import draw_attention
-        from jobs.pictures import check_can_draw
-        from pipeline.job import prepare
+        from segue.jobs.show.attention_picture import draw_attention
+        from segue.jobs.show.pictures import check_can_draw
+        from segue.pipeline.ready.job import prepare
 
         check_can_draw(picture)
 
@@ -192,9 +192,9 @@ def schema(
     training: Annotated[bool, typer.Option("--finetune", help="of a job file for segue finetune")] = False,
 ) -> None:
     """The job file's JSON schema, for editors."""
-    from pipeline.config import JobConfig
-    from pipeline.config_schema import job_schema
-    from pipeline.finetune_config import FinetuneConfig
+    from segue.pipeline.jobfile.json_schema import job_schema
+    from segue.pipeline.jobfile.schema import JobConfig
+    from segue.pipeline.jobfile.training import FinetuneConfig
 
     print(json.dumps(job_schema(FinetuneConfig if training else JobConfig), indent=2))
 
@@ -212,10 +212,10 @@ def finetune(
 ) -> None:
     """Train an adapter for the segment mask (or the causal one), going on where a run before has stopped."""
     with exit_codes():
-        from jobs.loss_curve import draw_loss_curve
-        from jobs.pictures import check_can_draw
-        from jobs.show_training import TrainingDisplay, show_training
-        from pipeline.finetune import prepare_finetune, run_finetune
+        from segue.jobs.show.loss_curve import draw_loss_curve
+        from segue.jobs.show.pictures import check_can_draw
+        from segue.jobs.show.training import TrainingDisplay, show_training
+        from segue.pipeline.train.finetune import prepare_finetune, run_finetune
 
         check_can_draw()
         ready = prepare_finetune(job, overrides_of(overrides, limit, output, sample))

@@ -24,7 +24,7 @@ def local_ray():
 
     It keeps idle workers for a minute, not a second: starting the next ones takes longer than most tests.
     """
-    from pipeline.cluster import ray_session  # most files need neither Ray nor torch
+    from segue.pipeline.processes.ray_session import ray_session  # most files need neither Ray nor torch
 
     with ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:  # not for the Rays of commands that tests start

@@ -1,6 +1,6 @@
 """ARC questions in LLM-Adapters' instruction format as few-shot multiple choice: what the scoring benchmark scores.
 
-    python -m jobs.bench.arc --data ../shared/data/commonsense --output arc/
+    python -m segue.jobs.bench.arc --data ../shared/data/commonsense --output arc/
 
 writes the test questions as Parquet (`question`, `choices`, `label`) and a job file with eight training questions
 before each. The data is not part of this repository. Knows its format; no model.

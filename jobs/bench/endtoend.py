@@ -1,10 +1,10 @@
 """A whole `segue run` on SmolLM2-135M: against its engine in process, and at several sizes of the dataset.
 
-    python -m jobs.bench.endtoend                            4,000 rows by both, in turn; start to first shard
-    python -m jobs.bench.endtoend --rows 1000 10000 100000   time a row and memory as datasets grow
+    python -m segue.jobs.bench.endtoend                            4,000 rows by both, in turn; start to first shard
+    python -m segue.jobs.bench.endtoend --rows 1000 10000 100000   time a row and memory as datasets grow
 
-Beside the engine rows are those of `jobs.bench.generate --case shared`: 300 words that all share, 30 to 110 of their
-own, 16 new tokens. Growing datasets have 60, 4 to 12, and 4. Each output is checked: every row is there once, and
+Beside the engine rows are those of `segue.jobs.bench.generate --case shared`: 300 words that all share, 30 to 110 of
+their own, 16 new tokens. Growing datasets have 60, 4 to 12, and 4. Each output is checked: every row is there once, and
 beside the engine the answers are its own, up to how many bf16 decides otherwise in another batch.
 """
 
@@ -25,10 +25,10 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.bench.machine import SOURCE, machine, say, seconds_of
-from jobs.bench.prompts import COMMON
-from workers.engine import Engine
-from workers.sampling import SamplingParams
+from segue.jobs.bench.machine import SOURCE, machine, say, seconds_of
+from segue.jobs.bench.prompts import COMMON
+from segue.workers.engine.engine import Engine
+from segue.workers.rows.params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ def _write(folder: Path, num_rows: int, shape: Shape, args: argparse.Namespace) 
 
 def _run(folder: Path) -> dict[str, Any]:
     """Seconds to the first shard and to the end, and the peaks of resident memory on the way."""
-    command = [sys.executable, "-m", "jobs.cli", "run", str(folder / "job.yaml"), "--json", "--quiet"]
+    command = [sys.executable, "-m", "segue.jobs.cli", "run", str(folder / "job.yaml"), "--json", "--quiet"]
     started, first, driver, everything = time.monotonic(), 0.0, 0, 0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     rows_first, looked = 0, started

@@ -1,9 +1,9 @@
 """What the engine's parts cost by themselves, each against its own limit, on SmolLM2-135M.
 
-    python -m jobs.bench.engine mask        the segment mask against the causal one, and against theory for long prompts
-    python -m jobs.bench.engine sharing     prefix caching on against off, for several shares of shared tokens
-    python -m jobs.bench.engine limits      prefill and decoding against the matrix products of their own shapes
-    python -m jobs.bench.engine precision   bf16 against fp32, token by token
+    python -m segue.jobs.bench.engine mask       the segment mask against the causal one, and against theory
+    python -m segue.jobs.bench.engine sharing     prefix caching on against off, for several shares of shared tokens
+    python -m segue.jobs.bench.engine limits      prefill and decoding against the matrix products of their own shapes
+    python -m segue.jobs.bench.engine precision   bf16 against fp32, token by token
 
 What is compared is timed in turn, from nothing cached, and medians are compared.
 """
@@ -14,8 +14,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from attention.segments import Segment
-from jobs.bench.machine import (
+from segue.attention.segments import Segment
+from segue.jobs.bench.machine import (
     SOURCE,
     body_seconds,
     head_seconds,
@@ -25,11 +25,11 @@ from jobs.bench.machine import (
     seconds_of,
     weight_seconds,
 )
-from jobs.bench.prompts import shared_prompts
-from workers.engine import Engine, EngineConfig
-from workers.model import TreeModel, load_model
-from workers.request import GenerationRequest
-from workers.sampling import SamplingParams
+from segue.jobs.bench.prompts import shared_prompts
+from segue.workers.engine.engine import Engine, EngineConfig
+from segue.workers.models.load import TreeModel, load_model
+from segue.workers.rows.params import SamplingParams
+from segue.workers.rows.request import GenerationRequest
 
 LONG_PROMPTS = (1_000, 4_000, 8_000)  # tokens
 OWN_TOKENS = 64

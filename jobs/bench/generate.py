@@ -1,6 +1,6 @@
 """Greedy generation from shared prompts: Segue, transformers' `generate` and vLLM with prefix caching, in one run.
 
-    python -m jobs.bench.generate [--case shared | prefixes | decode] [--vllm-python VENV/bin/python]
+    python -m segue.jobs.bench.generate [--case shared | prefixes | decode] [--vllm-python VENV/bin/python]
 
 shared: one system prompt of 300 words, 30 to 110 own words a row, 16 new tokens. prefixes: several system prompts that
 take turns, with KV memory for all or (--kv-tokens) for some. decode: 64 short prompts, 128 new tokens. All under the
@@ -19,14 +19,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from attention.segments import Segment
-from jobs.bench.machine import PREFILL_TOKENS, SOURCE, body_seconds, head_seconds, machine, say, seconds_of
-from jobs.bench.peers import Transformers, Vllm
-from jobs.bench.prompts import shared_prompts, token_ids
-from workers.engine import Engine, EngineConfig
-from workers.model import TreeModel, load_model
-from workers.model_source import locate, safetensors_directory
-from workers.sampling import SamplingParams
+from segue.attention.segments import Segment
+from segue.jobs.bench.machine import PREFILL_TOKENS, SOURCE, body_seconds, head_seconds, machine, say, seconds_of
+from segue.jobs.bench.peers import Transformers, Vllm
+from segue.jobs.bench.prompts import shared_prompts, token_ids
+from segue.workers.engine.engine import Engine, EngineConfig
+from segue.workers.models.load import TreeModel, load_model
+from segue.workers.models.source import locate, safetensors_directory
+from segue.workers.rows.params import SamplingParams
 
 TIE = 1e-3  # of two logits in fp32, where transformers' choice and ours may differ
 VLLM_BLOCK = 32  # tokens; its attention on CPUs wants a multiple of that

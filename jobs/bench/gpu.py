@@ -1,6 +1,6 @@
 """A card at work: shared prompts over a model of Llama-3.2-1B's shape with random weights, Segue and transformers.
 
-    python -m jobs.bench.gpu [--rows 512] [--out FOLDER]
+    python -m segue.jobs.bench.gpu [--rows 512] [--out FOLDER]
 
 First a check: the logits of a few rows against transformers' own, causal. Then the card's two ceilings (a copy through
 its memory, a large matrix product), prefill and decode of both masks with their shares of these, transformers' generate
@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from attention.segments import Segment
-from workers.echo import echo_tokenizer
-from workers.engine import Engine, EngineConfig
-from workers.model import TreeModel, tree_model
-from workers.sampling import SamplingParams
+from segue.attention.segments import Segment
+from segue.workers.engine.echo import echo_tokenizer
+from segue.workers.engine.engine import Engine, EngineConfig
+from segue.workers.models.load import TreeModel, tree_model
+from segue.workers.rows.params import SamplingParams
 
 CUDA = torch.device("cuda", 0)
 RESULTS = Path(__file__).with_name("RESULTS.md")

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import torch
 
-from jobs.bench.machine import seconds_of
+from segue.jobs.bench.machine import seconds_of
 
 MARK = "segue-bench "
 

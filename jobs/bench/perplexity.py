@@ -1,6 +1,6 @@
 """A text of 20,000 tokens in rolling windows: Segue against lm-evaluation-harness, and the memory it needs.
 
-    python -m jobs.bench.perplexity --data ../shared/data/commonsense
+    python -m segue.jobs.bench.perplexity --data ../shared/data/commonsense
 
 The log-likelihoods must agree. Peak resident memory is measured in a process of its own for each length, above what the
 loaded model needs. Needs the extra `peers`.
@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jobs.bench.arc import load
-from jobs.bench.machine import SOURCE, machine
-from jobs.bench.peers import LmEval
-from workers.engine import Engine, EngineConfig
-from workers.model import checked_config, load_model
-from workers.model_source import locate, safetensors_directory
+from segue.jobs.bench.arc import load
+from segue.jobs.bench.machine import SOURCE, machine
+from segue.jobs.bench.peers import LmEval
+from segue.workers.engine.engine import Engine, EngineConfig
+from segue.workers.models.load import checked_config, load_model
+from segue.workers.models.source import locate, safetensors_directory
 
 MAX_MODEL_LEN = 1024
 LENGTHS = (2_000, 20_000)
@@ -33,7 +33,7 @@ def main() -> None:
     if args.measure is not None:
         print(json.dumps(_measured(args.data, args.measure)))
         return
-    command = [sys.executable, "-m", "jobs.bench.perplexity", "--data", str(args.data), "--measure"]
+    command = [sys.executable, "-m", "segue.jobs.bench.perplexity", "--data", str(args.data), "--measure"]
     runs = [json.loads(subprocess.run([*command, str(n)], capture_output=True, check=True).stdout) for n in LENGTHS]
     text = _text(args.data, LENGTHS[-1])
     started = time.perf_counter()

@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from attention.segments import Segment
+from segue.attention.segments import Segment
 
 COMMON = """
 the of and to in is it that for was on are as with his they at be this have from or one had by word but not what all

@@ -1,7 +1,7 @@
 """Does the driver's memory stay flat, and time linear, when a dataset grows ten times? And what does a resume read?
 
-    python -m jobs.bench.scale
-    python -m jobs.bench.scale --rows 30000 300000 --rows-per-file 4096
+    python -m segue.jobs.bench.scale
+    python -m segue.jobs.bench.scale --rows 30000 300000 --rows-per-file 4096
 
 Made-up rows go through plan and run with the echo engine, so that what is measured is everything around a model. Then
 the largest job is planned and run again, killed with -9 at half of its shards, the plan's files of finished units are
@@ -92,7 +92,7 @@ def _write(folder: Path, num_rows: int, rows_per_file: int) -> None:
 
 
 def _start(folder: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "jobs.cli", "run", str(folder / "job.yaml"), "--json", "--quiet"]
+    command = [sys.executable, "-m", "segue.jobs.cli", "run", str(folder / "job.yaml"), "--json", "--quiet"]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
 
 

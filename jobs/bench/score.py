@@ -1,8 +1,8 @@
 """Log-likelihoods of ARC-Easy choices, eight-shot: Segue, lm-evaluation-harness' HF backend and vLLM in one run.
 
-    python -m jobs.bench.score --data ../shared/data/commonsense
-    python -m jobs.bench.score --data ... --check 200 --repeats 0       every value against lm-evaluation-harness, fp32
-    python -m jobs.bench.score --data ... --vllm-python VENV/bin/python --repeats 1
+    python -m segue.jobs.bench.score --data ../shared/data/commonsense
+    python -m segue.jobs.bench.score --data ... --check 200 --repeats 0     every value against lm-evaluation-harness
+    python -m segue.jobs.bench.score --data ... --vllm-python VENV/bin/python --repeats 1
 
 First the answers are checked in fp32, then both engines are timed in turn, tokenisation included, the peer at its best
 batch size, and the medians compared. The limit is the model's own matrix products at the rate that this machine has for
@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.bench.arc import Question, workload
-from jobs.bench.machine import PREFILL_TOKENS, SOURCE, body_seconds, head_seconds, machine, say, seconds_of
-from jobs.bench.peers import LmEval, Vllm
-from workers.engine import Engine, EngineConfig
-from workers.model import TreeModel, load_model
-from workers.model_source import locate, safetensors_directory
-from workers.request import Score
+from segue.jobs.bench.arc import Question, workload
+from segue.jobs.bench.machine import PREFILL_TOKENS, SOURCE, body_seconds, head_seconds, machine, say, seconds_of
+from segue.jobs.bench.peers import LmEval, Vllm
+from segue.workers.engine.engine import Engine, EngineConfig
+from segue.workers.models.load import TreeModel, load_model
+from segue.workers.models.source import locate, safetensors_directory
+from segue.workers.rows.request import Score
 
 TOLERANCE = 1e-3  # of a log-likelihood, fp32
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)

@@ -1,6 +1,6 @@
 """What it costs to hold answers to a form: the same rows with a JSON schema, and free with as many tokens each.
 
-    python -m jobs.bench.structured
+    python -m segue.jobs.bench.structured
 
 First checks that every answer that stopped is an instance of its schema. Both arms feed and draw the same numbers of
 tokens in the same steps, so the ratio of their times is what the form costs; the masks are also timed by themselves.
@@ -14,13 +14,13 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from jobs.bench.machine import SOURCE, machine
-from workers.engine import Engine, EngineConfig
-from workers.grammars import Grammars, forbidden_tokens
-from workers.model import load_model
-from workers.request import RequestOutput
-from workers.sampling import SamplingParams
-from workers.structured import StructuredOutputs
+from segue.jobs.bench.machine import SOURCE, machine
+from segue.workers.engine.engine import Engine, EngineConfig
+from segue.workers.models.load import load_model
+from segue.workers.rows.forms import StructuredOutputs
+from segue.workers.rows.params import SamplingParams
+from segue.workers.rows.request import RequestOutput
+from segue.workers.sampling.grammars import Grammars, forbidden_tokens
 
 SCHEMA = {
     "type": "object",

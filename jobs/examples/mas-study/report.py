@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.statistics import Z_95, mcnemar, wilson_interval
+from segue.jobs.analysis.statistics import Z_95, mcnemar, wilson_interval
 
 HERE = Path(__file__).parent
 BASE_ARM = "causal"

@@ -123,7 +123,7 @@ def merged(model: str, adapter: Path) -> str:
         from peft import PeftModel
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from workers.model_source import locate, safetensors_directory
+        from segue.workers.models.source import locate, safetensors_directory
 
         directory = safetensors_directory(locate(model))
         scratch = OUT / f".merged-{os.getpid()}"
@@ -139,8 +139,8 @@ def _right(arm: Arm, name: str, job: dict[str, Any], part: dict[str, Any]) -> di
     """Runs a test. By kind of item, whether each is right: `1` or `0`, in the order of the test file."""
     output = {"path": str(arm.folder / name), "columns": part.get("columns", [])}
     _segue("run", arm.folder / f"{name}.yaml", job | {"output": output})
-    from jobs.evaluate import evaluate
-    from jobs.judge import judging_of
+    from segue.jobs.analysis.evaluate import evaluate
+    from segue.jobs.analysis.judge import judging_of
 
     preset = "commonsense" if job["task"] == "generate" else None
     by = "kind" if "kind" in output["columns"] else None

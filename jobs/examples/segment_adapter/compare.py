@@ -14,8 +14,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.evaluate import Group, evaluate
-from jobs.judge import judging_of
+from segue.jobs.analysis.evaluate import Group, evaluate
+from segue.jobs.analysis.judge import judging_of
 
 OUT = Path(__file__).parent / "out"
 ARMS = {

@@ -1,0 +1,218 @@
+"""The backend for GPUs: every block of a step is one sequence of a variable-length attention call, and a token's parts
+are merged by log-sum-exp.
+
+`torch.nn.attention.varlen.varlen_attn` takes sequences of queries that lie one after the other, and for each where its
+keys begin (`cu_seq_k`) and how many there are (`seqused_k`). Keys lie in a pool
+(`attention/memory/pool.py`), so a block needs no copy of them and no table: (slice of queries, node) is (queries, first
+key, number of keys). A step makes two calls a layer, however many rows it has: one
+for what is not causal, in which the query heads of a key head are further queries of it, and one for causal squares.
+
+Traps (torch 2.13): the log-sum-exp is natural and `[H, T]`, whatever the docstring says; over no keys it is +inf, so no
+sequence is empty here; causal squares are aligned at the bottom right; fp16 and bf16 only.
+
+Shapes: `T` packed tokens, `H = Hkv * G` query heads, `D` head width, `N` sequences, `Q` their queries (a token occurs
+once for each block that it is in), `M` most parts of a token.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from segue.attention.cuda.plan import Sequences, VarlenPlan
+from segue.attention.memory.budget import KVMemory, KVShape, Tail
+from segue.attention.memory.pool import KVPool
+from segue.attention.tree.blocks import StepBlocks
+
+FLASH_DTYPES = (torch.float16, torch.bfloat16)
+
+Kernel = Callable[..., tuple[Tensor, Tensor]]
+
+
+@cache
+def cuda_kernel() -> Kernel:
+    """torch's own; the log-sum-exp beside the output.
+
+    One split: the order of a sum must not depend on the batch, and other kernels are not chosen behind our back.
+    """
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+    if "seqused_k" not in inspect.signature(varlen_attn).parameters:
+        return _older_kernel
+
+    def kernel(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        out, lse = varlen_attn(*args, return_aux=AuxRequest(lse=True), num_splits=1, **kwargs)
+        return out, lse
+
+    return kernel
+
+
+def _older_kernel(
+    *args: Any,
+    scale: float,
+    seqused_k: Tensor,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,  # it finds out
+) -> tuple[Tensor, Tensor]:
+    """What torch 2.13's varlen_attn calls, for images with torch 2.11 or 2.12, which have the kernel, and no public
+    name for keys that begin anywhere."""
+    return torch.ops.aten._flash_attention_forward(
+        *args,
+        0.0,
+        window_size == (-1, 0),
+        False,
+        scale=scale,
+        window_size_left=window_size[0],
+        window_size_right=window_size[1],
+        seqused_k=seqused_k,
+    )[:2]
+
+
+class VarlenBackend:
+    """Executes a step's blocks with two calls a layer. `kernel`: for tests, which have no GPU."""
+
+    def __init__(self, kernel: Kernel | None = None, layer_devices: Sequence[torch.device] | None = None) -> None:
+        self._kernel = kernel
+        self._layer_devices = layer_devices
+
+    def new_memory(self, shape: KVShape, budget_bytes: int) -> KVPool:
+        """Raises ValueError for what the kernel does not compute."""
+        if self._kernel is None and (shape.device.type != "cuda" or shape.dtype not in FLASH_DTYPES):
+            raise ValueError(
+                f"backend varlen wants a CUDA device and float16 or bfloat16, got {shape.device.type} and {shape.dtype}"
+            )
+        return KVPool(shape, budget_bytes, self._layer_devices)
+
+    def begin(self, blocks: StepBlocks, tails: Sequence[Tail], memory: KVMemory) -> "_VarlenStep":
+        if not isinstance(memory, KVPool):
+            raise TypeError(f"wanted a pool, got {type(memory).__name__}")
+        return _VarlenStep(VarlenPlan.of(blocks, tails), memory, self.kernel)
+
+    @property
+    def kernel(self) -> Kernel:
+        return self._kernel or cuda_kernel()
+
+
+class _VarlenStep:
+    """A plan on the devices of its layers."""
+
+    def __init__(self, plan: VarlenPlan, pool: KVPool, kernel: Kernel) -> None:
+        self._plan = plan
+        self._pool = pool
+        self._kernel = kernel
+        self._on: dict[torch.device, PlanTensors] = {}
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """query `[H, T, D]`, key and value `[Hkv, T, D]` -> `[T, H, D]`."""
+        on = self._on.get(query.device) or self._on.setdefault(query.device, PlanTensors(self._plan, query.device))
+        return attend(on, self._kernel, self._pool.tensors[layer], query, key, value, scale)
+
+    def finish(self) -> None:
+        """All is where it belongs already."""
+
+
+def attend(
+    on: "PlanTensors", kernel: Kernel, pool: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> Tensor:
+    """pool `[2, P, Hkv, D]`, query `[H, T, D]`, key and value `[Hkv, T, D]` -> `[T, H, D]`."""
+    keys, values = pool
+    keys.index_copy_(0, on.slots, key.transpose(0, 1))
+    values.index_copy_(0, on.slots, value.transpose(0, 1))
+    num_heads, num_tokens, head_dim = query.shape
+    num_kv_heads = key.shape[0]
+    tokens = query.transpose(0, 1)  # [T, H, D]
+    grouped = tokens.unflatten(1, (num_kv_heads, -1)).transpose(1, 2)  # [T, G, Hkv, D]
+    out, lse = _dense(kernel, on.dense, grouped, keys, values, scale)
+    if on.causal.num_queries:
+        more, more_lse = _causal(kernel, on.causal, tokens, keys, values, scale)
+        out = torch.cat([out, more.unflatten(1, (num_kv_heads, -1)).transpose(1, 2)])
+        lse = torch.cat([lse, more_lse.unflatten(1, (num_kv_heads, -1)).transpose(1, 2)])
+    merged = _merged(on.parts, out, lse)  # [T, G, Hkv, D]
+    return merged.transpose(1, 2).reshape(num_tokens, num_heads, head_dim).to(query.dtype)
+
+
+def _dense(
+    kernel: Kernel, call: "_Call", grouped: Tensor, keys: Tensor, values: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """-> (`[Q, G, Hkv, D]`, LSE `[Q, G, Hkv]`)"""
+    groups, num_kv_heads = grouped.shape[1:3]
+    if not call.num_queries:
+        return grouped.new_empty(0, *grouped.shape[1:]), grouped.new_empty(0, groups, num_kv_heads).float()
+    queries = grouped.index_select(0, call.queries).flatten(0, 1)  # [Q * G, Hkv, D]
+    out, lse = kernel(
+        queries,
+        keys,
+        values,
+        call.cu_seq_q * groups,
+        call.starts_k,
+        call.max_q * groups,
+        call.max_k,
+        scale=scale,
+        seqused_k=call.seqused_k,
+    )
+    return out.unflatten(0, (-1, groups)), lse.transpose(0, 1).unflatten(0, (-1, groups))
+
+
+def _causal(
+    kernel: Kernel, call: "_Call", tokens: Tensor, keys: Tensor, values: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """-> (`[Q, H, D]`, LSE `[Q, H]`)"""
+    out, lse = kernel(
+        tokens.index_select(0, call.queries),
+        keys,
+        values,
+        call.cu_seq_q,
+        call.starts_k,
+        call.max_q,
+        call.max_k,
+        scale=scale,
+        window_size=(-1, 0),
+        enable_gqa=True,
+        seqused_k=call.seqused_k,
+    )
+    return out, lse.transpose(0, 1)
+
+
+class PlanTensors:
+    """A plan on a device."""
+
+    def __init__(self, plan: VarlenPlan, device: torch.device) -> None:
+        self.slots = _sent(plan.slots, device)
+        self.dense = _Call(plan.dense, device)
+        self.causal = _Call(plan.causal, device)
+        self.parts = _sent(plan.parts, device)
+
+
+class _Call:
+    def __init__(self, sequences: Sequences, device: torch.device) -> None:
+        self.num_queries = len(sequences.queries)
+        self.max_q, self.max_k = sequences.max_q, sequences.max_k
+        if self.num_queries:
+            self.queries = _sent(sequences.queries, device)
+            self.cu_seq_q = _sent(sequences.cu_seq_q, device)
+            self.starts_k = _sent(sequences.starts_k, device)
+            self.seqused_k = _sent(sequences.seqused_k, device)
+
+
+def _merged(parts: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+    """parts `[T, M]`, out `[Q, G, Hkv, D]`, lse `[Q, G, Hkv]` -> `[T, G, Hkv, D]` fp32.
+
+    A part numbered `Q` is none: it has no weight.
+    """
+    if parts.shape[1] == 1:
+        return out.index_select(0, parts[:, 0]).float()
+    none = lse.new_full((1, *lse.shape[1:]), -torch.inf)
+    weights = torch.cat([lse, none])[parts].softmax(dim=1)  # [T, M, G, Hkv]
+    rows = parts.remainder(len(out))  # none is the first, which is a number: no weight times garbage may be garbage
+    merged = out[rows[:, 0]].float().mul_(weights[:, 0, ..., None])
+    for part in range(1, parts.shape[1]):
+        merged.addcmul_(out[rows[:, part]], weights[:, part, ..., None])
+    return merged
+
+
+def _sent(array: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(array).to(device, non_blocking=True)

@@ -1,0 +1,97 @@
+"""Steps of decoding rows alone, padded to a few sizes: a CUDA graph replays the same calls on the same addresses.
+
+What pads asks nothing, or goes to the pool's scratch place. Knows plans and the pool; no model, no graph.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from segue.attention.cuda.backend import Kernel, PlanTensors, attend
+from segue.attention.cuda.plan import KEY_TILE, QUERY_TILE, Sequences, VarlenPlan
+from segue.attention.memory.pool import KVPool
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeBucket:
+    """The rounded sizes of a step of decoding rows."""
+
+    rows: int
+    sequences: int
+    queries: int
+    parts: int
+
+    @classmethod
+    def of(cls, plan: VarlenPlan) -> "DecodeBucket":
+        """Raises ValueError for a step that computes nodes."""
+        if len(plan.causal.queries):
+            raise ValueError("a step with nodes to compute is none of decoding rows alone")
+        rows, sequences, queries = plan.num_tokens, len(plan.dense.seqused_k), len(plan.dense.queries)
+        parts = plan.parts.shape[1] + plan.parts.shape[1] % 2
+        return cls(_rounded(rows), _rounded(sequences), _rounded(queries), parts)
+
+
+def _rounded(number: int) -> int:
+    """Up to a power of two, or one and a half times one."""
+    power = 1 << max(0, number - 1).bit_length()
+    return power * 3 // 4 if power >= 4 and number <= power * 3 // 4 else power
+
+
+class PaddedDecode:
+    """A step in tensors of rounded sizes, which other steps of about that size fill again. The hidden states of padding
+    rows are of no use."""
+
+    def __init__(self, bucket: DecodeBucket, pool: KVPool, kernel: Kernel) -> None:
+        self._pool = pool
+        self._kernel = kernel
+        self._bucket = bucket
+        self._on = PlanTensors(_padding(bucket, pool.scratch), pool.tensors[0].device)
+
+    def load(self, plan: VarlenPlan) -> None:
+        """The next step's numbers. Raises ValueError for one of another bucket."""
+        if DecodeBucket.of(plan) != self._bucket:
+            raise ValueError(f"a step of {DecodeBucket.of(plan)} does not fit {self._bucket}")
+        on, pool = self._on, self._pool
+        _refill(on.slots, plan.slots, pool.scratch)
+        call, sequences = on.dense, plan.dense
+        _refill(call.queries, sequences.queries, 0)
+        _refill(call.cu_seq_q, sequences.cu_seq_q, int(sequences.cu_seq_q[-1]))
+        _refill(call.starts_k, sequences.starts_k, 0)
+        _refill(call.seqused_k, sequences.seqused_k, 0)
+        parts = _padded_parts(self._bucket)
+        num_tokens, width = plan.parts.shape
+        parts[:num_tokens, :width] = np.where(plan.parts == len(sequences.queries), self._bucket.queries, plan.parts)
+        on.parts.copy_(torch.from_numpy(parts), non_blocking=True)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        return attend(self._on, self._kernel, self._pool.tensors[layer], query, key, value, scale)
+
+    def finish(self) -> None:
+        """All is where it belongs already."""
+
+
+def _padding(bucket: DecodeBucket, scratch: int) -> VarlenPlan:
+    """A plan in which nothing is asked."""
+    borders_q, borders_k = np.zeros((2, bucket.sequences + 1), dtype=np.int32)
+    lengths, queries = np.zeros(bucket.sequences, dtype=np.int32), np.zeros(bucket.queries, dtype=np.int64)
+    return VarlenPlan(
+        slots=np.full(bucket.rows, scratch, dtype=np.int64),
+        dense=Sequences(queries, borders_q, borders_k, lengths, QUERY_TILE, KEY_TILE),
+        causal=Sequences.of(np.empty((0, 4), dtype=np.int64)),
+        parts=_padded_parts(bucket),
+    )
+
+
+def _padded_parts(bucket: DecodeBucket) -> np.ndarray:
+    """The first part, which is a number, and none else."""
+    parts = np.full((bucket.rows, bucket.parts), bucket.queries, dtype=np.int64)
+    parts[:, 0] = 0
+    return parts
+
+
+def _refill(tensor: Tensor, values: np.ndarray, padding: int) -> None:
+    padded = np.full(len(tensor), padding, dtype=values.dtype)
+    padded[: len(values)] = values
+    tensor.copy_(torch.from_numpy(padded), non_blocking=True)

@@ -1,0 +1,180 @@
+"""Keys and values in one pool a layer, for kernels that take many sequences in a call, each named by where its keys
+begin and how many there are.
+
+A node and a tail are *extents*: consecutive tokens of the pool, exactly as many as they have. Pages would waste most of
+their memory here, since the smallest that torch's bundled kernel takes has 256 tokens and a choice or a question has
+twenty. The price is fragmentation: when no gap is long enough, everything in use moves together. Cutting a node copies
+nothing.
+
+Shapes: `P` tokens of the pool, `Hkv` key heads, `D` head width. Knows no tree and no scheduler.
+"""
+
+from collections.abc import Sequence
+from weakref import ref
+
+import numpy as np
+import torch
+
+from segue.attention.memory.budget import KVMemory, KVMemoryExceeded, KVShape, Tail, next_capacity
+from segue.attention.memory.extents import Extents
+from segue.attention.tree.node_memory import NodeMemory
+
+MAX_POOL_TOKENS = 2**31 - 1  # kernels count in 32 bits
+
+
+class Extent:
+    """Keys and values of consecutive tokens: places `[start, start + length)` of the pool."""
+
+    __slots__ = ("_pool", "length", "start")
+
+    def __init__(self, pool: "KVPool", start: int, length: int) -> None:
+        self._pool = ref(pool)  # nodes are cycles, and must not hold gigabytes until somebody looks for these
+        self.start = start
+        self.length = length
+
+    @property
+    def num_bytes(self) -> int:
+        return self._own_pool().bytes_for(self.length)
+
+    def split(self, num_tokens: int) -> tuple["Extent", "Extent"]:
+        """Both halves stay where they are."""
+        return self._own_pool().split(self, num_tokens)
+
+    def _own_pool(self) -> "KVPool":
+        pool = self._pool()
+        if pool is None:
+            raise ReferenceError("the pool of these keys and values is gone")
+        return pool
+
+
+class KVPool(KVMemory):
+    """All layers' pools, allocated at once. `layer_devices`: where each layer computes; by default the shape's.
+
+    A pool has one place more than it hands out, `scratch`, for what nobody reads.
+    """
+
+    def __init__(self, shape: KVShape, budget_bytes: int, layer_devices: Sequence[torch.device] | None = None) -> None:
+        budget_bytes = min(budget_bytes, MAX_POOL_TOKENS * shape.bytes_per_token)
+        super().__init__(shape, budget_bytes)
+        size = (2, self.budget_tokens + 1, shape.num_kv_heads, shape.head_dim)
+        devices = layer_devices or [shape.device] * shape.num_layers
+        self.tensors = [torch.empty(size, dtype=shape.dtype, device=device) for device in devices]  # [2, P + 1, Hkv, D]
+        self.num_compactions = 0
+        self.generation = 0  # of the tensors: a smaller pool has other ones
+        self._extents = Extents(self.budget_tokens)
+        self._nodes: dict[Extent, None] = {}
+        self._tails: dict[int, Tail] = {}  # by id
+
+    @property
+    def scratch(self) -> int:
+        """The place that is nobody's."""
+        return self._extents.size
+
+    def allocate_node(self, num_tokens: int) -> Extent:
+        extent = Extent(self, self._allocate(num_tokens), num_tokens)
+        self._nodes[extent] = None
+        return extent
+
+    def free_node(self, kv: NodeMemory) -> None:
+        if not isinstance(kv, Extent):
+            raise TypeError(f"wanted an extent of this pool, got {type(kv).__name__}")
+        del self._nodes[kv]
+        self._free(kv.start, kv.length)
+
+    def split(self, extent: Extent, num_tokens: int) -> tuple[Extent, Extent]:
+        """Two extents for one."""
+        del self._nodes[extent]
+        upper = Extent(self, extent.start, num_tokens)
+        lower = Extent(self, extent.start + num_tokens, extent.length - num_tokens)
+        self._nodes |= {upper: None, lower: None}
+        return upper, lower
+
+    def open_tail(self, prompt: Sequence[NodeMemory] = ()) -> Tail:
+        if prompt:
+            raise ValueError("tails of a pool begin empty: a sequence more costs its kernel nothing")
+        capacity = next_capacity(0)
+        tail = Tail(capacity, self._allocate(capacity))
+        self._tails[id(tail)] = tail
+        return tail
+
+    def grow_tail(self, tail: Tail) -> None:
+        if tail.length < tail.capacity:
+            return
+        capacity = next_capacity(tail.capacity)
+        place = self._allocate(capacity)  # may move the tail
+        for tensor in self.tensors:
+            tensor[:, place : place + tail.length] = tensor[:, tail.place : tail.place + tail.length]
+        self._free(tail.place, tail.capacity)
+        tail.capacity, tail.place = capacity, place
+
+    def close_tail(self, tail: Tail) -> None:
+        del self._tails[id(tail)]
+        self._free(tail.place, tail.capacity)
+
+    def trim(self) -> None:
+        """Nothing is kept ready."""
+
+    def shrink(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self._compact(self.budget_tokens)
+
+    def _allocate(self, num_tokens: int) -> int:
+        num_bytes = self.bytes_for(num_tokens)
+        if self.allocated_bytes + num_bytes > self.budget_bytes:
+            raise KVMemoryExceeded(f"{num_bytes} bytes wanted, {self.budget_bytes - self.allocated_bytes} left")
+        start = self._extents.allocate(num_tokens)
+        if start is None:
+            self._compact(self._extents.size)
+            start = self._extents.allocate(num_tokens)
+        if start is None:
+            raise RuntimeError(f"{num_tokens} tokens fit into the pool's budget and not into the pool")
+        self.charge(num_bytes)
+        return start
+
+    def _free(self, start: int, length: int) -> None:
+        self._extents.free(start, length)
+        self.allocated_bytes -= self.bytes_for(length)
+
+    def _compact(self, size: int) -> None:
+        """Move all that is in use to the beginning of a pool of `size` tokens; one layer at a time is held twice."""
+        used: list[Extent | Tail] = sorted([*self._nodes, *self._tails.values()], key=_start_of)
+        starts = np.array([_start_of(each) for each in used], dtype=np.int64)
+        lengths = np.array(
+            [each.length if isinstance(each, Extent) else each.capacity for each in used], dtype=np.int64
+        )
+        places = ranges(starts, lengths)
+        if len(places) > size:
+            raise KVMemoryExceeded(f"{len(places)} tokens in use do not fit into {size}")
+        index = torch.from_numpy(places)
+        for layer, tensor in enumerate(self.tensors):
+            kept = tensor.index_select(1, index.to(tensor.device))
+            if size + 1 == tensor.shape[1]:
+                tensor[:, : len(places)] = kept
+                continue
+            self.generation += 1
+            self.tensors[layer] = tensor = tensor.new_empty(2, 0)  # the old one goes before the new one comes
+            smaller = kept.new_empty(2, size + 1, *kept.shape[2:])
+            smaller[:, : len(places)] = kept
+            self.tensors[layer] = smaller
+        self._extents = Extents(size)
+        for each, length in zip(used, lengths.tolist(), strict=True):
+            start = self._extents.allocate(length)
+            if start is None:
+                raise RuntimeError("an empty pool has one gap")
+            if isinstance(each, Extent):
+                each.start = start
+            else:
+                each.place = start
+        self.num_compactions += 1
+
+
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """`[start, start + length)` of each, one after the other."""
+    if not len(lengths):
+        return np.empty(0, dtype=np.int64)
+    before = np.cumsum(lengths) - lengths
+    return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
+
+
+def _start_of(each: Extent | Tail) -> int:
+    return each.start if isinstance(each, Extent) else each.place

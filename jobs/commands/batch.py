@@ -1,0 +1,61 @@
+"""The command for OpenAI's batch files: the same file as one would upload, against a model of one's own."""
+
+import os
+import time
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from segue.jobs.commands.ending import exit_codes, print_json, say
+from segue.jobs.commands.options import AsJson, Overrides, Quiet, RequireAuth, absolute
+from segue.jobs.commands.running import run_values
+
+MAX_TOKENS = 4096
+
+
+def batch(
+    requests: Annotated[str, typer.Argument(metavar="REQUESTS.jsonl", help="one request a line, as for /v1/batches")],
+    model: Annotated[str, typer.Option(help="a folder, a hub id, s3://, a .gguf file, package://NAME/FILE")],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="RESULTS.jsonl", help="the answers")],
+    errors: Annotated[str | None, typer.Option(metavar="ERRORS.jsonl", help="default: beside the answers")] = None,
+    work: Annotated[str | None, typer.Option(metavar="FOLDER", help="default: RESULTS.jsonl.work")] = None,
+    max_tokens: Annotated[int, typer.Option(help="of a request that does not say", min=1)] = MAX_TOKENS,
+    overrides: Overrides = None,
+    json_only: AsJson = False,
+    quiet: Quiet = False,
+    require_auth: RequireAuth = False,
+) -> None:
+    """Answer a batch file of OpenAI's format. Stopped, it goes on with the same command; ends in a Batch, as JSON."""
+    with exit_codes():
+        from segue.pipeline.formats.openai_import import import_requests
+        from segue.pipeline.formats.openai_request import CHAT
+        from segue.pipeline.formats.openai_results import batch_object, check_writable, export_results, is_complete
+
+        started = int(time.time())
+        folder = absolute(work or output + ".work")
+        failed = errors or f"{os.path.splitext(output)[0]}.errors.jsonl"
+        check_writable(output, failed)
+        imported = import_requests(requests, os.path.join(folder, "in"))
+        is_chat = imported.endpoint == CHAT
+        job = {
+            "name": "batch",
+            "model": {"source": absolute(model) if os.path.exists(model) else model},
+            "input": {"path": imported.path},
+            "prompt": {"format": "chat", "messages_column": "messages"} if is_chat else {"format": "text"},
+            "sampling_params": {"max_tokens": max_tokens},
+            "output": {"path": os.path.join(folder, "out"), "columns": ["custom_id", "request_error"]},
+            "limits": {"max_error_rate": 1.0},
+        }
+        summary = run_values(job, overrides or [], quiet=quiet, json_only=json_only)
+        if not is_complete(summary.output):
+            print_json(asdict(summary))
+            raise typer.Exit(summary.exit_code)
+        told = {"endpoint": imported.endpoint, "model": model, "created": started}
+        counts = export_results(summary.output, output, failed, **told)
+        say(f"{output}: {counts.completed:,} answers; {failed}: {counts.failed:,} errors")
+        ids = {"id": f"batch_{os.path.basename(output)}", "input_file_id": requests}
+        files = {"output_file_id": output, "error_file_id": failed}
+        times = {"created_at": started, "completed_at": int(time.time())}
+        print_json(batch_object(imported.endpoint, counts, **ids, **files, **times))
+    raise typer.Exit(summary.exit_code)

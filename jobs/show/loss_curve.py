@@ -1,0 +1,42 @@
+"""The loss of a training as a picture, from its metrics. Needs matplotlib, which the extra `finetune` brings."""
+
+from pathlib import Path
+
+from segue.pipeline.train.metrics import METRICS, read_metrics
+
+FILE_NAME = "loss.png"
+SMOOTHED_STEPS = 20
+
+
+def draw_loss_curve(output: str) -> str | None:
+    """Write `loss.png` into a training's folder and return its path; None if there is no step yet."""
+    lines = read_metrics(Path(output) / METRICS)
+    steps = [line for line in lines if "loss" in line]
+    looks = [line for line in lines if "eval_loss" in line]
+    if not steps:
+        return None
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    numbers, losses = [line["step"] for line in steps], [line["loss"] for line in steps]
+    axes.plot(numbers, losses, color="tab:blue", alpha=0.3, linewidth=0.8, label="each step")
+    axes.plot(numbers, _smoothed(losses), color="tab:blue", label=f"mean of the last {SMOOTHED_STEPS} steps")
+    if looks:
+        held_out = [line["step"] for line in looks], [line["eval_loss"] for line in looks]
+        axes.plot(*held_out, color="tab:orange", marker="o", markersize=3, label="held-out examples")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats an answer token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = str(Path(output) / FILE_NAME)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _smoothed(values: list[float]) -> list[float]:
+    means = []
+    for stop in range(1, len(values) + 1):
+        window = values[max(0, stop - SMOOTHED_STEPS) : stop]
+        means.append(sum(window) / len(window))
+    return means

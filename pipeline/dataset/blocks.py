@@ -1,0 +1,240 @@
+"""Rows of Parquet files as blocks in which every row knows where it comes from.
+
+A block has the columns `src_path` (string), `src_row` (int64, the row's number in its file, from 0) and `input`, a
+struct of the input columns with their types unchanged. Knows nothing of prompts, nor of Ray.
+
+A page that cannot be decoded is the file's fault, a read that fails is the store's: who raised tells the two apart.
+"""
+
+import io
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from segue.pipeline.dataset.files import InputFile, RowNumbers, rows_between
+from segue.pipeline.dataset.listing import is_local, stamp
+from segue.pipeline.processes.limited import clock_paused, tick
+from segue.pipeline.storage.remote import open_remote
+
+TASK_BYTES = 64 * 2**20
+BLOCK_ROWS = 50_000
+# What is read at once of a column: a whole chunk of one may be larger than memory. Each is a request to a store.
+LOCAL_READ_BYTES, REMOTE_READ_BYTES = 2**20, 2**24
+
+
+class InputChanged(ValueError):
+    """A file is not what it was when the job was checked."""
+
+
+class InputUnreadable(OSError):
+    """A file, or a page of it, cannot be read or decoded."""
+
+
+class PageCorrupt(InputUnreadable):
+    """A page was read and cannot be decoded, or is not what its checksum says."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowRange:
+    """Consecutive rows of a file, [start, stop), that begin where a row group does, or the job's rows."""
+
+    start: int
+    stop: int
+    num_bytes: int  # decompressed, all columns
+
+
+def row_ranges(file: InputFile, first: int, end: int, task_bytes: int = TASK_BYTES) -> list[RowRange]:
+    """Rows [first, end) of a file, cut at row groups into pieces of about `task_bytes` decompressed."""
+    ranges: list[RowRange] = []
+    start, stop, size = first, first, 0
+    group_stop = 0
+    for group_rows, group_bytes in zip(file.row_groups, file.row_group_bytes, strict=True):
+        group_stop += group_rows
+        if stop >= end:
+            break
+        if group_stop <= start:
+            continue
+        if stop > start and size + group_bytes > task_bytes:
+            ranges.append(RowRange(start, stop, size))
+            start, size = stop, 0
+        stop, size = min(group_stop, end), size + group_bytes
+    if start < stop:
+        ranges.append(RowRange(start, stop, size))
+    return ranges
+
+
+def read_rows(file: InputFile, start: int, stop: int, columns: pa.Schema) -> pa.Table:
+    """Rows [start, stop) of a file as a table of `columns`, in their order and types.
+
+    Raises InputChanged if the file is not the one that was planned, InputUnreadable if a page is corrupt.
+    """
+    return pa.Table.from_batches(_batches(file, start, stop, columns), columns)
+
+
+def block_of(table: pa.Table, src_path: str, first_row: int) -> pa.Table:
+    """Consecutive rows of a file with their provenance; `first_row` is the number of the first."""
+    rows = pa.arange(first_row, first_row + table.num_rows)
+    paths = pa.repeat(pa.scalar(src_path, pa.string()), table.num_rows)
+    structs = pa.chunked_array(table.to_struct_array(), pa.struct(list(table.schema)))
+    return pa.table({"src_path": paths, "src_row": rows, "input": structs})
+
+
+def read_blocks(
+    file: InputFile, start: int, stop: int, columns: pa.Schema, wanted: RowNumbers, batch_rows: int = BLOCK_ROWS
+) -> Iterator[tuple[int, pa.Table]]:
+    """(number of the row after it, block of those that are wanted) for rows [start, stop), in order.
+
+    Blocks are of `batch_rows` rows at most, and empty where none of them is wanted. Raises what `read_rows` does.
+    """
+    for batch in _batches(file, start, stop, columns, batch_rows):
+        block = block_of(pa.Table.from_batches([batch]), file.src_path, start)
+        if not isinstance(wanted, range):
+            block = block.take(np.asarray(rows_between(wanted, start, start + batch.num_rows)) - start)
+        start += batch.num_rows
+        yield start, block
+
+
+def group_stop(file: InputFile, row: int) -> int:
+    """The number of the first row behind the row group that has this one."""
+    group, first = next(_groups_from(file, row))
+    return first + file.row_groups[group]
+
+
+def _batches(
+    file: InputFile, start: int, stop: int, columns: pa.Schema, batch_rows: int = BLOCK_ROWS
+) -> Iterator[pa.RecordBatch]:
+    """Rows [start, stop) in batches of at most `batch_rows`, decoding only the row groups that hold them."""
+    if not 0 <= start <= stop <= file.num_rows:
+        raise ValueError(f"rows must lie within 0 to {file.num_rows} of {file.path}, got {start} to {stop}")
+    left = stop - start
+    if not left:
+        return
+    _check_unchanged(file)
+    partition = dict(file.partition)
+    names = [name for name in columns.names if name not in partition]
+    with _opened(file.path) as parquet:
+        for group, first in _groups_from(file, start):
+            # One group a call: over several, Arrow cannot read dictionaries nested in structs.
+            for batch in parquet.iter_batches(batch_rows, row_groups=[group], columns=names, use_threads=False):
+                tick()
+                rows = batch.slice(max(0, start - first), left)
+                first += batch.num_rows
+                left -= rows.num_rows
+                if rows.num_rows:
+                    yield _cast(rows, columns, partition)
+                if not left:
+                    return
+    raise InputChanged(f"{file.path} must have the {file.num_rows} rows its footer states, got {left} fewer")
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[pq.ParquetFile]:
+    """Raises InputUnreadable, and PageCorrupt if no read failed; both also while the file is in use."""
+    try:
+        with clock_paused():
+            stream = _Stream(*_open(path))
+    except Exception as error:  # every store has errors of its own
+        raise InputUnreadable(f"input.path: {path} cannot be read: {error}") from error
+    size = LOCAL_READ_BYTES if is_local(path) else REMOTE_READ_BYTES
+    with stream:
+        try:
+            with pq.ParquetFile(stream, page_checksum_verification=True, buffer_size=size) as parquet:
+                yield parquet
+        except MemoryError:  # Arrow's own is an ArrowException, too
+            raise
+        except Exception as error:
+            if stream.failure is not None:
+                raise InputUnreadable(f"input.path: {path} cannot be read: {stream.failure}") from error
+            if isinstance(error, OSError | pa.ArrowException):
+                raise PageCorrupt(f"input.path: {path} cannot be read: {error}") from error
+            raise
+
+
+def _open(path: str) -> tuple[Any, int]:
+    """The file, unbuffered, and its size."""
+    if is_local(path):
+        file = io.FileIO(path)
+        return file, os.fstat(file.fileno()).st_size
+    fs, name = open_remote(path)
+    file = fs.open(name, "rb", cache_type="none")
+    return file, file.size
+
+
+class _Stream(io.RawIOBase):
+    """A file as Arrow reads it. Remembers the first read that failed; reads have time limits of their own."""
+
+    def __init__(self, file: Any, size: int) -> None:
+        self.failure: Exception | None = None
+        self._file = file
+        self._size = size
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def size(self) -> int:
+        return self._size
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            with clock_paused():
+                return self._file.read(size)
+        except Exception as error:
+            self.failure = self.failure or error
+            raise
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _check_unchanged(file: InputFile) -> None:
+    try:
+        with clock_paused():
+            now = stamp(file.path)
+    except FileNotFoundError:
+        raise InputChanged(f"{file.path} must be as it was planned, and it is gone") from None
+    except Exception as error:  # every store has errors of its own
+        raise InputUnreadable(f"input.path: {file.path} cannot be read: {error}") from error
+    if (now.size, now.version) != (file.size, file.version):
+        raise InputChanged(
+            f"{file.path} must be as it was planned ({file.size} bytes, {file.version}), "
+            f"got {now.size} bytes, {now.version}; plan into a new output folder"
+        )
+
+
+def _groups_from(file: InputFile, start: int) -> Iterator[tuple[int, int]]:
+    """Each row group that ends after row `start`, with the number of its first row."""
+    first = 0
+    for group, num_rows in enumerate(file.row_groups):
+        if first + num_rows > start:
+            yield group, first
+        first += num_rows
+
+
+def _cast(rows: pa.RecordBatch, columns: pa.Schema, partition: Mapping[str, pa.Scalar]) -> pa.RecordBatch:
+    """The rows with the types that hold for all files; almost always they are that already."""
+    if not columns.names:
+        return rows.select([])
+    names = columns.names
+    arrays = [pa.repeat(partition[name], rows.num_rows) if name in partition else rows.column(name) for name in names]
+    cast = [a if a.type == f.type else _cast_array(a, f.type) for a, f in zip(arrays, columns, strict=True)]
+    return pa.RecordBatch.from_arrays(cast, schema=columns)
+
+
+def _cast_array(array: pa.Array, kind: pa.DataType) -> pa.Array:
+    return pa.nulls(len(array), kind) if pa.types.is_null(array.type) else array.cast(kind)

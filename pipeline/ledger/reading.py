@@ -1,0 +1,138 @@
+"""Reading an output folder back: its rows, its errors. Works on a folder that is finished or not, without the job file.
+
+Knows Parquet and the names of shards; no Ray, no model.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from segue.pipeline.dataset.columns import is_text
+from segue.pipeline.ledger.columns import ANY_RESULT_COLUMN
+from segue.pipeline.ledger.manifest import SUCCESS, ForeignOutput, Manifest, load_manifest
+from segue.pipeline.storage.store import OutputStorageError, Store, open_store
+from segue.workers.scoring.template import Task
+
+
+def _shards(output: str) -> Iterator["_Shard"]:
+    """Committed shards in plan order. Raises ForeignOutput if the folder is no output of Segue."""
+    store, manifest = open_store(output), manifest_of(output)
+    present = set(store.names())
+    yield from (_Shard(store, unit.shard_name) for unit in manifest.units if unit.shard_name in present)
+
+
+def task_of(output: str) -> Task:
+    """What the folder's job does. Raises ForeignOutput."""
+    return manifest_of(output).fields.get("task", "generate")
+
+
+def manifest_of(output: str) -> Manifest:
+    """What a folder belongs to, finished or not. Raises ForeignOutput if it is none of Segue's."""
+    manifest = load_manifest(open_store(output))
+    if manifest is None:
+        raise ForeignOutput(f"{output} is not an output folder of Segue: it has no _job/manifest.json")
+    return manifest
+
+
+def finished_manifest(output: str) -> Manifest:
+    """What a complete output folder belongs to. Raises ForeignOutput if it is not complete, or none of Segue's."""
+    manifest = manifest_of(output)
+    if not (manifest.is_complete and open_store(output).exists(SUCCESS)):
+        raise ForeignOutput(
+            f"{output} is not complete: it lacks {SUCCESS} or a part of its plan; run its job again to finish it"
+        )
+    return manifest
+
+
+def read_columns(output: str, choose: Callable[[pa.Schema], Sequence[str]]) -> Iterator[pa.Table]:
+    """Each shard's columns among those that `choose` names, given the shard's schema; in plan order."""
+    for shard in _shards(output):
+        schema = shard.schema
+        yield shard.read([name for name in dict.fromkeys(choose(schema)) if name in schema.names])
+
+
+def sample_rows(output: str, count: int, seed: int) -> list[dict[str, Any]]:
+    """`count` rows chosen at random, in plan order: their text columns and results. Reads only shards that have one.
+
+    Bytes that are not UTF-8 become U+FFFD: a row with BAD_UTF8 passes them through as they are.
+    """
+    shards = list(_shards(output))
+    sizes = [shard.num_rows for shard in shards]
+    chosen = sorted(random.Random(seed).sample(range(sum(sizes)), min(count, sum(sizes))))
+    rows: list[dict[str, Any]] = []
+    start = 0
+    for shard, size in zip(shards, sizes, strict=True):
+        inside = [number - start for number in chosen if start <= number < start + size]
+        if inside:
+            rows += _shown_rows(shard.read().take(inside))
+        start += size
+    return rows
+
+
+def _shown_rows(table: pa.Table) -> list[dict[str, Any]]:
+    columns: dict[str, list[Any]] = {}
+    for field in table.schema:
+        column = table[field.name]
+        if is_text(field.type) and not pa.types.is_null(field.type):
+            texts = column.cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
+            columns[field.name] = [None if text is None else text.decode("utf-8", "replace") for text in texts]
+        elif field.name in ANY_RESULT_COLUMN:
+            columns[field.name] = column.to_pylist()
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def error_rows(output: str, limit: int) -> list[dict[str, Any]]:
+    """The first `limit` rows that have an error: src_path, src_row, code, message."""
+    found: list[dict[str, Any]] = []
+    for shard in _shards(output):
+        table = shard.read(["src_path", "src_row", "error"])
+        rows = table.filter(table["error"].is_valid()).slice(0, limit - len(found)).to_pylist()
+        found += [{"src_path": row["src_path"], "src_row": row["src_row"], **row["error"]} for row in rows]
+        if len(found) >= limit:
+            break
+    return found
+
+
+def error_counts(output: str) -> dict[str, int]:
+    """Rows by error code."""
+    counts: Counter[str] = Counter()
+    for shard in _shards(output):
+        column = shard.read(["error"])["error"]
+        counts.update(value["code"] for value in column.drop_null().to_pylist())
+    return dict(sorted(counts.items()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """A committed file. Raises OutputStorageError if it cannot be read."""
+
+    store: Store
+    name: str
+
+    @property
+    def num_rows(self) -> int:
+        with self._opened() as file:
+            return file.metadata.num_rows
+
+    @property
+    def schema(self) -> pa.Schema:
+        with self._opened() as file:
+            return file.schema_arrow
+
+    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
+        with self._opened() as file:
+            return file.read(columns=columns)
+
+    @contextmanager
+    def _opened(self) -> Iterator[pq.ParquetFile]:
+        try:
+            with self.store.open(self.name) as file:
+                yield pq.ParquetFile(file, page_checksum_verification=True)
+        except (OSError, pa.ArrowException) as error:
+            raise OutputStorageError(f"{self.store.path(self.name)} cannot be read: {error}") from error

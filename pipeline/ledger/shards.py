@@ -1,0 +1,120 @@
+"""A shard of the output: made in memory, checked, published once. Its appearance is the commit of its unit.
+
+Knows Parquet and the store; no model, no Ray.
+"""
+
+import io
+import json
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from segue.pipeline.ledger.units import MAX_READS, UnitSpec
+from segue.pipeline.storage.store import OutputStorageError, Store
+
+PROTOCOL = 1
+FOOTER_KEY = b"segue"
+
+
+class ForeignShard(ValueError):
+    """A file stands where a shard belongs, and it is not that shard."""
+
+
+class ShardDamaged(OutputStorageError):
+    """A shard is not what was written."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFooter:
+    """What a shard says of itself."""
+
+    protocol: int
+    fingerprint: str
+    unit_id: str
+    num_rows: int
+    errors: dict[str, int]  # rows by error code
+    num_input_tokens: int  # prompt tokens of answered rows, as requested
+    num_computed_tokens: int  # of these, what went through the model
+    num_generated_tokens: int
+    finished: float = 0.0  # seconds since 1970, by its worker's clock; 0 if it was not told
+
+
+def serialize_shard(table: pa.Table, footer: ShardFooter) -> bytes:
+    """The whole file, read back and checked: a shard that is short or has another schema is never published."""
+    text = json.dumps({name: getattr(footer, name) for name in ShardFooter.__slots__})
+    sink = io.BytesIO()
+    stamped = table.replace_schema_metadata({FOOTER_KEY: text})
+    pq.write_table(stamped, sink, compression="zstd", write_page_checksum=True)
+    content = sink.getvalue()
+    read = pq.read_table(io.BytesIO(content), page_checksum_verification=True)
+    if read.num_rows != footer.num_rows or not read.schema.equals(table.schema):
+        raise ValueError(f"a shard read back as {read.num_rows} rows, wanted {footer.num_rows} in the same schema")
+    return content
+
+
+def commit_shard(store: Store, unit: UnitSpec, content: bytes, fingerprint: str) -> bool:
+    """Publish; False if another attempt was first. Raises ForeignShard if what is there is neither."""
+    if store.create(unit.shard_name, content):
+        return True
+    read_footer(store, unit, fingerprint)
+    return False
+
+
+def read_footer(store: Store, unit: UnitSpec, fingerprint: str) -> ShardFooter:
+    """The footer of a committed shard. Raises ForeignShard if it is not this job's shard of this unit, whole."""
+    path = store.path(unit.shard_name)
+    try:
+        with store.open(unit.shard_name) as file:
+            metadata = pq.read_metadata(file)
+    except ValueError as error:  # ArrowInvalid is one
+        raise ForeignShard(f"{path} is not a shard of Segue: {error}") from error
+    except OSError as error:
+        raise OutputStorageError(f"{path}: {error.strerror or error}") from error
+    return parse_footer(metadata, unit, fingerprint, path)
+
+
+def read_shard(store: Store, unit: UnitSpec, fingerprint: str) -> tuple[ShardFooter, bytes]:
+    """`read_footer`, and the content it is of, every page checked.
+
+    Read again if it is not as it should be, since a byte may have flipped on the way.
+    """
+    path = store.path(unit.shard_name)
+    found: Exception = ShardDamaged(f"{path} was not read")
+    for _ in range(MAX_READS):
+        content = store.read(unit.shard_name)
+        try:
+            return check_shard(content, unit, fingerprint, path), content
+        except (ForeignShard, ShardDamaged) as error:
+            found = error
+    raise found
+
+
+def check_shard(content: bytes, unit: UnitSpec, fingerprint: str, path: str) -> ShardFooter:
+    """The footer of a shard whose pages are all as they were written; `path` is what it is called in errors.
+
+    Raises ForeignShard if it is a shard of another job or unit, ShardDamaged if it is no whole Parquet file.
+    """
+    try:
+        with pq.ParquetFile(io.BytesIO(content), page_checksum_verification=True) as file:
+            footer = parse_footer(file.metadata, unit, fingerprint, path)
+            for _ in file.iter_batches():
+                pass  # what is read is checked; nothing else is wanted of it
+    except ForeignShard:
+        raise
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise ShardDamaged(f"{path} is not a whole Parquet file any more: {error}") from error
+    return footer
+
+
+def parse_footer(metadata: pq.FileMetaData, unit: UnitSpec, fingerprint: str, path: str) -> ShardFooter:
+    """`read_footer` of what was read; `path` is what the file is called in errors."""
+    try:
+        footer = ShardFooter(**json.loads((metadata.metadata or {})[FOOTER_KEY]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ForeignShard(f"{path} is not a shard of Segue: {error}") from error
+    wanted = (PROTOCOL, fingerprint, unit.unit_id, unit.num_rows)
+    got = (footer.protocol, footer.fingerprint, footer.unit_id, footer.num_rows)
+    if got != wanted or metadata.num_rows != unit.num_rows:
+        raise ForeignShard(f"{path} is a shard of another job or unit: got {got}, wanted {wanted}")
+    return footer

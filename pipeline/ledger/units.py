@@ -1,0 +1,150 @@
+"""A unit of work: one file of the plan, which becomes exactly one shard of the output.
+
+It holds all that a worker needs: token ids, segments, provenance, the columns passed through, and the rows that already
+have an error. Knows Parquet; no model, no Ray.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from segue.attention.segments import Segment, first_tokens, num_tokens
+from segue.pipeline.ledger.chains import decode_chain
+from segue.pipeline.ledger.columns import ERROR_TYPE
+from segue.pipeline.storage.store import OutputStorageError, Store
+from segue.workers.errors import RowError, RowErrorCode
+from segue.workers.rows.params import SamplingParams
+from segue.workers.scoring.rows import ScoreRow
+
+MAX_READS = 3  # of a unit whose checksum is wrong: a byte may have flipped on the way
+_WAY_OUT = "restore the file, or plan again into another output.path"
+FINGERPRINT = "segue.fingerprint"  # key in a unit's metadata
+PASSED = "in:"  # prefix of passed-through columns inside the plan, so that none can collide
+PLANNED_FIELDS = [
+    pa.field("chain", pa.large_binary()),  # segue.pipeline.ledger.chains; empty for a row with an error
+    pa.field("src_path", pa.string()),
+    pa.field("src_row", pa.int64()),
+    pa.field("sampling_params", pa.string()),  # JSON, the row's own; null for the job's
+    pa.field("error", ERROR_TYPE),
+]
+# Of a scoring task's rows: `chain` is then the smallest that the row feeds, and begins with the context.
+SCORE_FIELD = pa.field(
+    "score",
+    pa.struct(
+        [
+            ("num_context_tokens", pa.int32()),
+            ("continuations", pa.list_(pa.list_(pa.int32()))),
+            ("sizes", pa.list_(pa.int32())),
+            ("label", pa.int32()),
+        ]
+    ),
+)
+
+
+class UnitDamaged(OutputStorageError):
+    """A file of the plan is gone, or is not what was planned."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnitSpec:
+    """A unit as the manifest lists it. Names follow from these fields alone, never from an attempt."""
+
+    ordinal: int
+    unit_id: str  # sha256 of its file, 16 hex digits
+    num_rows: int
+    num_requests: int  # to the engine: a row of a scoring task has several, one with an error none
+    num_tokens: int  # sum of what its rows feed: prompts, and continuations without their last token
+
+    @property
+    def unit_name(self) -> str:
+        return f"_job/units/unit-{self.ordinal:06d}-{self.unit_id}.parquet"
+
+    @property
+    def shard_name(self) -> str:
+        return f"part-{self.ordinal:06d}-{self.unit_id}.parquet"
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "UnitSpec":
+        return cls(**json.loads(text))
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRow:
+    """One row of a unit."""
+
+    segments: tuple[Segment, ...]  # of a prompt to answer
+    src_path: str
+    src_row: int
+    params: SamplingParams
+    error: RowError | None
+    score: ScoreRow | None = None  # of a scoring task
+
+    @property
+    def random_key(self) -> bytes:
+        """Names the row for its draws: the same in every unit, batch and attempt."""
+        return f"{self.src_path}:{self.src_row}".encode()
+
+
+def serialize_unit(table: pa.Table, fingerprint: str) -> tuple[str, bytes]:
+    """(unit id, file content) of a table with PLANNED_FIELDS and passed-through columns.
+
+    With the job's fingerprint, so that two jobs never have a file in common, whatever their rows are.
+    """
+    sink = io.BytesIO()
+    pq.write_table(
+        table.replace_schema_metadata({FINGERPRINT: fingerprint}), sink, compression="zstd", write_page_checksum=True
+    )
+    content = sink.getvalue()
+    return hashlib.sha256(content).hexdigest()[:16], content
+
+
+def load_unit(store: Store, unit: UnitSpec) -> pa.Table:
+    """The unit's table. Raises UnitDamaged if its file is not the one that was planned, however often it is read."""
+    path = store.path(unit.unit_name)
+    for _ in range(MAX_READS):
+        try:
+            content = store.read(unit.unit_name)
+        except FileNotFoundError:
+            raise UnitDamaged(f"{path} is gone, wanted the unit that was planned; {_WAY_OUT}") from None
+        if hashlib.sha256(content).hexdigest()[:16] == unit.unit_id:
+            table = pq.read_table(io.BytesIO(content), page_checksum_verification=True)
+            return table.replace_schema_metadata(None)
+    raise UnitDamaged(f"{path} was changed after it was planned: its sha256 is another one; {_WAY_OUT}")
+
+
+def score_value(row: ScoreRow) -> dict[str, object]:
+    """As the `score` column holds it."""
+    return {
+        "num_context_tokens": num_tokens(row.context),
+        "continuations": row.continuations,
+        "sizes": row.sizes,
+        "label": row.label,
+    }
+
+
+def score_row(chain: Sequence[Segment], value: dict[str, Any]) -> ScoreRow:
+    """The inverse, given the row's chain."""
+    context = first_tokens(chain, value["num_context_tokens"])
+    return ScoreRow(context, tuple(map(tuple, value["continuations"])), tuple(value["sizes"]), value["label"])
+
+
+def planned_rows(table: pa.Table, params: SamplingParams) -> Iterator[PlannedRow]:
+    """The rows of a unit, `params` being the job's."""
+    columns = [table[field.name].to_pylist() for field in PLANNED_FIELDS]
+    scores = table[SCORE_FIELD.name].to_pylist() if SCORE_FIELD.name in table.column_names else [None] * len(table)
+    for chain, src_path, src_row, own, error, score in zip(*columns, scores, strict=True):
+        segments = decode_chain(chain)
+        row_params = params.with_row(json.loads(own)) if own else params
+        row_error = RowError(RowErrorCode(error["code"]), error["message"]) if error else None
+        yield PlannedRow(
+            segments, src_path, src_row, row_params, row_error, None if score is None else score_row(segments, score)
+        )

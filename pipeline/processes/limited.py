@@ -1,0 +1,349 @@
+"""Work on strangers' data in a child process with limits of time and memory; when it dies, its parent goes on.
+
+A page may decode to gigabytes, a template loop for ever, a text end the tokenizer: none of that can be stopped from
+within a process. Knows processes; nothing of rows. A child ends with its parent, or when it has been idle for a minute;
+it writes no core file, and what it prints is lost, since rows are private.
+"""
+
+import ctypes
+import os
+import pickle
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+from typing import Any, Literal
+
+import psutil
+
+TICK_SECONDS = 0.5
+LOOK_SECONDS = 0.1
+IDLE_FACTOR = 20  # so many times its CPU time a child may take by the clock
+START_SECONDS = 300.0  # imports on a busy machine
+PREPARE_BYTES = 2**30  # what a child may take for them, and for what else it loads
+ORPHAN_SECONDS = 1.0
+IDLE_SECONDS = 60.0  # a child without work ends
+PR_SET_PDEATHSIG = 1  # of prctl(2)
+_SERVE = "from segue.pipeline.processes.limited import serve; serve({descriptor})"
+
+Death = Literal["crash", "time", "memory"]
+_to_parent: "_ToParent | None" = None  # in a child only
+
+
+class ChildDied(Exception):
+    """The child ended before its work: it crashed, or passed a limit."""
+
+    def __init__(self, death: Death) -> None:
+        super().__init__(death)
+        self.death: Death = death
+
+
+class ChildUnready(RuntimeError):
+    """No child could be made ready for work: that is nobody's data's fault."""
+
+
+class LimitedProcess:
+    """A child that runs one generator function at a time. To be closed.
+
+    `seconds`: CPU time that it may take from one `tick` or value to the next. `memory_bytes`: what it may take beyond
+    what it holds when it starts to work. After a ChildDied the next call starts another child.
+    """
+
+    def __init__(self, seconds: float, memory_bytes: int, prepare: Callable[[], object] | None = None) -> None:
+        """`prepare` is called first in every child, for what all calls need, within START_SECONDS and PREPARE_BYTES."""
+        self._seconds = seconds
+        self._memory_bytes = memory_bytes
+        self._prepare = prepare
+        self._child: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+        self._is_ready = self._is_streaming = False
+        self._end: Callable[[], object] = lambda: None
+
+    def stream(
+        self, function: Callable[..., Iterator[Any]], *arguments: Any, seconds: float | None = None
+    ) -> Iterator[Any]:
+        """What the generator `function(*arguments)` yields, in the child. Function, arguments and values are pickled.
+        `seconds`: instead of the child's own.
+
+        Raises ChildDied, ChildUnready, what `prepare` raises and what `function` does. Whoever stops in the middle, or
+        begins another stream, ends the child: no values of one can be taken for another's.
+        """
+        if self._is_streaming:
+            self.close()
+        child, connection = self._ready()
+        return self._values(child, connection, seconds or self._seconds, (function, arguments))
+
+    def begin(self) -> None:
+        """Start a child that will be needed soon, if there is none."""
+        if self._child is not None and self._child.poll() is None:
+            return
+        self.close()
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                self._child = _start(theirs.fileno())
+        except OSError as error:
+            ours.close()
+            raise ChildUnready(f"a child process could not be started: {error}") from error
+        self._connection = Connection(ours.detach())
+        self._end = weakref.finalize(self, _end, self._child, self._connection)
+        with suppress(OSError):  # it is gone, which the first call will find out
+            self._connection.send((os.getpid(), self._memory_bytes, self._prepare))
+
+    def settle(self, seconds: float, memory_bytes: int, prepare: Callable[[], object]) -> None:
+        """Other work from now on. A child that is idle goes on with it, and has no more memory for it than another.
+
+        Raises what `prepare` raises.
+        """
+        self._seconds, self._memory_bytes, self._prepare = seconds, memory_bytes, prepare
+        if not self._is_ready or self._is_streaming or self._child is None or self._child.poll() is not None:
+            self.close()
+            return
+        with suppress(ChildDied):  # the next call starts another
+            list(self.stream(_settled, prepare, memory_bytes, seconds=START_SECONDS))
+
+    def close(self) -> None:
+        """End the child, whatever it is at."""
+        self._end()
+        self._child = self._connection = None
+        self._is_ready = self._is_streaming = False
+
+    def __enter__(self) -> "LimitedProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _ready(self) -> tuple["subprocess.Popen[bytes]", Connection]:
+        """A child that is prepared."""
+        self.begin()
+        child, connection = self._child, self._connection
+        if child is None or connection is None:
+            raise ChildUnready("a child process was closed while it started")
+        if not self._is_ready:
+            try:
+                list(self._values(child, connection, START_SECONDS))
+            except ChildDied as died:
+                raise ChildUnready(f"a child process could not be made ready: {died.death}") from None
+            except Exception:
+                self.close()
+                raise
+            self._is_ready = True
+        return child, connection
+
+    def _values(
+        self, child: "subprocess.Popen[bytes]", connection: Connection, seconds: float, request: object = None
+    ) -> Iterator[Any]:
+        """What it answers, to what it was sent before if there is no `request`."""
+        is_idle = False
+        clock = _Clock(child.pid, seconds)
+        self._is_streaming = True
+        try:
+            if request is not None:
+                connection.send(request)
+            while True:
+                kind, value = _next_message(connection, clock)
+                if kind != "value":
+                    break
+                yield value
+            is_idle = kind != "memory"
+        except (EOFError, OSError):
+            raise ChildDied("crash") from None
+        finally:
+            if self._child is child:  # not another stream's
+                self._is_streaming = False
+                if not is_idle:
+                    self.close()
+        if kind == "memory":
+            raise ChildDied("memory")
+        if kind == "error":
+            raise value
+
+
+class _Clock:
+    """What a process has used since its last sign of life. CPU time: on a busy machine it may have to wait for its
+    turn, and a Ray worker's children are the last to get one."""
+
+    def __init__(self, pid: int, seconds: float) -> None:
+        self._process = psutil.Process(pid)
+        self._seconds = seconds
+        self.begin()
+
+    def begin(self) -> None:
+        self._started = time.monotonic()
+        self._cpu_before: float | None = None
+
+    def is_over(self) -> bool:
+        try:
+            used = self._cpu()
+        except psutil.Error:  # it is gone, which its connection will tell
+            return False
+        if self._cpu_before is None:
+            self._cpu_before = used
+        is_late = time.monotonic() - self._started > IDLE_FACTOR * self._seconds
+        return is_late or used - self._cpu_before > self._seconds
+
+    def _cpu(self) -> float:
+        times = self._process.cpu_times()
+        return times.user + times.system
+
+
+def _next_message(connection: Connection, clock: _Clock) -> tuple[str, Any]:
+    """The next one that is no sign of life. Raises ChildDied if none comes in time."""
+    clock.begin()
+    is_paused = False
+    while True:
+        if not connection.poll(LOOK_SECONDS):
+            if not is_paused and clock.is_over():
+                raise ChildDied("time")
+            continue
+        kind, value = connection.recv()
+        if kind not in ("tick", "pause"):
+            return kind, value
+        is_paused = kind == "pause"
+        clock.begin()
+
+
+def _end(child: "subprocess.Popen[bytes]", connection: Connection) -> None:
+    connection.close()
+    child.kill()
+    child.wait()
+
+
+def _start(descriptor: int) -> "subprocess.Popen[bytes]":
+    """With the parent's modules, whatever the folder it stands in."""
+    path = os.pathsep.join(each for each in sys.path if each)
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", _SERVE.format(descriptor=descriptor)],
+        pass_fds=[descriptor],
+        env=os.environ | {"PYTHONPATH": path, "ARROW_DEFAULT_MEMORY_POOL": "system"},  # others keep what is freed
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def tick() -> None:
+    """A sign of life: the clock begins anew. Does nothing outside a child."""
+    if _to_parent is not None:
+        _to_parent.tick()
+
+
+@contextmanager
+def clock_paused() -> Iterator[None]:
+    """For what has time limits of its own, such as a store's answers."""
+    if _to_parent is None:
+        yield
+        return
+    _to_parent.send("pause")
+    try:
+        yield
+    finally:
+        _to_parent.send("tick")
+
+
+class _ToParent:
+    """What a child says; from any thread."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+        self._last = 0.0
+
+    def send(self, kind: str, value: object = None) -> None:
+        with self._lock:
+            self._connection.send((kind, value))
+            self._last = time.monotonic()
+
+    def tick(self) -> None:
+        if time.monotonic() - self._last > TICK_SECONDS:
+            self.send("tick")
+
+
+def serve(descriptor: int) -> None:
+    """The child's whole life: calls from its parent, one after the other."""
+    global _to_parent
+    connection = Connection(descriptor)
+    _to_parent = _ToParent(connection)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with suppress(EOFError, OSError):  # the parent is gone
+        parent, memory_bytes, prepare = connection.recv()
+        _ask_to_end_with_parent()
+        threading.Thread(target=_end_with, args=[parent], daemon=True).start()
+        _limit_memory(PREPARE_BYTES + memory_bytes)
+        _answer(_to_parent, _prepared, (prepare,))
+        _limit_memory(memory_bytes)
+        while connection.poll(IDLE_SECONDS):
+            _answer(_to_parent, *connection.recv())
+
+
+def _prepared(prepare: Callable[[], object] | None) -> Iterator[None]:
+    if prepare is not None:
+        prepare()
+    yield from ()
+
+
+def _settled(prepare: Callable[[], object], memory_bytes: int) -> Iterator[None]:
+    prepare()
+    _limit_memory(memory_bytes)
+    yield from ()
+
+
+def _answer(to_parent: _ToParent, function: Callable[..., Iterator[Any]], arguments: tuple[Any, ...]) -> None:
+    try:
+        for value in function(*arguments):
+            to_parent.send("value", value)
+    except MemoryError:
+        to_parent.send("memory")
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        to_parent.send("error", _portable(error))
+    else:
+        to_parent.send("done")
+
+
+def _ask_to_end_with_parent() -> None:
+    """Of the kernel, which a computation in C cannot hold up as it holds up a thread. Only Linux has it."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _end_with(parent: int) -> None:
+    """Also if it ended before the kernel was asked."""
+    while os.getppid() == parent:
+        time.sleep(ORPHAN_SECONDS)
+    os._exit(1)
+
+
+def _limit_memory(more: int) -> None:
+    """RLIMIT_DATA counts mappings that are private and writable; address space would count files and reserves, too."""
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    limit = _data_bytes() + more
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+def _data_bytes() -> int:
+    """What counts towards RLIMIT_DATA now; elsewhere than on Linux, 0."""
+    with suppress(OSError), open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith("VmData:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def _portable(error: Exception) -> Exception:
+    """An exception that arrives: not all can be pickled, and none with what it refers to."""
+    try:
+        copy = pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return copy if isinstance(copy, Exception) else RuntimeError(str(error))

@@ -1,0 +1,267 @@
+"""The plan's map tasks: rows of the dataset to rows of the plan, with prompts as token ids or an error.
+
+Everything that can go wrong with one row ends here as a value in its `error`. Runs inside Ray Data tasks, but knows
+Arrow tables and the prompt encoder only.
+"""
+
+import datetime
+import functools
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from segue.attention.segments import canonical_segments, num_tokens
+from segue.pipeline.dataset.columns import ROW_PARAMS_COLUMN
+from segue.pipeline.dataset.files import RowNumbers
+from segue.pipeline.ledger.chains import encode_chain, shared_chains
+from segue.pipeline.ledger.columns import error_value
+from segue.pipeline.ledger.units import PASSED, PLANNED_FIELDS, SCORE_FIELD, score_value
+from segue.pipeline.processes.limited import clock_paused, tick
+from segue.pipeline.storage.models import local_source
+from segue.workers.engine.echo import echo_tokenizer, is_echo
+from segue.workers.errors import RowError, RowErrorCode
+from segue.workers.models.source import locate, safetensors_directory
+from segue.workers.prompts.conversation import too_large
+from segue.workers.prompts.encoder import PromptEncoder
+from segue.workers.prompts.template import PromptTemplate
+from segue.workers.rows.forms import problem_of
+from segue.workers.rows.params import SamplingParams
+from segue.workers.scoring.pairs import PairEncoder
+from segue.workers.scoring.rows import RowScorer, check_fits, requests_of
+from segue.workers.scoring.template import ScoringTemplate, Task
+
+
+@dataclass(frozen=True)
+class RenderSpec:
+    """What a task must know; small, and the same for every task of a job."""
+
+    source: str  # of the model, or echo
+    revision: str | None
+    template: PromptTemplate
+    date: str  # ISO; templates that print today's date print this one
+    mask: str
+    max_model_len: int
+    window: int | None  # the sliding window, if that is what limits the length
+    max_prompt_bytes: int
+    prompt_columns: tuple[str, ...]
+    passed_columns: tuple[str, ...]
+    params: SamplingParams
+    task: Task = "generate"
+    scoring: ScoringTemplate = field(default_factory=ScoringTemplate)
+
+    @property
+    def limit_name(self) -> str:
+        """What `max_model_len` comes from."""
+        return f"sliding window of {self.window}" if self.window == self.max_model_len else "limits.max_model_len"
+
+
+def render_block(block: pa.Table, spec: RenderSpec) -> pa.Table:
+    """A block of `pipeline/dataset/blocks.py` -> the same rows as `planned_schema` has them."""
+    encoder = encoder_of(spec)
+    plan = _planned if spec.task == "generate" else partial(_scored, scorer=scorer_of(spec, encoder))
+    inputs = _fields(block["input"])
+    planned = []
+    for row in _rows(inputs, block.num_rows, spec):
+        planned.append(plan(row, encoder=encoder, spec=spec))
+        tick()
+    passed = {PASSED + name: inputs[name] for name in spec.passed_columns}
+    return _table(block["src_path"], block["src_row"], planned, passed, spec)
+
+
+def unplanned(src_path: str, numbers: RowNumbers, error: RowError, columns: pa.Schema, spec: RenderSpec) -> pa.Table:
+    """Rows of one file that could not be read or rendered, as `planned_schema` has them: nothing is passed through."""
+    rows = pa.array(numbers, pa.int64())
+    paths = pa.repeat(pa.scalar(src_path, pa.string()), len(rows))
+    passed = {PASSED + name: pa.nulls(len(rows), columns.field(name).type) for name in spec.passed_columns}
+    return _table(paths, rows, [_failed(error)] * len(rows), passed, spec)
+
+
+def planned_schema(columns: pa.Schema, spec: RenderSpec) -> pa.Schema:
+    """The plan's own columns, then those passed through; `columns` is what is read, with the types in all files."""
+    passed = [pa.field(PASSED + name, columns.field(name).type) for name in spec.passed_columns]
+    return pa.schema([*planned_fields(spec.task), *passed])
+
+
+def _table(
+    src_path: pa.Array | pa.ChunkedArray,
+    src_row: pa.Array | pa.ChunkedArray,
+    planned: Sequence[Mapping[str, Any]],
+    passed: Mapping[str, pa.Array | pa.ChunkedArray],
+    spec: RenderSpec,
+) -> pa.Table:
+    origin = {"src_path": src_path, "src_row": src_row}
+    fields = planned_fields(spec.task)
+    own = [
+        origin[field.name] if field.name in origin else pa.array([row.get(field.name) for row in planned], field.type)
+        for field in fields
+    ]
+    return pa.table([*own, *passed.values()], names=[*(each.name for each in fields), *passed])
+
+
+def planned_fields(task: Task) -> list[pa.Field]:
+    """The plan's own columns."""
+    return PLANNED_FIELDS if task == "generate" else [*PLANNED_FIELDS, SCORE_FIELD]
+
+
+def _planned(row: Mapping[str, object] | RowError, *, encoder: PromptEncoder, spec: RenderSpec) -> dict[str, Any]:
+    """chain, and the row's parameters as JSON; or error"""
+    if isinstance(row, RowError):
+        return _failed(row)
+    try:
+        params = _row_params(row.get(ROW_PARAMS_COLUMN), spec.params)
+        segments = canonical_segments(encoder.encode(row), mask=spec.mask)
+        _check_length(num_tokens(segments), spec)
+        return {"chain": encode_chain(segments), "sampling_params": params}
+    except RowError as error:
+        return _failed(error)
+
+
+def _scored(
+    row: Mapping[str, object] | RowError, *, encoder: PromptEncoder, spec: RenderSpec, scorer: RowScorer
+) -> dict[str, Any]:
+    """chain, and what is scored; or error"""
+    if isinstance(row, RowError):
+        return _failed(row)
+    try:
+        found = scorer.read(row, spec.mask)
+        requests = requests_of(found, spec.task, spec.max_model_len)
+        # What is learned ends with a token more than the answer, which is not fed either.
+        limit = spec.max_model_len - 1 if spec.task == "finetune" else spec.max_model_len
+        for request in requests:
+            check_fits(request, limit, spec.limit_name)
+        return {"chain": min(shared_chains(requests)), "score": score_value(found)}
+    except RowError as error:
+        return _failed(error)
+
+
+def _failed(error: RowError) -> dict[str, Any]:
+    return {"chain": b"", "error": error_value(error)}
+
+
+def _check_length(length: int, spec: RenderSpec) -> None:
+    if length == 0:
+        raise RowError(RowErrorCode.EMPTY_PROMPT, "the prompt has no tokens, wanted at least one")
+    if length >= spec.max_model_len:
+        message = f"the prompt has {length:,} tokens, wanted fewer than {spec.max_model_len:,} ({spec.limit_name})"
+        raise RowError(RowErrorCode.PROMPT_TOO_LONG, message)
+
+
+def _row_params(value: object, params: SamplingParams) -> str | None:
+    """A row's own parameters, checked, as JSON. They come as a struct or as a JSON object."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise RowError(RowErrorCode.BAD_PARAMS, "sampling_params is not JSON, wanted an object") from None
+    if not isinstance(value, dict):
+        raise RowError(RowErrorCode.BAD_PARAMS, f"sampling_params is a {type(value).__name__}, wanted an object")
+    own = {name: each for name, each in value.items() if each is not None}
+    outputs = params.with_row(own).structured_outputs
+    if outputs is not None and outputs != params.structured_outputs and (problem := problem_of(outputs)):
+        message = f"sampling_params.structured_outputs.{outputs.kind}: {problem}"
+        raise RowError(RowErrorCode.BAD_PARAMS, message)
+    return json.dumps(own)
+
+
+def _rows(
+    inputs: Mapping[str, pa.ChunkedArray], num_rows: int, spec: RenderSpec
+) -> Iterator[Mapping[str, object] | RowError]:
+    """What the prompt reads of each row, or why it cannot be read."""
+    own = {ROW_PARAMS_COLUMN} if spec.task == "generate" and ROW_PARAMS_COLUMN in inputs else set()
+    names = {*spec.prompt_columns, *own}
+    limits = dict.fromkeys(names, spec.max_prompt_bytes) | {ROW_PARAMS_COLUMN: sys.maxsize}
+    columns = {name: _values(inputs[name], limits[name]) for name in names}
+    for index in range(num_rows):
+        row = {name: values[index] for name, values in columns.items()}
+        broken = next((value for value in row.values() if isinstance(value, RowError)), None)
+        yield broken or row
+
+
+def _values(column: pa.ChunkedArray, max_bytes: int) -> list[object]:
+    """Python values; text that is not UTF-8, or larger than a prompt may be, costs its own row, not the block."""
+    if _max_bytes(column) <= max_bytes:
+        with suppress(UnicodeDecodeError):  # which then is looked for row by row
+            return column.to_pylist()
+    return [_value(scalar, max_bytes) for scalar in column]
+
+
+def _value(scalar: pa.Scalar, max_bytes: int) -> object:
+    """A text that is too large never becomes one of Python's, which may be four times its size."""
+    if isinstance(scalar, pa.DictionaryScalar):
+        scalar = scalar.value
+    if _is_text(scalar.type) and scalar.is_valid:
+        num_bytes = scalar.as_buffer().size
+        if num_bytes > max_bytes:
+            return RowError(RowErrorCode.PROMPT_TOO_LARGE, too_large(num_bytes, max_bytes))
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return RowError(RowErrorCode.BAD_UTF8, "a text column holds bytes that are not UTF-8")
+
+
+def _max_bytes(column: pa.ChunkedArray) -> int:
+    """Of a column of texts the largest; 0 for others."""
+    kind = column.type
+    texts = [chunk.dictionary for chunk in column.chunks] if pa.types.is_dictionary(kind) else column.chunks
+    if not texts or not _is_text(texts[0].type):
+        return 0
+    # Views have no function for their lengths.
+    plain = (each.cast(pa.large_string()) if each.type == pa.string_view() else each for each in texts)
+    lengths = (pc.call_function("binary_length", [each]) for each in plain)
+    return max(pc.call_function("max", [each]).as_py() or 0 for each in lengths)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind == pa.string_view()
+
+
+def _fields(structs: pa.ChunkedArray) -> dict[str, pa.ChunkedArray]:
+    """The columns inside the `input` struct."""
+    kind = structs.type
+    chunks = [chunk.flatten() for chunk in structs.chunks]
+    return {
+        kind.field(i).name: pa.chunked_array([chunk[i] for chunk in chunks], kind.field(i).type)
+        for i in range(kind.num_fields)
+    }
+
+
+def encoder_of(spec: RenderSpec) -> PromptEncoder:
+    """Kept between blocks: Ray runs many tasks in one process, and a tokenizer takes a second to load.
+
+    Raises ValueError if tokenizer or template cannot be used safely.
+    """
+    template = spec.template.model_dump_json(exclude_unset=True)
+    return _encoder(spec.source, spec.revision, template, spec.date, spec.max_prompt_bytes)
+
+
+def scorer_of(spec: RenderSpec, encoder: PromptEncoder) -> RowScorer:
+    """For a scoring task's rows."""
+    delimiter = spec.scoring.delimiter(spec.template.format)
+    pairs = PairEncoder(encoder, encoder.tokenizer)
+    return RowScorer(
+        pairs,
+        spec.task,
+        spec.scoring,
+        delimiter=delimiter,
+        max_bytes=spec.max_prompt_bytes,
+        max_model_len=spec.max_model_len,
+    )
+
+
+@functools.lru_cache(maxsize=2)
+def _encoder(source: str, revision: str | None, template: str, date: str, max_prompt_bytes: int) -> PromptEncoder:
+    parsed, when = PromptTemplate.model_validate_json(template), datetime.date.fromisoformat(date)
+    if is_echo(source):
+        return PromptEncoder(echo_tokenizer(), parsed, date=when, max_prompt_bytes=max_prompt_bytes)
+    with clock_paused():  # it may have to be downloaded
+        directory = safetensors_directory(locate(local_source(source), revision))
+    return PromptEncoder.from_directory(directory, parsed, date=when, max_prompt_bytes=max_prompt_bytes)

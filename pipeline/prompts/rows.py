@@ -1,0 +1,242 @@
+"""Rows of files as rows of the plan: made in a child process, so that a hostile one costs itself.
+
+Rows go many at a time. Where that ends the child, they go one by one, and a row that ends it alone is convicted. Behind
+a page that cannot be read, because it is corrupt or too large, nothing more of a row group can be: its rows up to there
+are planned and the others are errors. Knows rows and limits; which rows there are is for the caller.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import pyarrow as pa
+
+from segue.pipeline.dataset.blocks import BLOCK_ROWS, TASK_BYTES, PageCorrupt, group_stop, read_blocks
+from segue.pipeline.dataset.files import InputFile, RowNumbers, rows_between
+from segue.pipeline.processes.limited import ChildDied, Death, LimitedProcess
+from segue.pipeline.prompts.render import RenderSpec, encoder_of, planned_schema, render_block, unplanned
+from segue.workers.errors import RowError, RowErrorCode
+
+MANY_ROWS, FEW_ROWS = 4096, 64  # a batch; the second where the first needed too much memory
+MAX_CONVICTED_IN_A_ROW = 50  # then it is not the rows
+MAX_CONVICTED = 1000  # of one task's, each of which may take limits.row_cpu_s several times
+DEATHS = 2  # of processes in which a row is alone, until it is to blame
+CRASHES = 3  # the same, of those that died without a reason
+CRASH_PAUSE_SECONDS = 2.0
+
+
+class PreparationFailed(RuntimeError):
+    """Every row ends the process that prepares it: the template, the tokenizer or the limits are to blame."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowLimits:
+    """What one row may take until it is planned (`limits` of a job)."""
+
+    seconds: float
+    memory_bytes: int  # beyond what the process needs for itself
+
+    def error(self, death: Death) -> RowError:
+        """Of a row that ended its process when it was alone in it."""
+        took = "reading, rendering and tokenising this row alone took more than"
+        if death == "time":
+            return RowError(RowErrorCode.ROW_TIMEOUT, f"{took} limits.row_cpu_s, {self.seconds:g} s of CPU time")
+        if death == "memory":
+            return RowError(RowErrorCode.ROW_OOM, f"{took} limits.row_memory_bytes, {self.memory_bytes:,}")
+        message = "reading, rendering and tokenising this row alone ended its process"
+        return RowError(RowErrorCode.WORKER_CRASH, message)
+
+
+class PlannedRowReader:
+    """Blocks of the plan's own columns and those passed through (`segue.pipeline.prompts.render.planned_schema`)."""
+
+    def __init__(self, columns: pa.Schema, spec: RenderSpec, limits: RowLimits) -> None:
+        """`columns`: what is read, with the types that hold in all files."""
+        self._columns = columns
+        self._spec = spec
+        self._limits = limits
+
+    def empty(self) -> pa.Table:
+        return planned_schema(self._columns, self._spec).empty_table()
+
+    def read(self, file: InputFile, start: int, stop: int, wanted: RowNumbers) -> Iterator[pa.Table]:
+        """Raises InputChanged, InputUnreadable, PreparationFailed."""
+        child = _child_for(self._spec, self._limits)
+        return _gathered(_Range(self._columns, self._spec, self._limits, child, file, stop, wanted).blocks(start))
+
+
+class _Range:
+    """The rows of one call up to `stop`."""
+
+    def __init__(
+        self,
+        columns: pa.Schema,
+        spec: RenderSpec,
+        limits: RowLimits,
+        child: LimitedProcess,
+        file: InputFile,
+        stop: int,
+        wanted: RowNumbers,
+    ) -> None:
+        self._columns, self._spec, self._limits, self._child = columns, spec, limits, child
+        self._file, self._stop, self._wanted = file, stop, wanted
+        self._position = 0  # of the next row
+        self._is_read = False  # and whether it was read when its process died, alone in it
+        self._deaths = 0  # of processes in which it was alone
+        self._convictions = self._in_a_row = 0
+
+    def blocks(self, position: int) -> Iterator[pa.Table]:
+        thrifty_until = alone_until = single_until = self._position = position  # see _Way; up to these rows
+        while self._position < self._stop:
+            way = _Way(min(_batch_rows(self._file), MANY_ROWS), self._stop)
+            if self._position < single_until:
+                way = _Way(1, single_until, is_alone=True)
+            elif self._position < alone_until:
+                way = _Way(FEW_ROWS, alone_until, is_alone=True)
+            elif self._position < thrifty_until:
+                way = _Way(FEW_ROWS, thrifty_until)
+            try:
+                yield from self._planned(way)
+                continue
+            except (ChildDied, PageCorrupt) as failed:
+                failure = failed
+            behind = min(self._stop, group_stop(self._file, self._position))
+            if not way.is_alone and way.rows > FEW_ROWS and _is_of_memory(failure):
+                thrifty_until = behind
+            elif not way.is_alone:
+                alone_until = min(self._stop, self._position + way.rows)
+            elif not self._is_read and way.rows > 1:
+                single_until = min(alone_until, self._position + way.rows)
+            elif self._is_proven(failure):
+                yield from self._given_up(failure, self._position + 1 if self._is_read else behind)
+
+    def _planned(self, way: "_Way") -> Iterator[pa.Table]:
+        """Blocks, as far as they come. Raises ChildDied, PageCorrupt."""
+        self._is_read = False
+        request = (self._file, self._position, way.stop, self._columns, self._wanted, self._spec)
+        for after, block in self._child.stream(_planned_blocks, *request, way.rows, way.is_alone):
+            if block is not None:
+                yield block
+                self._in_a_row = 0 if block.num_rows else self._in_a_row
+            self._is_read = block is None
+            self._deaths = self._deaths if after == self._position else 0
+            self._position = after
+
+    def _is_proven(self, failure: ChildDied | PageCorrupt) -> bool:
+        """Whether the next row has ended enough processes: memory may have been short for once, a byte may have been
+        flipped on its way. Others' kills come in showers."""
+        self._deaths += 1
+        is_crash = isinstance(failure, ChildDied) and failure.death == "crash"
+        if is_crash and self._deaths < CRASHES:
+            time.sleep(CRASH_PAUSE_SECONDS)
+        return self._deaths >= (CRASHES if is_crash else DEATHS)
+
+    def _given_up(self, failure: ChildDied | PageCorrupt, stop: int) -> Iterator[pa.Table]:
+        """The rows from the next one up to `stop`, as far as they are wanted, with an error instead of a prompt: what
+        is behind a page that cannot be read cannot be reached."""
+        error = self._error(failure)
+        if isinstance(failure, ChildDied):
+            self._count()
+        for first in range(self._position, stop, BLOCK_ROWS):
+            numbers = rows_between(self._wanted, first, min(stop, first + BLOCK_ROWS))
+            yield unplanned(self._file.src_path, numbers, error, self._columns, self._spec)
+        self._position, self._deaths = stop, 0
+
+    def _error(self, failure: ChildDied | PageCorrupt) -> RowError:
+        if isinstance(failure, ChildDied):
+            return self._limits.error(failure.death)
+        return RowError(RowErrorCode.INPUT_CORRUPT, f"a page of the row's row group cannot be decoded: {failure}")
+
+    def _count(self) -> None:
+        self._convictions += 1
+        self._in_a_row += 1
+        if self._in_a_row > MAX_CONVICTED_IN_A_ROW or self._convictions > MAX_CONVICTED:
+            raise PreparationFailed(
+                f"{self._convictions} rows of {self._file.src_path}, {self._in_a_row} of them one after the other, "
+                f"ended the process that reads, renders and tokenises them, the last one row {self._position:,}: is "
+                "it the chat template, or are limits.row_cpu_s and limits.row_memory_bytes too low?"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How rows are made ready: many at a time; few, where many need too much memory; few read at a time and each
+    rendered alone; or each read alone, too, which costs as many batches before it in its row group."""
+
+    rows: int  # read at once
+    stop: int
+    is_alone: bool = False
+
+
+def _is_of_memory(failure: ChildDied | PageCorrupt) -> bool:
+    return isinstance(failure, ChildDied) and failure.death == "memory"
+
+
+def _batch_rows(file: InputFile) -> int:
+    """Of ordinary rows, some 64 MiB at a time; the footer says how large they are, and may lie."""
+    row_bytes = sum(file.row_group_bytes) // max(1, file.num_rows)
+    return max(FEW_ROWS, min(MANY_ROWS, TASK_BYTES // max(1, row_bytes)))
+
+
+def _planned_blocks(
+    file: InputFile,
+    start: int,
+    stop: int,
+    columns: pa.Schema,
+    wanted: RowNumbers,
+    spec: RenderSpec,
+    batch_rows: int,
+    is_alone: bool,
+) -> Iterator[tuple[int, pa.Table | None]]:
+    """In the child. (number of the next row, block). Where rows are alone, (its own number, None) before each block of
+    one, which says that it was read, and an empty block at the end of what was."""
+    for after, block in read_blocks(file, start, stop, columns, wanted, batch_rows):
+        if is_alone:
+            for index, number in enumerate(block["src_row"].to_pylist()):
+                yield number, None
+                yield number + 1, render_block(block.slice(index, 1), spec)
+        yield after, render_block(block.slice(0, 0) if is_alone else block, spec)
+
+
+def _gathered(blocks: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """In pieces that are worth a block of Ray's."""
+    pieces: list[pa.Table] = []
+    num_rows = num_bytes = 0
+    for block in blocks:
+        pieces.append(block)
+        num_rows += block.num_rows
+        num_bytes += block.nbytes
+        if num_rows >= MANY_ROWS or num_bytes >= TASK_BYTES:
+            yield pa.concat_tables(pieces)
+            pieces, num_rows, num_bytes = [], 0, 0
+    if pieces:
+        yield pa.concat_tables(pieces)
+
+
+_kept: list[tuple[RenderSpec, RowLimits, LimitedProcess]] = []  # at most one
+
+
+_offered: list[tuple[RenderSpec, Callable[[], LimitedProcess]]] = []  # at most one
+
+
+def offer_child(spec: RenderSpec, take: Callable[[], LimitedProcess]) -> None:
+    """One that has loaded the tokenizer of `spec`, for another purpose which it no longer has once it is taken."""
+    _offered[:] = [(spec, take)]
+
+
+def _child_for(spec: RenderSpec, limits: RowLimits) -> LimitedProcess:
+    """Kept between tasks: Ray runs many in one process, and a tokenizer takes a second to load."""
+    is_offered = bool(_offered) and _offered[0][0] == spec
+    if is_offered or not _kept or _kept[0][:2] != (spec, limits):
+        for *_, child in _kept:
+            child.close()
+        _kept.clear()
+        prepare = partial(encoder_of, spec)
+        if is_offered:
+            child = _offered.pop()[1]()
+            child.settle(limits.seconds, limits.memory_bytes, prepare)
+        else:
+            child = LimitedProcess(limits.seconds, limits.memory_bytes, prepare)
+        _kept[:] = [(spec, limits, child)]
+    return _kept[0][2]

@@ -1,0 +1,258 @@
+"""What runs in a worker process: units in, shards committed, receipts out.
+
+Several units are in flight at once, over one engine, so that it never idles at a unit's end. Receipts are for counting;
+the shard is the commit. A unit that is answered but not committed leaves nothing behind. An error of storage or of the
+plan is part of a receipt; after one inside the engine the process ends, since what it holds cannot be trusted.
+"""
+
+import asyncio
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+
+from segue.pipeline.ledger.columns import error_value, result_row, result_schema, result_table
+from segue.pipeline.ledger.scores import score_schema, score_values
+from segue.pipeline.ledger.shards import PROTOCOL, ForeignShard, ShardFooter, commit_shard, serialize_shard
+from segue.pipeline.ledger.units import PASSED, PlannedRow, UnitDamaged, UnitSpec, load_unit, planned_rows
+from segue.pipeline.problems import WorkersFailed
+from segue.pipeline.processes.metrics import EngineMetrics, label_of
+from segue.pipeline.processes.ray_session import one_line
+from segue.pipeline.run.roster import Reporter
+from segue.pipeline.storage.models import local_source
+from segue.pipeline.storage.store import OutputStorageError, open_store
+from segue.workers.devices.names import Device, DeviceMap
+from segue.workers.engine.echo import EchoEngine, is_echo
+from segue.workers.engine.loop import EngineLoop, EngineRow, EngineStopped, RowEngine
+from segue.workers.errors import RowError
+from segue.workers.rows.params import SamplingParams
+from segue.workers.rows.request import GenerationRequest, RequestOutput
+from segue.workers.scoring.rows import requests_of
+from segue.workers.scoring.template import Task
+
+DRAIN_SECONDS = 10.0  # how long units in flight may go on once a drain is asked for
+_FAILURES: tuple[type[Exception], ...] = (UnitDamaged, ForeignShard, OutputStorageError)
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """What a worker must know; no secret, no handle."""
+
+    name: str  # of the job
+    output: str
+    fingerprint: str
+    source: str  # of the model, or echo
+    revision: str | None
+    adapter: str | None
+    dtype: str
+    quantization: dict[str, Any] | None  # transformers' own configuration
+    mask: str
+    task: Task
+    params: SamplingParams
+    has_row_params: bool
+    max_model_len: int
+    engine: dict[str, Any] = field(default_factory=dict)  # EngineConfig fields
+    threads: int | None = None
+    device: Device = "auto"
+    device_map: DeviceMap = None  # auto: layers on all the GPUs that the worker has
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """A unit's outcome, for counting."""
+
+    ordinal: int
+    status: str  # committed | lost (another attempt was first) | drained | failed
+    num_rows: int = 0
+    errors: dict[str, int] = field(default_factory=dict)
+    num_input_tokens: int = 0
+    num_computed_tokens: int = 0
+    num_generated_tokens: int = 0
+    failure: str | None = None  # name of an exception's class, and its message
+    message: str = ""
+
+    @property
+    def exception(self) -> Exception | None:
+        """Why the unit failed, as what it was."""
+        kinds = {kind.__name__: kind for kind in (*_FAILURES, WorkersFailed)}
+        return kinds[self.failure](self.message) if self.failure else None
+
+
+class UnitWorker:
+    """The class Ray Data runs in each actor of the pool."""
+
+    def __init__(self, spec: WorkerSpec, roster: Any = None) -> None:
+        self._spec = spec
+        self._store = open_store(spec.output)
+        self._drain_timer: threading.Timer | None = None
+        self._reporter = None
+        if roster is not None:
+            self._reporter = Reporter(roster, self._drain, EngineMetrics(label_of(spec.name, spec.fingerprint)))
+        self._loop: EngineLoop | None = None
+        if self._reporter is None:
+            self._loop = EngineLoop(lambda: make_engine(spec))
+            return
+        self._reporter.announce()
+        if not self._reporter.is_draining:
+            self._loop = EngineLoop(lambda: make_engine(spec), self._reporter)
+            error = self._loop.ready.exception()
+            if error is not None:
+                self._reporter.end_process(error, while_loading=True)
+            self._reporter.announce_loaded(self._loop.ready.result())
+
+    async def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch of one unit, as JSON, to its receipt, as JSON. Raises nothing: Ray Data would drop it."""
+        receipts = [await self.receipt(UnitSpec.from_json(str(text))) for text in batch["unit"]]
+        return {"receipt": [json.dumps(asdict(receipt)) for receipt in receipts]}
+
+    async def receipt(self, unit: UnitSpec, convicted: Mapping[int, RowError] | None = None) -> Receipt:
+        """Of `run_unit`, whatever became of it."""
+        try:
+            return await self.run_unit(unit, convicted)
+        except _FAILURES as error:
+            kind = next(kind for kind in _FAILURES if isinstance(error, kind))
+            return Receipt(unit.ordinal, "failed", failure=kind.__name__, message=str(error))
+        except Exception as error:  # a bug of ours
+            message = one_line(f"{type(error).__name__}: {error}")
+            return Receipt(unit.ordinal, "failed", failure=WorkersFailed.__name__, message=message)
+
+    async def run_unit(self, unit: UnitSpec, convicted: Mapping[int, RowError] | None = None) -> Receipt:
+        """Answer every row and commit the shard; rows that are `convicted`, by their place, get that error instead."""
+        if self._is_draining:
+            return Receipt(unit.ordinal, "drained")
+        table = await asyncio.to_thread(load_unit, self._store, unit)
+        rows = list(planned_rows(table, self._spec.params))
+        for place, error in (convicted or {}).items():
+            rows[place] = replace(rows[place], error=error)
+        answers = await self._answers(rows)
+        if answers is None:
+            return Receipt(unit.ordinal, "drained")
+        return await asyncio.to_thread(self._commit, unit, table, rows, answers)
+
+    async def try_rows(self, unit: UnitSpec, places: Sequence[int]) -> bool:
+        """Answer these rows for nothing but to see whether the process survives it. False if it was drained."""
+        if self._is_draining:
+            return False
+        table = await asyncio.to_thread(load_unit, self._store, unit)
+        rows = list(planned_rows(table, self._spec.params))
+        return await self._answers([rows[place] for place in places]) is not None
+
+    @property
+    def _is_draining(self) -> bool:
+        return self._reporter is not None and self._reporter.is_draining
+
+    async def _answers(self, rows: Sequence[PlannedRow]) -> list[list[RequestOutput]] | None:
+        """Of each row what it asked for; None if the engine was stopped before."""
+        if self._loop is None:
+            return None
+        requests = [self._requests(row) for row in rows]
+        try:
+            outputs = await asyncio.wrap_future(self._loop.submit([request for own in requests for request in own]))
+        except EngineStopped:
+            return None
+        except Exception as error:
+            if self._reporter is not None:
+                self._reporter.end_process(error, while_loading=False)
+            raise
+        each = iter(outputs)
+        return [list(islice(each, len(own))) for own in requests]
+
+    def _requests(self, row: PlannedRow) -> Sequence[EngineRow]:
+        """What the engine is asked for a row: nothing if it has an error already."""
+        if row.error is not None:
+            return ()
+        if row.score is not None:
+            return requests_of(row.score, self._spec.task, self._spec.max_model_len)
+        return (GenerationRequest(row.segments, row.params, row.random_key),)
+
+    def _commit(
+        self, unit: UnitSpec, table: pa.Table, rows: Sequence[PlannedRow], answers: Sequence[Sequence[RequestOutput]]
+    ) -> Receipt:
+        results = [_result(row, self._spec.task, outputs) for row, outputs in zip(rows, answers, strict=True)]
+        names = [name for name in table.column_names if name.startswith(PASSED)]
+        passed = table.select(names).rename_columns([name.removeprefix(PASSED) for name in names])
+        schema = self._schema(passed.schema)
+        shard = result_table(schema, passed, results)
+        footer = _footer(unit, self._spec.fingerprint, results, [output for own in answers for output in own])
+        content = serialize_shard(shard, footer)
+        won = commit_shard(self._store, unit, content, self._spec.fingerprint)
+        return Receipt(
+            unit.ordinal,
+            "committed" if won else "lost",
+            unit.num_rows,
+            footer.errors,
+            footer.num_input_tokens,
+            footer.num_computed_tokens,
+            footer.num_generated_tokens,
+        )
+
+    def _schema(self, passed: pa.Schema) -> pa.Schema:
+        if self._spec.task == "generate":
+            return result_schema(passed, self._spec.params, has_row_params=self._spec.has_row_params)
+        return score_schema(passed, self._spec.task)
+
+    def _drain(self) -> None:
+        if self._loop is not None:
+            self._drain_timer = threading.Timer(DRAIN_SECONDS, self._loop.stop)
+            self._drain_timer.daemon = True
+            self._drain_timer.start()
+
+
+def make_engine(spec: WorkerSpec) -> RowEngine:
+    """The engine of a job, in the thread that will drive it."""
+    if is_echo(spec.source):
+        return EchoEngine.from_source(spec.source)
+    import torch
+
+    from segue.workers.engine.engine import Engine
+
+    if spec.threads is not None:
+        torch.set_num_threads(spec.threads)
+    options: dict[str, Any] = {"mask": spec.mask, "max_model_len": spec.max_model_len, **spec.engine}
+    source, adapter = local_source(spec.source), spec.adapter and local_source(spec.adapter)
+    return Engine.from_pretrained(
+        source,
+        dtype=spec.dtype,
+        adapter=adapter,
+        check_adapter=False,
+        revision=spec.revision,
+        device=spec.device,
+        device_map=spec.device_map,
+        quantization=spec.quantization,
+        **options,
+    )
+
+
+def _result(row: PlannedRow, task: Task, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+    origin: dict[str, Any] = {"src_path": row.src_path, "src_row": row.src_row}
+    if row.error is not None:
+        return origin | {"error": error_value(row.error)}
+    if not outputs:
+        raise ValueError("a row without an error was not answered")
+    if row.score is not None:
+        return origin | score_values(row.score, task, outputs)
+    return origin | result_row(outputs[0])
+
+
+def _footer(
+    unit: UnitSpec, fingerprint: str, results: Sequence[dict[str, Any]], outputs: Sequence[RequestOutput]
+) -> ShardFooter:
+    errors = Counter(row["error"]["code"] for row in results if row["error"])
+    answered = [output for output in outputs if output.error is None]
+    return ShardFooter(
+        protocol=PROTOCOL,
+        fingerprint=fingerprint,
+        unit_id=unit.unit_id,
+        num_rows=len(results),
+        errors=dict(sorted(errors.items())),
+        num_input_tokens=sum(output.num_prompt_tokens for output in answered),
+        num_computed_tokens=sum(output.num_prompt_tokens - output.num_cached_tokens for output in answered),
+        num_generated_tokens=sum(len(sample.token_ids) for output in answered for sample in output.outputs),
+        finished=round(time.time(), 3),
+    )

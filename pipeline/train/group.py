@@ -1,0 +1,92 @@
+"""A training in several processes through Ray Train, which starts them, joins them and starts them again if one dies.
+
+Knows Ray; what a process does is `pipeline/train/process.py`'s business.
+"""
+
+import threading
+from pathlib import Path
+
+import ray.train
+import torch
+from ray.train.torch import TorchTrainer
+
+from segue.pipeline.ledger.units import UnitDamaged
+from segue.pipeline.problems import WorkersFailed
+from segue.pipeline.processes.interrupt import Interrupt
+from segue.pipeline.processes.ray_session import MAX_MESSAGE_CHARS, num_cluster_cpus
+from segue.pipeline.storage.store import OutputStorageError
+from segue.pipeline.train.process import TrainingSpec, train_process
+from segue.workers.training.params import TrainingDiverged
+from segue.workers.training.ranks import Ranks
+
+MAX_FAILURES = 3  # of the group; each time it goes on from its latest checkpoint
+STOP = "_job/stop"  # while this file is there, processes finish their step, save and end
+_EXPECTED = (TrainingDiverged, OutputStorageError, UnitDamaged)
+
+
+def train_group(spec: TrainingSpec, num_processes: int, threads: int, storage: str, interrupt: Interrupt) -> None:
+    """Train to the end, or to the step at work when `interrupt` is set. `storage` is a folder for what Ray Train
+    records of itself.
+
+    Raises TrainingDiverged, OutputStorageError, WorkersFailed.
+    """
+    _check_cpus(num_processes, threads)
+    trainer = TorchTrainer(
+        _train,
+        train_loop_config={"spec": spec},
+        scaling_config=ray.train.ScalingConfig(num_workers=num_processes, resources_per_worker={"CPU": threads}),
+        run_config=ray.train.RunConfig(
+            name="segue",
+            storage_path=storage,
+            failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=MAX_FAILURES),
+        ),
+    )
+    failures: list[BaseException] = []
+    # In a thread: in the main one Ray Train takes SIGINT for itself, and ends the process with 0.
+    thread = threading.Thread(target=_fit, args=(trainer, failures), name="segue-ray-train", daemon=True)
+    stop = Path(spec.output) / STOP
+    stop.unlink(missing_ok=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(timeout=0.5)
+        if interrupt.is_set:
+            stop.touch()
+    stop.unlink(missing_ok=True)
+    if failures:
+        raise cause_of_group(failures[0]) from None
+
+
+def _fit(trainer: TorchTrainer, failures: list[BaseException]) -> None:
+    try:
+        trainer.fit()
+    except BaseException as error:  # it is raised by the thread that waits
+        failures.append(error)
+
+
+def _train(config: dict[str, TrainingSpec]) -> None:
+    """In each process."""
+    spec = config["spec"]
+    ranks = Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size())
+    train_process(spec, ranks, (Path(spec.output) / STOP).exists)
+
+
+def _check_cpus(num_processes: int, threads: int) -> None:
+    """Ray would wait for them for ever."""
+    wanted, there = num_processes * threads, num_cluster_cpus()
+    if wanted > there:
+        raise WorkersFailed(
+            f"workers.max_size {num_processes} with {threads} threads each wants {wanted} CPUs, the cluster has {there}"
+        )
+
+
+def cause_of_group(error: BaseException) -> Exception:
+    """What went wrong in a process, as itself if it is something that a training may end in."""
+    failures = getattr(error, "worker_failures", None) or {0: error}
+    for failure in failures.values():
+        inner: BaseException | None = failure
+        while inner is not None:
+            if isinstance(inner, _EXPECTED):
+                return inner
+            inner = getattr(inner, "cause", None) or inner.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+    return WorkersFailed(f"{type(error).__name__}: {lines[-1][:MAX_MESSAGE_CHARS]}")

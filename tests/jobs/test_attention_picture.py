@@ -1,0 +1,87 @@
+"""The picture of attention shows what the rule allows, and nothing else."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml_job
+from tiny_models import tiny_model
+from typer.testing import CliRunner
+
+from segue.attention.segments import Segment, canonical_segments
+from segue.attention.visibility import block_sequence_ids, visible
+from segue.jobs.cli import app
+from segue.workers.models.attention_maps import attention_map
+
+SEGMENTS = [Segment((5, 6, 7, 8), True), Segment((9, 10, 11), True), Segment((12, 13), False)]
+
+
+@pytest.mark.parametrize("mask", ["causal", "segment"])
+@pytest.mark.parametrize("layer", [None, 0, 2])
+def test_attention_map_has_weights_just_where_the_rule_lets_tokens_look(mask, layer):
+    weights = attention_map(tiny_model("llama"), SEGMENTS, mask, layer)
+    may_see = visible(block_sequence_ids(canonical_segments(SEGMENTS, mask=mask)))
+    assert torch.equal(weights > 0, may_see)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(9))
+
+
+def test_attention_map_of_all_layers_is_the_mean_of_each():
+    model = tiny_model("llama")
+    each = torch.stack([attention_map(model, SEGMENTS, "segment", layer) for layer in range(3)])
+    torch.testing.assert_close(attention_map(model, SEGMENTS, "segment"), each.mean(0))
+
+
+def test_layer_that_the_model_lacks_is_refused():
+    with pytest.raises(ValueError, match="layers 0 to 2, got 3"):
+        attention_map(tiny_model("llama"), SEGMENTS, "segment", 3)
+
+
+@pytest.fixture
+def job_file(tmp_path, model_directory):
+    rows = [{"prompt": "what is $x_1^2$?"}, {"prompt": None}, {"prompt": "and this one?"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    job = {
+        "name": "picture",
+        "model": {"source": model_directory, "dtype": "float32"},
+        "input": {"path": "rows.parquet"},
+        "output": {"path": "out"},
+    }
+    return yaml_job.write(tmp_path, job)
+
+
+def test_attention_command_writes_a_picture_and_tells_the_segments(job_file, tmp_path):
+    picture = tmp_path / "seen.png"
+    result = CliRunner().invoke(app, ["attention", str(job_file), "--row", "2", "--picture", str(picture)])
+    assert result.exit_code == 0, result.stderr
+    told = json.loads(result.stdout.splitlines()[-1])
+    assert (told["row"], told["picture"]) == ("rows.parquet:2", str(picture))
+    assert [span["bidirectional"] for span in told["segments"]] == [True, False]
+    assert told["segments"][-1]["stop"] == told["tokens"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert not Path(tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--row", "3"], "--row: got 3, wanted a row of the input, 0 to 2"),
+        (["--row", "1"], "--row: got 1, which has NULL_PROMPT"),
+        (["--set", "model.source=echo"], "model.source: 'echo'"),
+        (["--layer", "7"], "--layer: the model has layers 0 to 2, got 7"),
+    ],
+)
+def test_attention_command_refuses_what_it_cannot_draw(job_file, tmp_path, arguments, message):
+    result = CliRunner().invoke(app, ["attention", str(job_file), "--picture", str(tmp_path / "a.png"), *arguments])
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_attention_command_refuses_a_place_that_is_none_before_any_work(job_file, tmp_path):
+    for name in ("nowhere/a.png", "a.bmp"):
+        result = CliRunner().invoke(app, ["attention", str(job_file), "--picture", str(tmp_path / name)])
+        assert result.exit_code == 2
+        assert "--picture" in result.stderr

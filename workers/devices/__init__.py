@@ -1,0 +1,4 @@
+"""What a machine has: devices, precisions, memory for keys and values, the sizes of known cards.
+
+May import `workers.rows` and `attention`.
+"""

@@ -1,0 +1,376 @@
+"""Which rows run, which nodes and tokens the next step computes, and who gives way when KV memory is short.
+
+Rows run in the order given, which a plan makes depth-first. Every running sample decodes in every step; the rest of the
+token budget goes to prefill, whole bidirectional segments at a time. Knows the tree and its memory; no model.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from segue.attention.memory.budget import TAIL_CAPACITIES, KVMemory, KVMemoryExceeded, next_capacity
+from segue.attention.segments import Segment
+from segue.attention.tree.cache import Residency
+from segue.attention.tree.tree import Node, SegmentTree
+from segue.workers.errors import RowError, RowErrorCode
+from segue.workers.rows.request import Request, Sample
+
+FEW_COPIES = 64  # tokens of a node, times its rows: so many are rather copied than attended to in a call of their own
+MIN_PIECE_TOKENS = 64  # a causal run is not cut for less: every cut is one more block in each later step
+
+
+@dataclass(eq=False, slots=True)
+class Prefill:
+    """Samples that wait for the prompt ending at `end`: all of a new row's, or one that was preempted."""
+
+    request: Request
+    samples: list[Sample]
+    end: Node
+
+    @property
+    def num_tail_tokens(self) -> int:
+        """Memory to keep free for the first generated tokens."""
+        is_short = self.request.is_scored or self.request.params.max_tokens == 1
+        return 0 if is_short else TAIL_CAPACITIES[0] * len(self.samples)
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """What one forward pass computes."""
+
+    new_nodes: list[Node] = field(default_factory=list)
+    decoding: list[Sample] = field(default_factory=list)
+    ready: list[Prefill] = field(default_factory=list)  # prompts complete after this step: their samples draw
+    scored: list[Prefill] = field(default_factory=list)  # of scored rows, what is fed is complete after this step
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.new_nodes or self.decoding or self.ready or self.scored)
+
+
+class Scheduler:
+    """Queues of rows over one tree. `max_num_batched_tokens` bounds a step, save for a longer atomic segment."""
+
+    def __init__(
+        self, tree: SegmentTree, cache: KVMemory, *, max_num_seqs: int, max_num_batched_tokens: int, keep_idle: bool
+    ) -> None:
+        if max_num_batched_tokens < max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens must be at least max_num_seqs ({max_num_seqs}), got {max_num_batched_tokens}"
+            )
+        self.tree = tree
+        self.cache = cache
+        self.residency = Residency(tree, cache, keep_idle=keep_idle)
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.waiting: deque[Prefill] = deque()
+        self.prefilling: list[Prefill] = []
+        self.running: list[Sample] = []
+        self.failed: list[tuple[Request, RowError]] = []  # taken by the engine after each plan
+        self.num_preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.prefilling or self.running)
+
+    @property
+    def num_active(self) -> int:
+        """Samples that hold KV memory."""
+        return len(self.running) + sum(len(prefill.samples) for prefill in self.prefilling)
+
+    def add(self, request: Request) -> None:
+        """Queue a new row behind the others."""
+        end = self.tree.insert(request.segments, request.root)
+        if request.continuation is not None:
+            end = self._insert_continuation(end, request.continuation)
+        request.samples = [Sample(request, index, end) for index in range(request.params.n)]
+        self.waiting.append(self._prefill(request, request.samples, end))
+
+    def _insert_continuation(self, context: Node, continuation: tuple[int, ...]) -> Node:
+        """The last token is scored from its parent and never fed. The first needs the context's last hidden state."""
+        if context.is_computed and context.last_hidden is None:
+            context = self.tree.fork_last_token(context)
+        return self.tree.insert_scored(context, continuation[:-1])
+
+    def plan_step(self) -> StepPlan:
+        """Grow tails, admit rows, fill the token budget. Rows that can never fit are put into `failed`."""
+        plan = StepPlan()
+        self._grow_tails()
+        self._admit()
+        plan.decoding = sorted(self.running, key=_place_of)
+        self._fill(plan)
+        new = set(plan.new_nodes)
+        complete = [prefill for prefill in self.prefilling if _is_complete(prefill.end, new)]
+        plan.ready = [prefill for prefill in complete if not prefill.request.is_scored]
+        plan.scored = [prefill for prefill in complete if prefill.request.is_scored]
+        return plan
+
+    def start_decoding(self, prefill: Prefill) -> None:
+        """The prompt is computed and every sample has drawn; what is unfinished goes on."""
+        self.prefilling.remove(prefill)
+        for sample in prefill.samples:
+            if sample.finish_reason:
+                self._unscore(prefill)
+                self._leave(sample.end, sample.request)
+            elif self._open_tail(sample):
+                self.running.append(sample)
+
+    def finish(self, sample: Sample) -> None:
+        """A running sample is done: free what only it needed."""
+        self.running.remove(sample)
+        self._close(sample)
+        self._leave(sample.end, sample.request)
+
+    def abort(self, request: Request) -> None:
+        """Take every sample of a row out, wherever it is."""
+        for prefill in [p for p in (*self.waiting, *self.prefilling) if p.request is request]:
+            held = prefill in self.prefilling
+            (self.prefilling if held else self.waiting).remove(prefill)
+            self._drop(prefill, held=held)
+        for sample in [s for s in self.running if s.request is request]:
+            self.finish(sample)
+
+    # -- memory
+
+    def _admit(self) -> None:
+        num_pending = self._num_pending_tokens()
+        num_promised = sum(prefill.num_tail_tokens for prefill in self.prefilling)
+        while self.waiting and self._has_place(self.waiting[0], num_pending):
+            if not self._try_admit(self.waiting[0], num_promised):
+                if self.num_active:
+                    return
+                self._fail(self.waiting.popleft())
+                continue
+            admitted = self.waiting.popleft()
+            self.prefilling.append(admitted)
+            num_promised += admitted.num_tail_tokens
+            num_pending += admitted.end.stop - (admitted.request.num_cached_tokens or 0)
+
+    def _has_place(self, prefill: Prefill, num_pending: int) -> bool:
+        """A row that generates takes a sequence of `max_num_seqs`, or more of them if it runs alone.
+
+        A scored row is done as soon as it is fed: of these there are as many as fill the next step.
+        """
+        if prefill.request.is_scored:
+            return max(num_pending, len(self.prefilling)) < self.max_num_batched_tokens
+        num_generating = len(self.running) + sum(len(p.samples) for p in self.prefilling if not p.request.is_scored)
+        return num_generating + len(prefill.samples) <= max(
+            self.max_num_seqs, 0 if self.num_active else len(prefill.samples)
+        )
+
+    def _num_pending_tokens(self) -> int:
+        """What admitted rows still have to compute."""
+        nodes = {node for prefill in self.prefilling for node in prefill.end.path() if not node.is_computed}
+        return sum(len(node) for node in nodes)
+
+    def _try_admit(self, prefill: Prefill, num_promised: int) -> bool:
+        """`num_promised`: the room that rows admitted before need for their first tails."""
+        if prefill.end.is_computed and prefill.end.last_hidden is None:
+            self._fork_end(prefill)
+        try:
+            num_cached = self.residency.acquire(prefill.end)
+        except KVMemoryExceeded:
+            return False
+        if not self.residency.make_room(num_promised + prefill.num_tail_tokens):
+            self.residency.release(prefill.end)
+            return False
+        for _ in prefill.samples[1:]:
+            self.residency.acquire(prefill.end)
+        if prefill.request.num_cached_tokens is None:
+            prefill.request.num_cached_tokens = num_cached
+        return True
+
+    def _fork_end(self, prefill: Prefill) -> None:
+        """The prompt ends inside a longer run that is already computed: its last token is computed again."""
+        forked = self.tree.fork_last_token(prefill.end)
+        for sample in prefill.samples:
+            self.tree.add_row(forked)
+            self.tree.remove_row(sample.end)
+            sample.end = forked
+        prefill.end = forked
+
+    def _fail(self, prefill: Prefill) -> None:
+        """Alone, with everything else evicted, the row does not fit."""
+        wanted = prefill.end.stop + prefill.num_tail_tokens
+        self._drop(prefill, held=False)
+        message = (
+            f"the row needs {wanted} tokens of KV memory, the limit is "
+            f"{self.cache.budget_tokens} tokens (workers.kv_cache_memory_bytes)"
+        )
+        self.failed.append((prefill.request, RowError(RowErrorCode.ROW_OOM, message)))
+
+    def _grow_tails(self) -> None:
+        """Room for one more token a running sample; the latest rows give way to the earliest."""
+        for sample in sorted(self.running, key=_age):
+            while sample.tail is not None and sample.finish_reason is None:
+                try:
+                    self.cache.grow_tail(sample.tail)
+                    break
+                except KVMemoryExceeded:
+                    self._relieve(sample, next_capacity(sample.tail.capacity))
+
+    def _open_tail(self, sample: Sample) -> bool:
+        """False if the sample had to give way and waits again."""
+        if self._copy_prompt(sample):
+            return True
+        if not self.residency.make_room(TAIL_CAPACITIES[0]):
+            self.cache.trim()
+            if not self.residency.make_room(TAIL_CAPACITIES[0]):
+                self._requeue(sample)
+                return False
+        sample.tail = self.cache.open_tail()
+        return True
+
+    def _copy_prompt(self, sample: Sample) -> bool:
+        """Begin the tail with the prompt's own end, if memory is not short: many tails are one call of attention, and
+        every node is one of its own. The nodes may go then."""
+        above = _above_own_end(sample.end, self.cache.max_copied_tokens)
+        nodes = sample.end.path(above)
+        promised = sum(prefill.num_tail_tokens for prefill in self.prefilling)
+        promised += TAIL_CAPACITIES[0] * len(sample.request.samples)
+        wanted = 2 * next_capacity(sample.end.stop - above.stop) + promised
+        if not nodes or not self.residency.make_room(wanted, from_unwanted=True):
+            return False
+        sample.tail = self.cache.open_tail([node.kv for node in nodes if node.kv is not None])
+        self.residency.release(sample.end, above=above, keep_idle=sample.request.root is None)
+        self.tree.remove_row(sample.end, above=above)
+        sample.copied, sample.end = sample.end, above
+        return True
+
+    def _relieve(self, sample: Sample, num_tokens: int) -> None:
+        """Free memory for `sample`: trim and evict, else preempt the latest row, else give up on this one."""
+        self.cache.trim()
+        if self.residency.make_room(num_tokens):
+            return
+        latest = max([*self.running, *(s for p in self.prefilling for s in p.samples)], key=_age)
+        may_need_less = latest.copied is not None  # without a copy of its prompt in a tail that doubles
+        self._preempt(latest)
+        if not self.num_active and not may_need_less:
+            self._fail(self._take_waiting(sample))
+
+    def shrink_memory(self, budget_bytes: int) -> bool:
+        """Have less KV memory from now on; the latest rows give way. False if the earliest alone needs more."""
+        before = self.cache.budget_bytes
+        self.cache.trim()
+        self.cache.budget_bytes = budget_bytes
+        while not self.residency.make_room(0):
+            held = [*self.running, *(s for p in self.prefilling for s in p.samples)]
+            if len(held) < 2:
+                self.cache.budget_bytes = before
+                return False
+            self._preempt(max(held, key=_age))
+        self.cache.shrink(budget_bytes)
+        return True
+
+    def _preempt(self, sample: Sample) -> None:
+        for prefill in [p for p in self.prefilling if sample in p.samples]:
+            self.prefilling.remove(prefill)
+            for _ in prefill.samples:
+                self.residency.release(prefill.end)
+            self.waiting.appendleft(prefill)
+            self.num_preemptions += 1
+            return
+        self.running.remove(sample)
+        self._close(sample)
+        self._requeue(sample)
+
+    def _requeue(self, sample: Sample) -> None:
+        """Wait again, to recompute what was generated, causally."""
+        self.num_preemptions += 1
+        request, old_end = sample.request, sample.end
+        chain = _with_generated(request.segments, sample.token_ids)
+        end = self.tree.insert(chain, request.root)
+        sample.copied, sample.end = None, end
+        self.waiting.appendleft(self._prefill(request, [sample], end))
+        self._leave(old_end, request)
+
+    def _take_waiting(self, sample: Sample) -> Prefill:
+        prefill = next(p for p in self.waiting if sample in p.samples)
+        self.waiting.remove(prefill)
+        return prefill
+
+    # -- bookkeeping
+
+    def _prefill(self, request: Request, samples: list[Sample], end: Node) -> Prefill:
+        for _ in samples:
+            self.tree.add_row(end)
+        return Prefill(request, samples, end)
+
+    def _unscore(self, prefill: Prefill) -> None:
+        if prefill.request.is_scored:
+            self.tree.remove_scored(prefill.end, prefill.request.num_prompt_tokens)
+
+    def _drop(self, prefill: Prefill, *, held: bool) -> None:
+        self._unscore(prefill)
+        for _ in prefill.samples:
+            if held:
+                self.residency.release(prefill.end)
+            self.tree.remove_row(prefill.end)
+
+    def _leave(self, end: Node, request: Request) -> None:
+        """What stands under a root of its own is of no use to others."""
+        self.residency.release(end, keep_idle=request.root is None)
+        self.tree.remove_row(end)
+
+    def _close(self, sample: Sample) -> None:
+        if sample.tail is not None:
+            self.cache.close_tail(sample.tail)
+            sample.tail = None
+
+    # -- the step
+
+    def _fill(self, plan: StepPlan) -> None:
+        """Prefill in row order until the budget is spent."""
+        budget = self.max_num_batched_tokens - len(plan.decoding)
+        chosen: set[Node] = set()
+        for prefill in self.prefilling:
+            for node in prefill.end.path():
+                if node.is_computed or node in chosen:
+                    continue
+                piece = self._piece(node, budget, is_first=not chosen)
+                if piece is None:
+                    return
+                plan.new_nodes.append(piece)
+                chosen.add(piece)
+                budget -= len(piece)
+                if piece is not node:
+                    return
+
+    def _piece(self, node: Node, budget: int, *, is_first: bool) -> Node | None:
+        """The node, or as much of a causal one as the budget holds. An atomic one may exceed it when it is first."""
+        if len(node) <= budget or (node.bidirectional and is_first):
+            return node
+        if node.bidirectional or budget < (1 if is_first else MIN_PIECE_TOKENS):
+            return None
+        return self.tree.split(node, budget)
+
+
+def _above_own_end(end: Node, max_tokens: int) -> Node:
+    """What is above the last nodes of a prompt that no other row has, or that are next to nothing."""
+    above = end
+    while above.parent is not None and end.stop - above.start <= max_tokens:
+        if above.num_rows > 1 and above.num_rows * len(above) > FEW_COPIES:
+            break
+        above = above.parent
+    return above
+
+
+def _place_of(sample: Sample) -> tuple[int, int]:
+    """Of its tail: a step in this order reads and writes tails side by side, without gathering."""
+    assert sample.tail is not None
+    return sample.tail.capacity, sample.tail.place
+
+
+def _is_complete(end: Node, in_step: set[Node]) -> bool:
+    return all(node.is_computed or node in in_step for node in end.path())
+
+
+def _age(sample: Sample) -> tuple[int, int]:
+    return (sample.request.order, sample.index)
+
+
+def _with_generated(segments: Sequence[Segment], token_ids: Sequence[int]) -> tuple[Segment, ...]:
+    """Generated tokens are causal, also when they follow a causal prompt as one run."""
+    if segments and not segments[-1].bidirectional:
+        return (*segments[:-1], Segment(segments[-1].token_ids + tuple(token_ids), False))
+    return (*segments, Segment(tuple(token_ids), False))

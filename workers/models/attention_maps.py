@@ -1,0 +1,47 @@
+"""Who looks at whom: a model's own attention weights for one prompt under a mask, for pictures.
+
+Computed by transformers' eager attention with the dense mask, so it shows what the rule does, not what our kernels do.
+
+Shapes: `T` tokens, `L` layers, `H` heads.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from segue.attention.segments import Segment, canonical_segments
+from segue.attention.visibility import block_sequence_ids, visible
+from segue.workers.models.load import checked_config, load_weights, merge_adapter
+from segue.workers.models.source import locate, safetensors_directory
+
+MAX_TOKENS = 1024  # the weights of all layers and heads are held at once: a gigabyte for SmolLM2-135M
+
+
+def load_for_maps(source: str, *, adapter: str | None = None, revision: str | None = None) -> Any:
+    """The transformers model, in fp32. Raises ModelRefused."""
+    directory = safetensors_directory(locate(source, revision))
+    config, _ = checked_config(directory)
+    model = load_weights(directory, config, torch.float32)
+    return (merge_adapter(model, adapter) if adapter else model).eval()
+
+
+@torch.no_grad()
+def attention_map(model: Any, segments: Sequence[Segment], mask: str, layer: int | None = None) -> Tensor:
+    """`[T, T]`, query by key: the mean over all heads of a layer, or of all layers; rows sum to 1.
+
+    Raises ValueError for a layer that the model does not have, or a prompt of more than MAX_TOKENS.
+    """
+    chain = canonical_segments(segments, mask=mask)
+    ids = torch.tensor([[token for segment in chain for token in segment.token_ids]])
+    if ids.shape[1] > MAX_TOKENS:
+        raise ValueError(f"a picture of {ids.shape[1]:,} tokens shows nothing; wanted at most {MAX_TOKENS:,}")
+    num_layers = int(model.config.get_text_config().num_hidden_layers)
+    if layer is not None and not 0 <= layer < num_layers:
+        raise ValueError(f"the model has layers 0 to {num_layers - 1}, got {layer}")
+    may_see = visible(block_sequence_ids(chain))
+    bias = torch.zeros(may_see.shape).masked_fill(~may_see, torch.finfo(torch.float32).min)[None, None]
+    maps = model(input_ids=ids, attention_mask=bias, use_cache=False, output_attentions=True).attentions
+    chosen = maps if layer is None else maps[layer : layer + 1]
+    return torch.stack([each[0].mean(0) for each in chosen]).mean(0)

@@ -1,0 +1,153 @@
+"""The job's `prompt:` section: how the columns of a row become a prompt.
+
+Data only: checked when the job is loaded, printed, fingerprinted. Does not know tokenizers, templates of models
+or rows; `workers/prompts/encoder.py` carries it out.
+"""
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
+
+from segue.workers.prompts.conversation import Role
+from segue.workers.prompts.placeholders import Placeholder, columns_in, parse_placeholders
+
+_FORMATS_OF = {
+    "messages": ("chat",),
+    "messages_column": ("chat",),
+    "prompt_column": ("chat", "text"),
+    "chat_template": ("chat",),
+    "chat_template_kwargs": ("chat",),
+    "continue_final_message": ("chat",),
+    "segment_by": ("chat",),
+    "text": ("text",),
+    "columns": ("alpaca", "commonsense"),
+}
+_RENDERERS_OWN = frozenset({"messages", "add_generation_prompt", "strftime_now", "raise_exception"})
+
+
+class TextPart(BaseModel):
+    """One part of a message's content, in OpenAI's form; `type` may be left out."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    type: Literal["text"] = "text"  # there is no other kind
+    text: str  # with {column} placeholders
+
+
+class MessageTemplate(BaseModel):
+    """One chat message of a prompt template: exactly one of `content` and `content_file`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    role: Role  # system, user, assistant or tool
+    content: str | tuple[TextPart, ...] | None = None  # with {column} placeholders
+    content_file: str | None = None  # path of a text file, relative to the job file
+
+    @model_validator(mode="after")
+    def _check_content(self) -> "MessageTemplate":
+        if (self.content is None) == (self.content_file is None):
+            raise ValueError("a message needs exactly one of content and content_file")
+        if self.content == ():
+            raise ValueError("content must have at least one part, got an empty list")
+        for text in self.texts:
+            columns_in(text)
+        return self
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The template text of each part; empty while `content_file` is not read."""
+        if isinstance(self.content, tuple):
+            return tuple(part.text for part in self.content)
+        return () if self.content is None else (self.content,)
+
+    def resolve(self, base_dir: Path) -> "MessageTemplate":
+        """With the text of `content_file` as `content`. Raises ValueError if it cannot be read as UTF-8."""
+        if self.content_file is None:
+            return self
+        try:
+            text = (base_dir / self.content_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8"
+            raise ValueError(
+                f"content_file {self.content_file!r} cannot be read ({reason}); want a text file"
+            ) from None
+        return MessageTemplate(role=self.role, content=text)
+
+
+class PromptTemplate(BaseModel):
+    """How a row becomes a prompt. Frozen; equal templates give equal prompts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    # chat: the model's own template; text: `text`, as it is
+    format: Literal["chat", "text", "alpaca", "commonsense"] = "chat"
+    segment_by: Literal["message", "part"] = "message"  # part: borders between content parts too
+    # the chat, with {column} placeholders
+    messages: Annotated[tuple[MessageTemplate, ...], Field(min_length=1)] | None = None
+    messages_column: str = "messages"  # read as it is if `messages` is not given and the dataset has it
+    prompt_column: str = "prompt"  # else this column is one user message
+    text: str | None = None  # template of format text; the prompt column alone if not given
+    columns: dict[Literal["instruction", "input"], str] = {}  # what the presets read, if named otherwise
+    chat_template: str | None = None  # Jinja, in place of the model's own
+    chat_template_kwargs: dict[str, Any] = {}  # what the chat template is told, such as enable_thinking
+    continue_final_message: StrictBool = False  # the last message is the beginning of the answer
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "PromptTemplate":
+        for name in sorted(self.model_fields_set & _FORMATS_OF.keys()):
+            wanted = _FORMATS_OF[name]
+            if self.format not in wanted and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} means nothing to format {self.format}; want format {' or '.join(wanted)}")
+        if reserved := sorted(_RENDERERS_OWN & self.chat_template_kwargs.keys()):
+            raise ValueError(f"chat_template_kwargs must not have {', '.join(reserved)}: the renderer sets them")
+        if self.continue_final_message and self.messages and self.messages[-1].role != "assistant":
+            raise ValueError(
+                f"continue_final_message wants a last message of role assistant, got {self.messages[-1].role}"
+            )
+        columns_in(self.text or "")
+        return self
+
+    @property
+    def text_pieces(self) -> tuple[str | Placeholder, ...]:
+        """Format text: literal text and placeholders, in order."""
+        return (Placeholder(self.prompt_column),) if self.text is None else parse_placeholders(self.text)
+
+    @property
+    def instruction_column(self) -> str:
+        return self.columns.get("instruction", "instruction")
+
+    @property
+    def input_column(self) -> str:
+        """May be missing, null or blank: the presets have wording for that."""
+        return self.columns.get("input", "input")
+
+    def resolve(self, base_dir: Path | str) -> "PromptTemplate":
+        """The same template with every `content_file`, relative to `base_dir`, read. Raises ValueError."""
+        if self.messages is None:
+            return self
+        messages = tuple(message.resolve(Path(base_dir)) for message in self.messages)
+        if messages == self.messages:
+            return self
+        return PromptTemplate.model_validate(self.model_dump(exclude_unset=True) | {"messages": messages})
+
+    def required_columns(self, available: Collection[str]) -> frozenset[str]:
+        """The columns that a prompt reads, given those that the dataset has.
+
+        A column of the result that is not in `available` is an error of the job: a misspelt placeholder,
+        or a dataset without a prompt.
+        """
+        return frozenset(self._columns_read(available))
+
+    def _columns_read(self, available: Collection[str]) -> Iterator[str]:
+        if self.format == "text":
+            yield from (piece.column for piece in self.text_pieces if isinstance(piece, Placeholder))
+        elif self.format != "chat":
+            yield self.instruction_column
+            yield from {self.input_column} & set(available)
+        elif self.messages is not None:
+            for message in self.messages:
+                yield from (column for text in message.texts for column in columns_in(text))
+        else:
+            yield self.messages_column if self.messages_column in available else self.prompt_column

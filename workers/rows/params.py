@@ -1,0 +1,105 @@
+"""How a row's answer is drawn: sampling parameters under vLLM's names, and the drawing itself.
+
+Knows logits and parameters; nothing of trees, models or text.
+"""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from segue.workers.errors import RowError, RowErrorCode
+from segue.workers.rows.forms import StructuredOutputs
+
+
+class SamplingParams(BaseModel):
+    """One row's sampling parameters; names, ranges and defaults are vLLM's, except that
+    `temperature` defaults to 0 (greedy): an offline job should be repeatable unless asked otherwise.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    n: Annotated[int, Field(ge=1, le=1024)] = 1  # samples a row
+    temperature: Annotated[float, Field(ge=0.0)] = 0.0  # 0 is greedy
+    # only the most likely tokens that together have this probability
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_k: Annotated[int, Field(ge=-1)] = 0  # 0 and -1 mean all tokens
+    # only tokens at least this likely, relative to the most likely one
+    min_p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    max_tokens: Annotated[int, Field(ge=1)] = 16  # of the answer
+    min_tokens: Annotated[int, Field(ge=0)] = 0  # no end-of-sequence or stop before this many
+    seed: int | None = None  # replaces the job's seed for this row
+    stop: tuple[str, ...] = ()  # the text ends before the first of these
+    stop_token_ids: tuple[int, ...] = ()  # the answer ends at the first of these
+    include_stop_str_in_output: bool = False  # keep what ended the answer in its text
+    ignore_eos: bool = False  # an end-of-sequence token does not end the answer
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None  # top alternatives a token, beside the drawn one
+    repetition_penalty: Annotated[float, Field(gt=0.0)] = 1.0  # above 1: tokens of prompt and answer become less likely
+    # taken from the logits of tokens that the answer has
+    presence_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0  # the same for each time
+    skip_special_tokens: bool = True  # leave control tokens out of the text
+    structured_outputs: StructuredOutputs | None = None  # the form that the answer must have
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_lists(cls, value: object) -> object:
+        """YAML and JSON have lists, not tuples, and integers where a float is meant; a single stop is a string."""
+        if not isinstance(value, dict):
+            return value
+        fields = dict(value)
+        if isinstance(fields.get("stop"), str):
+            fields["stop"] = (fields["stop"],)
+        for name in ("stop", "stop_token_ids"):
+            if isinstance(fields.get(name), list):
+                fields[name] = tuple(fields[name])
+        return fields
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "SamplingParams":
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}")
+        if "" in self.stop:
+            raise ValueError("stop must not contain an empty string")
+        if self.structured_outputs is not None:
+            self._check_structured()
+        return self
+
+    def _check_structured(self) -> None:
+        """Such an answer ends by its form, and what would end it elsewhere would break it."""
+        told = {
+            "min_tokens": self.min_tokens > 0,
+            "stop": self.stop,
+            "stop_token_ids": self.stop_token_ids,
+            "ignore_eos": self.ignore_eos,
+            "include_stop_str_in_output": self.include_stop_str_in_output,
+            "skip_special_tokens: false": not self.skip_special_tokens,
+        }
+        named = ", ".join(name for name, is_told in told.items() if is_told)
+        if named:
+            raise ValueError(f"structured_outputs ends an answer by its form: leave out {named}")
+
+    def with_row(self, overrides: dict[str, object] | None) -> "SamplingParams":
+        """These parameters with a row's own on top. Raises RowError(BAD_PARAMS)."""
+        if not overrides:
+            return self
+        unknown = overrides.keys() - SamplingParams.model_fields.keys()
+        if unknown:  # which are the row's own text, so they are not shown
+            wanted = ", ".join(SamplingParams.model_fields)
+            message = f"sampling_params has {len(unknown)} keys that are no parameters, wanted some of {wanted}"
+            raise RowError(RowErrorCode.BAD_PARAMS, message)
+        try:
+            return SamplingParams.model_validate(self.model_dump() | overrides)
+        except ValidationError as error:
+            raise RowError(RowErrorCode.BAD_PARAMS, _told(error)) from None
+
+
+def _told(error: ValidationError) -> str:
+    """The first thing that is wrong, without the row's own words."""
+    first = error.errors(include_input=False, include_url=False)[0]
+    known = {*SamplingParams.model_fields, "json", "regex", "choice"}
+    place = ".".join(
+        ["sampling_params", *(str(part) for part in first["loc"] if isinstance(part, int) or part in known)]
+    )
+    if first["type"] == "extra_forbidden":
+        return f"{place}: an unknown key, wanted json, regex or choice"
+    return f"{place}: {first['msg'].removeprefix('Value error, ')}"

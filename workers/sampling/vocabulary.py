@@ -1,0 +1,34 @@
+"""What is wanted of logits over a whole vocabulary, in few passes: it is the longest dimension there is.
+
+Shapes: `N` positions, `V` vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from segue.attention.cpu.kernels import DTYPES
+from segue.workers.devices.devices import cpu_kernels
+
+CACHED_ROWS = 16  # what is passed over several times should stay in the processor's cache
+
+
+class Summary(NamedTuple):
+    """Of each position, `[N]`."""
+
+    highest: Tensor  # fp32; NaN if any logit is
+    most_likely: Tensor  # int64: of equal logits the first, as for argmax
+    log_totals: Tensor  # fp32: what turns a logit into a log-probability; empty unless wanted
+
+
+def summarise(logits: Tensor, *, with_totals: bool = False) -> Summary:
+    """logits `[N, V]` of any type."""
+    kernels = cpu_kernels() if logits.device.type == "cpu" and logits.dtype in DTYPES else None
+    if kernels is not None:
+        return Summary(*kernels.summarise(logits, with_totals=with_totals))
+    cached = logits.split(CACHED_ROWS) if logits.device.type == "cpu" else [logits]
+    parts = [part.float() for part in cached]
+    tops = [part.max(dim=-1) for part in parts]
+    totals = [part.logsumexp(dim=-1) for part in parts] if with_totals else [torch.empty(0)]
+    return Summary(torch.cat([top.values for top in tops]), torch.cat([top.indices for top in tops]), torch.cat(totals))
