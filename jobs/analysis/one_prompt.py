@@ -1,4 +1,4 @@
-"""One row's prompt as a run would render it, without planning the others."""
+"""One row's prompt as a run renders it, without planning the other rows."""
 
 from segue.attention.segments import Segment
 from segue.pipeline.dataset.blocks import read_rows
@@ -9,8 +9,11 @@ from segue.workers.errors import RowError
 
 
 def prompt_of_row(job: ReadyJob, number: int) -> tuple[str, list[Segment], list[str]]:
-    """(where the row comes from, its segments before a mask, the text of each token). `number` counts in the order of
-    the input, from 0. Raises JobRefused if there is no such row or it has no prompt."""
+    """(where the row comes from, its segments before a mask applies, the text of each token).
+
+    `number` counts rows in the order of the input, from 0. Raises JobRefused if there is no such row, or if the row has
+    an error instead of a prompt.
+    """
     encoder = checked_encoder(job.render_spec(today()))
     start = 0
     for file in job.checked.inputs:

@@ -32,7 +32,7 @@ def run_values(values: Mapping[str, Any], overrides: Sequence[str], *, quiet: bo
         draft = read_job(path, overrides)
     _, summary = _run(draft, quiet=quiet)
     if not json_only:
-        from segue.jobs.show.tables import show_summary
+        from segue.jobs.show.folder import show_summary
 
         show_summary(summary)
     return summary

@@ -1,4 +1,4 @@
-"""Attention of one prompt under both masks, side by side, with the borders of its segments. Needs matplotlib."""
+"""A picture of one prompt's attention under both masks, with the borders of its segments. Needs matplotlib."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -12,12 +12,15 @@ from segue.pipeline.storage.models import local_source
 from segue.workers.models.attention_maps import attention_map, load_for_maps
 
 MASKS = ("causal", "segment")
-FLOOR = 1e-4  # weights below it are as good as none
-MAX_LABELLED_TOKENS = 48  # more would not be legible
+FLOOR = 1e-4  # smaller weights have the colour of zero
+MAX_LABELLED_TOKENS = 48  # more labels would be too small to read
 
 
 def draw_attention(job: ReadyJob, row: int, layer: int | None, path: str) -> dict[str, Any]:
-    """Write the picture; what it shows, in numbers. Raises JobRefused."""
+    """Write the picture of a row and return what it shows, in numbers. `layer` None is the mean of all layers.
+
+    Raises JobRefused if the row has no prompt, or if the model has no such layer.
+    """
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
@@ -54,7 +57,7 @@ def _spans(segments: Sequence[Segment]) -> list[dict[str, Any]]:
 
 
 def _draw_borders(axes: Any, segments: Sequence[Segment]) -> None:
-    """A square around each segment: what lies in its upper triangle is what the segment mask adds."""
+    """A square around each segment. The segment mask adds what lies in the upper triangle of a square."""
     from matplotlib.patches import Rectangle
 
     for span in _spans(segments):

@@ -1,6 +1,6 @@
 """Segue is one name: its packages live beside a user's own `jobs`, `workers`, `pipeline` and `attention`.
 
-Each environment is new. It has a Segue of its own, and takes what Segue needs from the environment of the tests, without
+Each environment is new and has a Segue of its own. What Segue needs is taken from the environment of the tests, without
 the Segue that is installed there.
 """
 

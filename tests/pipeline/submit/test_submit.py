@@ -16,10 +16,11 @@ from local_cluster import LocalCluster, local_cluster
 from segue.pipeline.jobfile.read import load_job
 from segue.pipeline.problems import JobRefused
 from segue.pipeline.submit.job_queue import LogLines
-from segue.pipeline.submit.submission import read_runtime_env, read_submitted
+from segue.pipeline.submit.submission import copied_package, read_runtime_env, read_submitted
 
 ROOT = Path(__file__).parents[3]
 TRIAGE = ROOT / "jobs" / "examples" / "triage" / "job.yaml"
+COUNT_SOURCES = "import glob, segue\nSOURCES = len(glob.glob(segue.__path__[0] + '/attention/cpu/cpp/*'))"
 
 
 @pytest.fixture(scope="module")
@@ -107,17 +108,27 @@ def test_submit_job_that_the_cluster_refuses_exits_as_it_does(cluster, tmp_path)
 
 def test_submit_with_code_runs_the_code_of_the_client(cluster, tmp_path):
     changed = tmp_path / "checkout"
-    for name in ("attention", "workers", "pipeline", "jobs"):
-        shutil.copytree(ROOT / name, changed / name, ignore=shutil.ignore_patterns("out*", "__pycache__", "examples"))
-    planning = changed / "pipeline" / "planning.py"
-    text = planning.read_text()
-    assert 'f"planning ' in text
-    planning.write_text(text.replace('f"planning ', 'f"CHANGED planning '))
+    for name in ("segue", "attention", "workers", "pipeline", "jobs"):
+        ignored = shutil.ignore_patterns("out*", "__pycache__", "examples")
+        shutil.copytree(ROOT / name, changed / name, symlinks=True, ignore=ignored)
+    (planning,) = [path for path in (changed / "pipeline").rglob("*.py") if 'f"planning ' in path.read_text()]
+    text = planning.read_text().replace('f"planning ', 'f"CHANGED, {SOURCES} C++ sources, planning ')
+    planning.write_text(f"{text}\n{COUNT_SOURCES}\n")
     path = write_job(write_input(tmp_path))
     code, _, log = cluster.ended("submit", path, "--wait", "--with-code", PYTHONPATH=str(changed))
     assert code == 0, log
-    assert f"CHANGED planning {NUM_ROWS} rows" in log
+    num_sources = len(list((ROOT / "attention/cpu/cpp").iterdir()))
+    assert f"CHANGED, {num_sources} C++ sources, planning {NUM_ROWS} rows" in log
     assert len(rows_of(tmp_path / "out")) == NUM_ROWS
+
+
+def test_submit_sends_every_module_source_and_template_and_no_example(tmp_path):
+    sent = Path(copied_package(tmp_path))
+    found = {path.relative_to(sent) for path in sent.rglob("*") if path.is_file()}
+    wanted = {path for name in ("attention", "workers", "pipeline", "jobs") for path in (ROOT / name).rglob("*.py")}
+    wanted |= {*(ROOT / "attention/cpu/cpp").iterdir(), *(ROOT / "jobs/templates").iterdir()}
+    ours = {path.relative_to(ROOT) for path in wanted if not path.is_relative_to(ROOT / "jobs/examples")}
+    assert found == ours | {Path("__init__.py"), Path("__main__.py")}
 
 
 @pytest.mark.parametrize(
