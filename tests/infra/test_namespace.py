@@ -51,18 +51,18 @@ print(json.dumps(ray.get(files.remote())))
 
 def environment(folder: Path, *installed: str | Path) -> Path:
     """The Python of a new environment in which this is installed."""
-    answer((sys.executable, "-m", "venv", "--without-pip", folder))
+    answer((sys.executable, "-m", "venv", "--without-pip", folder), folder.parent)
     (packages,) = folder.glob("lib/python*/site-packages")
     # Python does not read .pth files of a folder that a .pth file names, so the tests' own Segue stays out.
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     python = folder / "bin" / "python"
     pip = (sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--disable-pip-version-check")
-    answer((*pip, "--no-deps", "--no-build-isolation", *installed))
+    answer((*pip, "--no-deps", "--no-build-isolation", *installed), folder)
     return python
 
 
-def answer(command: tuple[str | Path, ...], folder: Path | None = None, **variables: str) -> str:
-    """stdout of a command that knows of no other Segue and of no cluster."""
+def answer(command: tuple[str | Path, ...], folder: Path, **variables: str) -> str:
+    """stdout of a command that is started in `folder` and knows of no other Segue and of no cluster."""
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "RAY_"))}
     done = subprocess.run(
         command, cwd=folder, env=plain | variables, capture_output=True, text=True, timeout=300, check=False
@@ -91,7 +91,7 @@ def project(tmp_path: Path) -> Path:
 def test_namespace_every_module_of_ours_and_the_users_own_are_imported(python, project, started):
     if started == "as a script":
         (project / "script.py").write_text(IMPORT_BOTH)
-        found = json.loads(answer((python, project / "script.py")))
+        found = json.loads(answer((python, project / "script.py"), python.parent))
     else:
         found = json.loads(answer((python, "-c", IMPORT_BOTH), project, PYTHONPATH="."))
     assert found["owners"] == ["user"] * 4
@@ -123,11 +123,14 @@ def test_namespace_edited_and_new_files_of_an_editable_installation_count_at_onc
     with (copy / "workers/rows/params.py").open("a") as file:
         file.write("\nEDITED = 'edited'\n")
     (copy / "workers/rows/added.py").write_text("from segue.workers.rows.params import EDITED\n")
-    assert answer((python, "-c", "from segue.workers.rows.added import EDITED; print(EDITED)")) == "edited\n"
+    code = "from segue.workers.rows.added import EDITED; print(EDITED)"
+    assert answer((python, "-c", code), tmp_path) == "edited\n"
 
 
 def test_namespace_python_m_segue_is_the_command(python, tmp_path):
-    assert answer((python, "-m", "segue", "schema"), tmp_path) == answer((python.with_name("segue"), "schema"))
+    assert answer((python, "-m", "segue", "schema"), tmp_path) == answer(
+        (python.with_name("segue"), "schema"), tmp_path
+    )
 
 
 def test_public_face_has_three_names_and_loads_them_when_they_are_used():
