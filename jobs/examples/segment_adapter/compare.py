@@ -2,8 +2,8 @@
 
     python jobs/examples/segment_adapter/compare.py > jobs/examples/segment_adapter/RESULTS.md
 
-Reads the outputs of `score.yaml` and `answers.yaml` on unseen prompts. README.md says how to make them. Knows folders and
-columns; no model.
+Reads the outputs of `score.yaml` and `answers.yaml` on unseen prompts, which README.md says how to make. Knows folders
+and columns; no model.
 """
 
 import sys

@@ -1,6 +1,7 @@
 """Write the triage example's tickets: 360 rows whose prompts are made of a few long shared texts.
 
-Knows the hand-written fragments in `content/` and a seed; nothing of models, prompts or the pipeline. Run it as `python jobs/examples/triage/make_data.py`; the same seed always gives the same rows.
+Knows the hand-written fragments in `content/` and a seed; nothing of models, prompts or the pipeline.
+Run it as `python jobs/examples/triage/make_data.py`; the same seed always gives the same rows.
 """
 
 from collections.abc import Iterator, Sequence
