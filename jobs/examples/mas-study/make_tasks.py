@@ -114,7 +114,7 @@ def paper_rows(lines: Sequence[str], count: int, name: str) -> list[dict[str, ob
 
 
 def write_tasks(data: Path | None, folder: Path) -> dict[str, tuple[str, ...]]:
-    """Write `TASK/ORDER/{train,test}.parquet`; returns the orders of each task. Without `data` there is only `lookup`."""
+    """Write `TASK/ORDER/{train,test}.parquet`. Returns the orders of each task. Without `data`, only `lookup`."""
     items = {"lookup": {part: list(lookup_items(part, count)) for part, count in _COUNTS.items()}}
     if data is not None:
         by_part = {part: sentences_in([data / f"arc_{kind}-{part}.jsonl" for kind in KINDS]) for part in _COUNTS}
