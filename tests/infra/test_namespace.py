@@ -26,10 +26,8 @@ from attention.tree import OWNER as d
 
 import segue
 
-optional = ("segue.jobs.bench", "segue.jobs.examples", "segue.__main__")
 for module in pkgutil.walk_packages(segue.__path__, "segue."):
-    if not module.name.startswith(optional):
-        __import__(module.name)
+    __import__(module.name)
 files = {name: module.__file__ for name, module in sys.modules.items() if name.partition(".")[0] == "segue"}
 print(json.dumps({"owners": [a, b, c, d], "prefix": sys.prefix, "files": files}))
 """
@@ -39,10 +37,10 @@ import ray
 
 @ray.remote
 def files():
-    import segue.workers.rows.params
+    import segue.workers
     import workers.engine
 
-    return workers.engine.__file__, segue.workers.rows.params.__file__
+    return workers.engine.__file__, segue.workers.__file__
 
 ray.init(address="local", num_cpus=1, include_dashboard=False)
 print(json.dumps(ray.get(files.remote())))
@@ -120,10 +118,9 @@ def test_namespace_job_runs_beside_the_users_own(python, project):
 def test_namespace_edited_and_new_files_of_an_editable_installation_count_at_once(checkout, tmp_path):
     copy = shutil.copytree(checkout, tmp_path / "checkout", symlinks=True)
     python = environment(tmp_path / "environment", "--editable", copy)
-    with (copy / "workers/rows/params.py").open("a") as file:
-        file.write("\nEDITED = 'edited'\n")
-    (copy / "workers/rows/added.py").write_text("from segue.workers.rows.params import EDITED\n")
-    code = "from segue.workers.rows.added import EDITED; print(EDITED)"
+    (copy / "workers/__init__.py").write_text("EDITED = 'edited'\n")
+    (copy / "workers/added.py").write_text("from segue.workers import EDITED\n")
+    code = "from segue.workers.added import EDITED; print(EDITED)"
     assert answer((python, "-c", code), tmp_path) == "edited\n"
 
 
@@ -136,12 +133,12 @@ def test_namespace_python_m_segue_is_the_command(python, tmp_path):
 def test_public_face_has_three_names_and_loads_them_when_they_are_used():
     code = (
         "import sys, segue; print(dir(segue)); print({'torch', 'ray', 'transformers'} & {*sys.modules})\n"
-        "from segue import *; print(Engine.__module__, SamplingParams.__module__, Segment.__module__)"
+        "from segue import *; print(Engine.__name__, SamplingParams.__name__, Segment.__name__)"
     )
-    names, loaded, modules = subprocess.check_output([sys.executable, "-c", code], text=True).splitlines()
+    names, loaded, used = subprocess.check_output([sys.executable, "-c", code], text=True).splitlines()
     assert names == "['Engine', 'SamplingParams', 'Segment']"
     assert loaded == "set()"
-    assert modules == "segue.workers.engine.engine segue.workers.rows.params segue.attention.segments"
+    assert used == "Engine SamplingParams Segment"
 
 
 def test_public_face_refuses_another_name_and_says_what_there_is():
