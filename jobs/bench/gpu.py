@@ -153,7 +153,7 @@ def _segue(model: TreeModel, prompts: Sequence[Any], ceilings: dict[str, Any], *
     run(NUM_NEW + 1)  # warm; captures graphs
 
     def fresh(num_new: int) -> float:
-        """A run from an empty cache."""
+        """With nothing left of the run before."""
         engine.scheduler.residency.make_room(engine.cache.budget_tokens)
         return run(num_new)
 
