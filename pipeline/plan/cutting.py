@@ -27,13 +27,14 @@ from segue.pipeline.ledger.manifest import (
 )
 from segue.pipeline.ledger.shards import PROTOCOL
 from segue.pipeline.ledger.units import SCORE_FIELD, UnitSpec, score_row, serialize_unit
-from segue.pipeline.plan.order import ORDER
 from segue.pipeline.plan.requests import RequestCounter
 from segue.pipeline.plan.tree import TreeCounter
 from segue.pipeline.prompts.render import RenderSpec
 from segue.pipeline.ready.checks import CheckedJob
 from segue.pipeline.storage.store import Store
 from segue.workers.scoring.rows import requests_of
+
+ORDER = ["chain", "src_path", "src_row"]  # of a plan's rows: equal prompts stay in the order of the input
 
 
 def plan_window(

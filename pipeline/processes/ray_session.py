@@ -11,23 +11,20 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
-from urllib.parse import urlsplit
 
 import psutil
 import ray
 import ray.exceptions
 from ray.data import DataContext, Dataset
 
-from segue.pipeline.problems import ClusterUnavailable, Problem, WorkersFailed
+from segue.pipeline.problems import ClusterUnavailable, WorkersFailed
+from segue.pipeline.processes.address import check_reachable
 
 REQUIRE_AUTH = "SEGUE_REQUIRE_AUTH"  # environment variable
-CLIENT_PORT = 10001  # of an address without one, as in Ray
-CONNECT_SECONDS = 10.0
 LOCAL_STARTS = 3
 QUIET_LOGGERS = ("ray", "ray.data", "ray.serve")
 
@@ -109,26 +106,6 @@ def _end(processes: Sequence[psutil.Process]) -> None:
         with suppress(psutil.Error):
             for each in [*process.children(recursive=True), process]:
                 each.kill()
-
-
-def is_local() -> bool:
-    """Whether `ray_session` would use this machine alone."""
-    return os.environ.get("RAY_ADDRESS", "") in ("", "local")
-
-
-def check_reachable() -> list[Problem]:
-    """Whether something answers where RAY_ADDRESS says, if that is a host and port: Ray (2.60) tries for minutes, and
-    may then end the process without a word."""
-    address = os.environ.get("RAY_ADDRESS", "")
-    if ":" not in address:  # none, auto, local
-        return []
-    try:
-        parts = urlsplit(address if "://" in address else f"ray://{address}")
-        socket.create_connection((parts.hostname or "", parts.port or CLIENT_PORT), CONNECT_SECONDS).close()
-    except (OSError, ValueError) as error:
-        got = f"{address}, where nothing answers ({error})"
-        return [Problem("RAY_ADDRESS", got, "HOST:PORT of a Ray head node", where="environment")]
-    return []
 
 
 def _check_authentication(address: str) -> None:

@@ -6,7 +6,7 @@ are planned and the others are errors. Knows rows and limits; which rows there a
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -60,9 +60,18 @@ class PlannedRowReader:
     def empty(self) -> pa.Table:
         return planned_schema(self._columns, self._spec).empty_table()
 
-    def read(self, file: InputFile, start: int, stop: int, wanted: RowNumbers) -> Iterator[pa.Table]:
-        """Raises InputChanged, InputUnreadable, PreparationFailed."""
-        child = _child_for(self._spec, self._limits)
+    def settle(self, child: LimitedProcess) -> None:
+        """Make a child ready for `read` that did other work before. Raises what loading the tokenizer raises."""
+        child.settle(self._limits.seconds, self._limits.memory_bytes, partial(encoder_of, self._spec))
+
+    def read(
+        self, file: InputFile, start: int, stop: int, wanted: RowNumbers, child: LimitedProcess | None = None
+    ) -> Iterator[pa.Table]:
+        """Rows are made in `child`, or in one that this process keeps: Ray runs many tasks in one process.
+
+        Raises InputChanged, InputUnreadable, PreparationFailed.
+        """
+        child = child or _child_for(self._spec, self._limits)
         return _gathered(_Range(self._columns, self._spec, self._limits, child, file, stop, wanted).blocks(start))
 
 
@@ -217,26 +226,11 @@ def _gathered(blocks: Iterator[pa.Table]) -> Iterator[pa.Table]:
 _kept: list[tuple[RenderSpec, RowLimits, LimitedProcess]] = []  # at most one
 
 
-_offered: list[tuple[RenderSpec, Callable[[], LimitedProcess]]] = []  # at most one
-
-
-def offer_child(spec: RenderSpec, take: Callable[[], LimitedProcess]) -> None:
-    """One that has loaded the tokenizer of `spec`, for another purpose which it no longer has once it is taken."""
-    _offered[:] = [(spec, take)]
-
-
 def _child_for(spec: RenderSpec, limits: RowLimits) -> LimitedProcess:
     """Kept between tasks: Ray runs many in one process, and a tokenizer takes a second to load."""
-    is_offered = bool(_offered) and _offered[0][0] == spec
-    if is_offered or not _kept or _kept[0][:2] != (spec, limits):
+    if not _kept or _kept[0][:2] != (spec, limits):
         for *_, child in _kept:
             child.close()
-        _kept.clear()
-        prepare = partial(encoder_of, spec)
-        if is_offered:
-            child = _offered.pop()[1]()
-            child.settle(limits.seconds, limits.memory_bytes, prepare)
-        else:
-            child = LimitedProcess(limits.seconds, limits.memory_bytes, prepare)
+        child = LimitedProcess(limits.seconds, limits.memory_bytes, partial(encoder_of, spec))
         _kept[:] = [(spec, limits, child)]
     return _kept[0][2]

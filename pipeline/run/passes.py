@@ -19,6 +19,7 @@ from segue.pipeline.ledger.totals import is_over_limit
 from segue.pipeline.ledger.units import UnitDamaged, UnitSpec
 from segue.pipeline.problems import WorkersFailed
 from segue.pipeline.processes import ray_session
+from segue.pipeline.processes.address import is_local
 from segue.pipeline.processes.interrupt import Interrupt
 from segue.pipeline.processes.metrics import RunMetrics, label_of
 from segue.pipeline.processes.progress import ProgressDisplay, Say, Totals
@@ -60,7 +61,7 @@ class Passes:
         self._threads = threads_of(self._workers)
         smallest = reserved_cpus(self._threads, is_planning=job.checked.num_windows > 1)
         num_gpus = gpus_of(self._workers)
-        warning = check_gpus(num_gpus, ray_session.max_node_gpus(), is_local=ray_session.is_local())
+        warning = check_gpus(num_gpus, ray_session.max_node_gpus(), is_local=is_local())
         if warning is not None:
             say(warning)
         self._reservation = Reservation(smallest, num_gpus, self._workers.accelerator_type)

@@ -17,7 +17,8 @@ from segue.pipeline.jobfile.schema import WorkersConfig
 from segue.pipeline.ledger.units import UnitSpec
 from segue.pipeline.processes import ray_session
 from segue.pipeline.processes.reservation import Reservation
-from segue.pipeline.run.worker import Receipt, UnitWorker, WorkerSpec
+from segue.pipeline.ready.worker_spec import WorkerSpec
+from segue.pipeline.run.worker import Receipt, UnitWorker
 
 
 def threads_of(workers: WorkersConfig) -> int:

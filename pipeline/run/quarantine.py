@@ -13,8 +13,9 @@ import ray.exceptions
 
 from segue.pipeline.ledger.units import UnitSpec
 from segue.pipeline.processes.reservation import Reservation
+from segue.pipeline.ready.worker_spec import WorkerSpec
 from segue.pipeline.run.watchdog import Watchdog
-from segue.pipeline.run.worker import Receipt, UnitWorker, WorkerSpec
+from segue.pipeline.run.worker import Receipt, UnitWorker
 from segue.workers.errors import RowError, RowErrorCode
 
 MAX_ATTEMPTS = 3  # of a unit that dies although none of its rows dies alone

@@ -4,7 +4,7 @@ Ray schedules, the store commits: a run can end anywhere and be run again.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 
 from segue.pipeline.jobfile.schema import JobConfig
@@ -16,16 +16,18 @@ from segue.pipeline.plan.order import needs_ray
 from segue.pipeline.plan.windows import growing_plans, plan_all, plan_first
 from segue.pipeline.problems import ClusterUnavailable
 from segue.pipeline.processes import ray_session
+from segue.pipeline.processes.address import is_local
 from segue.pipeline.processes.interrupt import Interrupt
+from segue.pipeline.processes.limited import LimitedProcess
 from segue.pipeline.processes.progress import Say
 from segue.pipeline.ready.job import ReadyJob, existing_manifest, today
 from segue.pipeline.run.passes import Passes, Tally
 from segue.pipeline.storage.store import open_store
 
 
-def plan_job(job: ReadyJob, say: Say) -> Manifest:
+def plan_job(job: ReadyJob, say: Say, child: LimitedProcess | None = None) -> Manifest:
     """The job's whole plan: what is in its folder, and what that lacks. Needs Ray only if that is more than a few
-    rows."""
+    rows. `child`: the one that checked the job, which prepares them."""
     manifest = existing_manifest(job)
     if manifest is None:
         check_unused(job.store)
@@ -34,35 +36,36 @@ def plan_job(job: ReadyJob, say: Say) -> Manifest:
     session = ray_session.ray_session if needs_ray(job.checked, job.render_spec(today())) else nullcontext
     with Interrupt() as interrupt, session():
         interrupt.install()
-        return plan_all(job, manifest, say)
+        return plan_all(job, manifest, say, child)
 
 
 @contextmanager
-def ray_ahead() -> Iterator[Callable[[JobConfig], None]]:
-    """Yields what starts a local Ray for a job that is still being looked at (`meanwhile` of `prepare`), unless its
-    output is complete or not empty. It ends with the block, which has `run_job` in it. Starting takes seconds, and
-    mostly waits; joining a cluster does not, and may take the folder from under a submitted job (Ray 2.60)."""
+def ray_ahead(config: JobConfig) -> Iterator[None]:
+    """A local Ray for a job that is still being checked (`meanwhile` of `ready_job`). It ends with the block, which has
+    `run_job` in it. None is started if the output is complete or not empty, or if filters read the data first, as Ray
+    would wait for them. Starting takes seconds, and mostly waits; joining a cluster does not, and may take the folder
+    from under a submitted job (Ray 2.60)."""
     with ExitStack() as stack:
-
-        def start(config: JobConfig) -> None:
-            if not ray_session.is_local():
-                return
-            store = open_store(config.output.path)
-            if store.exists(SUCCESS) or (store.data_names() and not store.exists(MANIFEST)):
-                return
+        if is_local() and not config.input.filters and _may_run(config):
             interrupt = stack.enter_context(Interrupt())
             with suppress(ClusterUnavailable):  # the run will find that out, if nothing else is wrong
                 stack.enter_context(ray_session.ray_session())
             interrupt.install()  # Ray takes SIGTERM for itself
+        yield
 
-        yield start
+
+def _may_run(config: JobConfig) -> bool:
+    """Whether the output is neither complete nor somebody else's."""
+    store = open_store(config.output.path)
+    return not store.exists(SUCCESS) and (store.exists(MANIFEST) or not store.data_names())
 
 
-def run_job(job: ReadyJob, say: Say, *, quiet: bool = False) -> RunSummary:
+def run_job(job: ReadyJob, say: Say, *, quiet: bool = False, child: LimitedProcess | None = None) -> RunSummary:
     """Plan if needed, compute what is missing, check everything, finish with `_SUCCESS`.
 
-    `say(line)` is told what happens. Raises ForeignOutput, ForeignShard, InputChanged, InputUnreadable, WorkersFailed,
-    ClusterUnavailable, OutputStorageError; a signal before the first unit raises SystemExit.
+    `say(line)` is told what happens. `child`: the one that checked the job, which prepares the first rows. Raises
+    ForeignOutput, ForeignShard, InputChanged, InputUnreadable, WorkersFailed, ClusterUnavailable, OutputStorageError;
+    a signal before the first unit raises SystemExit.
     """
     was_done = job.store.exists(SUCCESS)  # looked for before the plan, which another run may complete meanwhile
     manifest = existing_manifest(job)
@@ -74,7 +77,7 @@ def run_job(job: ReadyJob, say: Say, *, quiet: bool = False) -> RunSummary:
         return summary_of(job, manifest, "already_complete")
     with Interrupt() as interrupt, Presence(job.store, say), ray_session.ray_session():
         interrupt.install()  # Ray takes SIGTERM for itself
-        manifest = manifest or plan_first(job, say)
+        manifest = manifest or plan_first(job, say, child)
         started = time.monotonic()
         tally = Tally(*count_rows(committed_footers(job.store, manifest)))
         missing = missing_units(job.store, manifest)

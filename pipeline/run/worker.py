@@ -24,43 +24,19 @@ from segue.pipeline.ledger.units import PASSED, PlannedRow, UnitDamaged, UnitSpe
 from segue.pipeline.problems import WorkersFailed
 from segue.pipeline.processes.metrics import EngineMetrics, label_of
 from segue.pipeline.processes.ray_session import one_line
+from segue.pipeline.ready.worker_spec import WorkerSpec
 from segue.pipeline.run.roster import Reporter
 from segue.pipeline.storage.models import local_source
 from segue.pipeline.storage.store import OutputStorageError, open_store
-from segue.workers.devices.names import Device, DeviceMap
 from segue.workers.engine.echo import EchoEngine, is_echo
 from segue.workers.engine.loop import EngineLoop, EngineRow, EngineStopped, RowEngine
 from segue.workers.errors import RowError
-from segue.workers.rows.params import SamplingParams
 from segue.workers.rows.request import GenerationRequest, RequestOutput
 from segue.workers.scoring.rows import requests_of
 from segue.workers.scoring.template import Task
 
 DRAIN_SECONDS = 10.0  # how long units in flight may go on once a drain is asked for
 _FAILURES: tuple[type[Exception], ...] = (UnitDamaged, ForeignShard, OutputStorageError)
-
-
-@dataclass(frozen=True)
-class WorkerSpec:
-    """What a worker must know; no secret, no handle."""
-
-    name: str  # of the job
-    output: str
-    fingerprint: str
-    source: str  # of the model, or echo
-    revision: str | None
-    adapter: str | None
-    dtype: str
-    quantization: dict[str, Any] | None  # transformers' own configuration
-    mask: str
-    task: Task
-    params: SamplingParams
-    has_row_params: bool
-    max_model_len: int
-    engine: dict[str, Any] = field(default_factory=dict)  # EngineConfig fields
-    threads: int | None = None
-    device: Device = "auto"
-    device_map: DeviceMap = None  # auto: layers on all the GPUs that the worker has
 
 
 @dataclass(frozen=True, slots=True)

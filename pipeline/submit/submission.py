@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import segue
-from segue.pipeline.jobfile.read import read_job
+from segue.pipeline.jobfile.read import is_training, read_job
 from segue.pipeline.jobfile.schema import JobConfig, scheme_of
 from segue.pipeline.jobfile.training import FinetuneConfig
 from segue.pipeline.jobfile.yaml_text import MAX_YAML_BYTES, as_yaml, read_yaml
 from segue.pipeline.ledger.manifest import code_version
 from segue.pipeline.problems import JobRefused, Problem, has_credentials, shown
 from segue.pipeline.processes.ray_session import one_line
-from segue.pipeline.train.finetune import is_training
 
 JOB_FILE = "job.json"
 DIGEST_DIGITS = 8
@@ -61,7 +60,7 @@ def read_submitted(path: str | os.PathLike[str], overrides: Sequence[str] = ()) 
     trains = is_training(path)
     draft = read_job(path, overrides, FinetuneConfig if trains else JobConfig)
     if draft.config is None:
-        raise JobRefused(draft.problems)
+        raise draft.refused()
     config = draft.config
     content = as_yaml(config.model_dump(mode="json", exclude_unset=True)).encode("utf-8")
     if len(content) > MAX_YAML_BYTES:

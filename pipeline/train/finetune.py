@@ -16,17 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from segue.pipeline.dataset.files import discover
-from segue.pipeline.dataset.listing import is_local
-from segue.pipeline.jobfile.read import JobDraft, keys_of, read_job
-from segue.pipeline.jobfile.schema import JobConfig
+from segue.pipeline.dataset.listing import is_local, list_files
+from segue.pipeline.jobfile.read import JobDraft, read_job
 from segue.pipeline.jobfile.training import FinetuneConfig
 from segue.pipeline.ledger.manifest import SUCCESS, ForeignOutput, check_same_fields
 from segue.pipeline.problems import JobRefused, Problem, shown
 from segue.pipeline.processes import ray_session
 from segue.pipeline.processes.interrupt import Interrupt
+from segue.pipeline.processes.limited import LimitedProcess
 from segue.pipeline.processes.progress import Say
 from segue.pipeline.prompts.check import checked_encoder
-from segue.pipeline.ready.job import IDENTITY_DIGITS, ReadyJob, prepared, today
+from segue.pipeline.ready.job import ReadyJob, ready_job, today
+from segue.pipeline.ready.model import IDENTITY_DIGITS
 from segue.pipeline.run.pool import threads_of
 from segue.pipeline.run.run import plan_job
 from segue.pipeline.storage.models import local_source
@@ -81,23 +82,17 @@ class FinetuneSummary:
     tokens_per_second: float = 0.0
 
 
-def is_training(path: str | os.PathLike[str]) -> bool:
-    """Whether a job file has sections that only a training has. Raises JobRefused if it cannot be read."""
-    return bool(keys_of(path) & (FinetuneConfig.model_fields.keys() - JobConfig.model_fields.keys()))
-
-
 def prepare_finetune(
-    path: str | os.PathLike[str], overrides: Sequence[str] = (), others: Sequence[Problem] = ()
+    path: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    others: Sequence[Problem] = (),
+    child: LimitedProcess | None = None,
 ) -> ReadyFinetune:
-    """Read and check a job file. Raises JobRefused with `others`, which the caller found, and every other problem."""
-    draft = read_job(path, overrides, FinetuneConfig)
-    config = draft.config
-    if not isinstance(config, FinetuneConfig):
-        prepared(draft, others)  # tells what else is wrong
-        raise JobRefused(draft.problems)
-    held_out, problems = _held_out_files(config)
-    job = prepared(_with_files(draft, config, held_out), [*others, *_problems(config), *problems])
-    spec = _training_spec(config, job, held_out)
+    """Read and check a job file. `others` and `child` are as for `ready_job`. Raises JobRefused with every problem."""
+    job = ready_job(path, overrides, read=_read_training, others=others, child=child)
+    config = job.config
+    assert isinstance(config, FinetuneConfig)
+    spec = _training_spec(config, job)
     try:
         check_trainable(local_source(spec.source), spec.revision, spec.lora, spec.answer_end_id)
     except ModelRefused as error:
@@ -105,14 +100,17 @@ def prepare_finetune(
     return ReadyFinetune(job, config, spec)
 
 
-def run_finetune(ready: ReadyFinetune, say: Say, show: Callable[[dict[str, Any]], None]) -> FinetuneSummary:
-    """Plan if needed, and train what is missing. `show` is told each line of the metrics.
+def run_finetune(
+    ready: ReadyFinetune, say: Say, show: Callable[[dict[str, Any]], None], child: LimitedProcess | None = None
+) -> FinetuneSummary:
+    """Plan if needed, and train what is missing. `show` is told each line of the metrics. `child`: the one that checked
+    the job.
 
     Raises ForeignOutput, InputChanged, InputUnreadable, WorkersFailed, ClusterUnavailable, OutputStorageError,
     JobRefused for data that is not enough, TrainingDiverged.
     """
     store = ready.job.store
-    plan_job(ready.job, say)
+    plan_job(ready.job, say, child)
     if store.exists(SUCCESS):
         _check_training(ready)
         if not (ready.folder / ADAPTER).is_dir():
@@ -162,15 +160,12 @@ def _check_training(ready: ReadyFinetune) -> None:
     check_same_fields(json.loads(store.read(TRAINING)), fields, ready.config.output.path)
 
 
-def _training_spec(config: FinetuneConfig, job: ReadyJob, held_out: frozenset[str] | None) -> TrainingSpec:
+def _training_spec(config: FinetuneConfig, job: ReadyJob) -> TrainingSpec:
     encoder = checked_encoder(job.render_spec(today()))
     try:
         answer_end_id = encoder.answer_end_id()
     except (ValueError, RowError) as error:
         raise JobRefused([Problem("prompt", "", str(error))]) from error
-    src_paths = None
-    if held_out is not None:
-        src_paths = frozenset(file.src_path for file in job.checked.inputs if _real(file.path) in held_out)
     source = config.model.source
     return TrainingSpec(
         output=config.output.path,
@@ -179,7 +174,9 @@ def _training_spec(config: FinetuneConfig, job: ReadyJob, held_out: frozenset[st
         dtype=job.facts.dtype,
         lora=config.lora,
         training=config.training,
-        holdout=Holdout(src_paths, config.evaluation.fraction, config.evaluation.max_examples, config.seed),
+        holdout=Holdout(
+            _held_out_paths(config, job), config.evaluation.fraction, config.evaluation.max_examples, config.seed
+        ),
         max_error_rate=config.limits.max_error_rate,
         seed=config.seed,
         answer_end_id=answer_end_id,
@@ -199,23 +196,39 @@ def _device_of(config: FinetuneConfig) -> str:
     return "cuda" if gpus not in ("auto", 0) else "auto" if gpus == "auto" and is_alone else "cpu"
 
 
-def _held_out_files(config: FinetuneConfig) -> tuple[frozenset[str] | None, list[Problem]]:
-    """The real paths of held-out files, None if there are none of their own."""
-    if config.evaluation.path is None:
-        return None, []
-    try:
-        return frozenset(_real(file.path) for file in discover(config.evaluation.path)), []
-    except JobRefused as refused:
-        return frozenset(), [replace(problem, key="evaluation.path") for problem in refused.problems]
-
-
-def _with_files(draft: JobDraft, config: FinetuneConfig, held_out: frozenset[str] | None) -> JobDraft:
-    """Held-out files are read and planned like the others, with no more columns than a training reads."""
-    rows, output = draft.input or config.input, draft.output or config.output
-    rows = rows.model_copy(update={"path": (*rows.path, *(config.evaluation.path or ())) if held_out else rows.path})
-    output = output.model_copy(update={"columns": _columns(rows.path)})
+def _read_training(path: str | os.PathLike[str], overrides: Sequence[str]) -> JobDraft:
+    """The job file, with what a training does not allow among its problems. Held-out files are read and planned like
+    the others, with no more columns than a training reads."""
+    draft = read_job(path, overrides, FinetuneConfig)
+    config = draft.config
+    if not isinstance(config, FinetuneConfig):
+        return draft
+    held_out = _check_held_out(config)
+    paths = config.input.path if held_out else (*config.input.path, *(config.evaluation.path or ()))
+    rows = config.input.model_copy(update={"path": paths})
+    output = config.output.model_copy(update={"columns": _columns(paths)})
+    problems = (*_problems(config), *held_out)
     config = config.model_copy(update={"input": rows, "output": output})
-    return replace(draft, config=config, input=rows, output=output)
+    return replace(draft, config=config, input=rows, output=output, problems=problems)
+
+
+def _check_held_out(config: FinetuneConfig) -> list[Problem]:
+    """Whether the held-out files that are named can be read."""
+    if config.evaluation.path is None:
+        return []
+    try:
+        discover(config.evaluation.path)
+    except JobRefused as refused:
+        return [replace(problem, key="evaluation.path") for problem in refused.problems]
+    return []
+
+
+def _held_out_paths(config: FinetuneConfig, job: ReadyJob) -> frozenset[str] | None:
+    """The `src_path` of each held-out file, None if none is named."""
+    if config.evaluation.path is None:
+        return None
+    held_out = {_real(file.path) for path in config.evaluation.path for file in list_files(path).files}
+    return frozenset(file.src_path for file in job.checked.inputs if _real(file.path) in held_out)
 
 
 def _columns(paths: Sequence[str]) -> tuple[str, ...]:

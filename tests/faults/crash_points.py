@@ -27,6 +27,7 @@ import pyarrow as pa
 from echo_jobs import write_input, write_job
 from fsspec.implementations.local import LocalFileSystem
 from oracle import check_exact, check_visible_are_whole, echo_answer
+from ready_jobs import ready_job
 
 from segue.pipeline.dataset.ray_source import RowReader, RowSource
 from segue.pipeline.ledger.completeness import missing_units
@@ -35,7 +36,7 @@ from segue.pipeline.plan import windows as planning
 from segue.pipeline.plan.order import ORDER
 from segue.pipeline.prompts.render import RenderSpec, render_block
 from segue.pipeline.ready.checks import CheckedJob
-from segue.pipeline.ready.job import ReadyJob, prepare
+from segue.pipeline.ready.job import ReadyJob
 from segue.pipeline.run import run
 from segue.pipeline.run.passes import Tally
 from segue.pipeline.run.worker import UnitWorker
@@ -97,7 +98,7 @@ class LocalPlace:
         write_input(folder, NUM_ROWS)
         self.fs = LocalFileSystem()
         self.inputs, self.output = str(folder / "in"), str(folder / "out")
-        self.job = prepare(write_job(folder, plan=PLAN, output={"path": "out", "max_rows_per_file": ROWS_PER_FILE}))
+        self.job = ready_job(write_job(folder, plan=PLAN, output={"path": "out", "max_rows_per_file": ROWS_PER_FILE}))
 
     def clear(self) -> None:
         shutil.rmtree(self.output, ignore_errors=True)
@@ -192,7 +193,7 @@ class BucketPlace:
         self.inputs, self.output = "data/in", "data/out"
         self.fs.put(str(write_input(folder, NUM_ROWS) / "in"), self.inputs, recursive=True)
         output = {"path": "s3://data/out", "max_rows_per_file": ROWS_PER_FILE}
-        self.job = prepare(write_job(folder, input={"path": "s3://data/in"}, plan=PLAN, output=output))
+        self.job = ready_job(write_job(folder, input={"path": "s3://data/in"}, plan=PLAN, output=output))
 
     def clear(self) -> None:
         if self.fs.exists(self.output):

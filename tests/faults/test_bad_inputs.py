@@ -9,13 +9,13 @@ import pytest
 from bad_jobs import CASES, Case, is_expected, outcome_of
 from bad_parquet import BAD_FILES, GOOD, GOOD_DICTIONARY, TEXTS
 from bad_rows import DATASETS, SLOW_DATASETS, errors_in
+from ready_jobs import ready_job
 from render_specs import render_spec
 
 from segue.pipeline.dataset.blocks import InputChanged
 from segue.pipeline.dataset.files import discover
 from segue.pipeline.problems import JobRefused
 from segue.pipeline.prompts.rows import PlannedRowReader, RowLimits
-from segue.pipeline.ready.job import prepare
 from segue.pipeline.run.run import run_job
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray[.]")
@@ -46,7 +46,7 @@ def test_every_number_of_the_rows_matrix_has_a_row():
 @pytest.mark.parametrize("make", DATASETS, ids=lambda make: make.__name__)
 def test_bad_rows_cost_themselves(make, local_ray, tmp_path):
     dataset = make()
-    summary = run_job(prepare(dataset.write(tmp_path)), lambda line: None, quiet=True)
+    summary = run_job(ready_job(dataset.write(tmp_path)), lambda line: None, quiet=True)
     assert (summary.status, summary.exit_code) == ("done", 0)
     assert errors_in(tmp_path / "out") == dataset.codes
     table = pq.read_table(tmp_path / "out")
@@ -56,7 +56,7 @@ def test_bad_rows_cost_themselves(make, local_ray, tmp_path):
 
 def test_types_that_are_only_passed_through_come_out_bit_equal(local_ray, tmp_path):
     (make,) = [each for each in DATASETS if each.__name__ == "types"]
-    run_job(prepare(make().write(tmp_path)), lambda line: None, quiet=True)
+    run_job(ready_job(make().write(tmp_path)), lambda line: None, quiet=True)
     given = pq.read_table(tmp_path / "in" / "a.parquet")
     (shard,) = (tmp_path / "out").glob("part-*.parquet")
     got = pq.read_table(shard).sort_by("src_row").select(given.column_names)

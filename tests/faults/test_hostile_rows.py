@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from bad_rows import CHAT
 from echo_jobs import LOCATIONS, PATIENCE, outcome, segue_process, write_job
+from ready_jobs import ready_job
 
-from segue.pipeline.ready.job import prepare
 from segue.pipeline.run.run import run_job
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray[.]")
@@ -103,7 +103,7 @@ def test_nothing_connects_to_what_rows_name(local_ray, tmp_path):
         (tmp_path / "in").mkdir()
         pq.write_table(pa.table({"messages": pa.array(rows, kind)}), tmp_path / "in" / "a.parquet")
         job = write_job(tmp_path, prompt={"chat_template": CHAT}, limits={"max_error_rate": 1.0})
-        summary = run_job(prepare(job), lambda line: None, quiet=True)
+        summary = run_job(ready_job(job), lambda line: None, quiet=True)
         assert summary.errors == {"UNSUPPORTED_CONTENT": 80}
         with pytest.raises(TimeoutError):
             listening.accept()
@@ -129,7 +129,7 @@ def test_row_error_among_a_thousand_rows_leaves_all_others_bit_equal(local_ray, 
             tmp_path / name, prompt={"format": "text", "text": "{prompt}"},
             sampling_params={"max_tokens": 4, "logprobs": 2}, **shares,
         )  # fmt: skip
-        assert run_job(prepare(job), lambda line: None, quiet=True).errors == ({"NULL_PROMPT": 1} if spoiled else {})
+        assert run_job(ready_job(job), lambda line: None, quiet=True).errors == ({"NULL_PROMPT": 1} if spoiled else {})
         rows = pq.read_table(tmp_path / name / "out").select(["id", "generated_text", "logprobs", "error"]).to_pylist()
         got.append({row["id"]: (row["generated_text"], row["logprobs"]) for row in rows if row["error"] is None})
     assert len(got[0]) == 999

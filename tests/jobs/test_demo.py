@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import PeftModel
+from ready_jobs import ready_job
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.masking_utils import create_causal_mask
 
 from segue.attention.segments import Segment
 from segue.attention.visibility import block_sequence_ids
-from segue.pipeline.ready.checks import check_job_file
 from segue.workers.models.source import locate, safetensors_directory
 from segue.workers.prompts.encoder import PromptEncoder
 
@@ -78,7 +78,7 @@ def test_random_rows_of_the_demo_equal_a_plain_loop_over_transformers(finished, 
     tokenizer = AutoTokenizer.from_pretrained(directory)
     base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     model: Any = PeftModel.from_pretrained(base, ADAPTER)
-    job = check_job_file(EXAMPLE / "job.yaml", [f"output.path={tmp_path}"])
+    job = ready_job(EXAMPLE / "job.yaml", [f"output.path={tmp_path}", "model.source=echo"]).checked
     encoder = PromptEncoder.from_directory(directory, job.template, date=datetime.date(2026, 1, 1))
     asked = {(row["ticket_id"], row["question"]): row for row in input_rows()}
     for row in random.Random(0).sample(pq.read_table(output).to_pylist(), NUM_CHECKED):

@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from ready_jobs import config_of
 
-from segue.pipeline.jobfile.read import load_job
 from segue.pipeline.jobfile.schema import JobConfig
 
 ROOT = Path(__file__).parents[2]
@@ -137,7 +137,7 @@ def test_readme_job_file_is_valid_and_asks_what_the_example_asks(tmp_path: Path)
 
 def _job(path: Path) -> JobConfig:
     """With the adapter as the file names it, relative to itself."""
-    job = load_job(path)
+    job = config_of(path)
     if job.model.adapter is None:
         return job
     adapter = os.path.relpath(job.model.adapter, path.parent)

@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from bad_parquet import GOOD
+from ready_jobs import ready_job
 
 OK = ""  # what a case that must pass expects
 BAD_TEMPLATES = {
@@ -89,10 +90,9 @@ def planned(folder: Path, **sections: Any) -> Path:
     from crash_points import sorted_without_ray
 
     from segue.pipeline.plan import windows as planning
-    from segue.pipeline.ready.job import prepare
 
     with patch.object(planning, "sorted_rows", sorted_without_ray):
-        planning.plan_next(prepare(job(folder, **sections)), None)
+        planning.plan_next(ready_job(job(folder, **sections)), None)
     return job(folder)
 
 
@@ -493,11 +493,11 @@ def outcome_of(each: Case, folder: Path) -> str:
     from segue.pipeline.ledger.completeness import check_unused
     from segue.pipeline.ledger.manifest import ForeignOutput
     from segue.pipeline.problems import JobRefused
-    from segue.pipeline.ready.job import existing_manifest, prepare
+    from segue.pipeline.ready.job import existing_manifest
 
     good(folder)
     try:
-        ready = prepare(each.make(folder))
+        ready = ready_job(each.make(folder))
         if existing_manifest(ready) is None:
             check_unused(ready.store)
     except (JobRefused, ForeignOutput) as refused:

@@ -16,6 +16,7 @@ from echo_jobs import origins, rows_of, wait_for, write_input, write_job
 from fsspec.implementations.local import LocalFileSystem
 from oracle import check_exact, echo_answer
 from ray.util.placement_group import placement_group, remove_placement_group
+from ready_jobs import ready_job
 
 from segue.pipeline.dataset.blocks import InputChanged
 from segue.pipeline.ledger.completeness import missing_units
@@ -30,7 +31,7 @@ from segue.pipeline.plan.tree import LONGEST_ROWS
 from segue.pipeline.processes.interrupt import Interrupt
 from segue.pipeline.processes.ray_session import num_cluster_cpus
 from segue.pipeline.ready.checks import CheckedJob
-from segue.pipeline.ready.job import ReadyJob, prepare
+from segue.pipeline.ready.job import ReadyJob
 from segue.pipeline.run import passes
 from segue.pipeline.run.pool import reserved_cpus
 from segue.pipeline.run.run import plan_job, run_job
@@ -43,7 +44,7 @@ WINDOWS = [range(25), range(25, 50), range(50, 60)]
 
 
 def window_job(folder: Path, **sections: Any) -> ReadyJob:
-    return prepare(write_job(folder, plan={"window_rows": WINDOW}, **sections))
+    return ready_job(write_job(folder, plan={"window_rows": WINDOW}, **sections))
 
 
 def run(job: ReadyJob) -> tuple[RunSummary, list[str]]:
@@ -76,7 +77,7 @@ def places(checked: CheckedJob, number: int) -> list[int]:
 def test_windows_are_consecutive_rows_of_what_is_read(tmp_path):
     checked = window_job(write_input(tmp_path)).checked
     assert [places(checked, number) for number in range(checked.num_windows)] == [list(rows) for rows in WINDOWS]
-    limited = prepare(write_job(tmp_path, plan={"window_rows": 25}, input={"path": "in", "limit": 50})).checked
+    limited = ready_job(write_job(tmp_path, plan={"window_rows": 25}, input={"path": "in", "limit": 50})).checked
     assert (limited.num_windows, places(limited, 1)) == (2, list(range(25, 50)))
     failed = FailedRows("out", "f", "i", {"a.parquet": np.arange(0, 30, 2), "b.parquet": np.arange(1, 30, 2)})
     again = replace(checked, failed=failed)
@@ -84,7 +85,7 @@ def test_windows_are_consecutive_rows_of_what_is_read(tmp_path):
     others = replace(failed, rows={**failed.rows, "a.parquet": np.arange(1, 30, 2)})
     assert (others.identity == failed.identity, replace(failed).identity == failed.identity) == (False, True)
     assert [places(again, 0), places(again, 1)] == [[*range(0, 30, 2), *range(31, 50, 2)], [*range(51, 60, 2)]]
-    assert prepare(write_job(tmp_path, input={"path": "in", "limit": 0})).checked.num_windows == 1
+    assert ready_job(write_job(tmp_path, input={"path": "in", "limit": 0})).checked.num_windows == 1
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +206,7 @@ def test_window_that_is_gone_after_the_job_was_done_is_said(finished):
 
 def test_window_size_belongs_to_the_job(finished):
     folder, _ = finished
-    job = prepare(write_job(folder, "other.yaml", plan={"window_rows": 30}))
+    job = ready_job(write_job(folder, "other.yaml", plan={"window_rows": 30}))
     with pytest.raises(ForeignOutput, match=r"plan\.window_rows: there 25, here 30"):
         run(job)
     record = json.loads((folder / "out/_job/manifest.json").read_bytes())

@@ -27,6 +27,7 @@ from echo_jobs import (
     write_input,
     write_job,
 )
+from ready_jobs import ready_job
 from tiny_models import tiny_model, tiny_tokenizer
 
 from segue.pipeline.dataset.blocks import InputChanged
@@ -35,7 +36,6 @@ from segue.pipeline.ledger.manifest import SUCCESS, ForeignOutput
 from segue.pipeline.ledger.totals import RunSummary
 from segue.pipeline.problems import ClusterUnavailable, WorkersFailed
 from segue.pipeline.processes import ray_session
-from segue.pipeline.ready.job import prepare
 from segue.pipeline.run.run import plan_job, run_job
 from segue.pipeline.storage.store import OutputStorageError
 
@@ -46,7 +46,7 @@ SLOW = {"model": {"source": "echo:0.4"}, "workers": {"units_in_flight": 1}}
 
 
 def run(job: Path, *overrides: str, say=lambda line: None) -> RunSummary:
-    return run_job(prepare(job, overrides), say, quiet=True)
+    return run_job(ready_job(job, overrides), say, quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +214,7 @@ def test_run_unit_may_take_longer_than_ray_waits_for_progress(local_ray, tmp_pat
 
 def test_run_unit_that_was_tampered_with_ends_in_one_clear_error(local_ray, tmp_path):
     job = write_job(write_input(tmp_path))
-    manifest = plan_job(prepare(job), lambda line: None)
+    manifest = plan_job(ready_job(job), lambda line: None)
     unit = tmp_path / "out" / manifest.units[2].unit_name
     content = unit.read_bytes()
     unit.write_bytes(content[:100] + b"?" + content[101:])
@@ -228,7 +228,7 @@ def test_run_unit_that_was_tampered_with_ends_in_one_clear_error(local_ray, tmp_
 
 
 def test_run_input_that_changes_after_the_check_is_one_clear_error(local_ray, tmp_path):
-    ready = prepare(write_job(write_input(tmp_path)))
+    ready = ready_job(write_job(write_input(tmp_path)))
     os.utime(tmp_path / "in" / "b.parquet", ns=(1, 1))
     with pytest.raises(InputChanged, match=r"b\.parquet") as failed:
         run_job(ready, lambda line: None, quiet=True)
@@ -407,7 +407,7 @@ def test_run_workers_whose_model_is_gone_fail_with_the_cause(local_ray, tmp_path
     tiny_tokenizer().save_pretrained(model)
     monkeypatch.setenv("SEGUE_CACHE", str(folder / "cache"))
     job = write_job(folder, model={"source": str(model)})
-    ready = prepare(job)
+    ready = ready_job(job)
     plan_job(ready, lambda line: None)
     (model / "model.safetensors").unlink()
     with pytest.raises(WorkersFailed, match="safetensors") as failed:

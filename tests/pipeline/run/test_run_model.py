@@ -4,9 +4,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml_job
+from ready_jobs import ready_job
 
 from segue.pipeline.ledger.manifest import load_manifest
-from segue.pipeline.ready.job import prepare
 from segue.pipeline.run.run import run_job
 
 # Ray's own code warns of itself; what it says of our calls stays an error.
@@ -54,7 +54,7 @@ def write_job(tmp_path, model, rows, **changes):
 
 
 def run(path):
-    job = prepare(path)
+    job = ready_job(path)
     summary = run_job(job, lambda line: None, quiet=True)
     manifest = load_manifest(job.store)
     assert manifest is not None

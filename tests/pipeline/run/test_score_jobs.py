@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml_job
 from echo_jobs import rows_of, segue_process, shards_in, wait_for
+from ready_jobs import ready_job
 from tiny_models import tiny_tree_model
 from typer.testing import CliRunner
 
@@ -17,7 +18,6 @@ from segue.jobs.cli import app
 from segue.pipeline.ledger.columns import RESULT_COLUMNS
 from segue.pipeline.ledger.manifest import ForeignOutput, load_manifest
 from segue.pipeline.problems import JobRefused
-from segue.pipeline.ready.job import prepare
 from segue.pipeline.run.run import run_job
 from segue.workers.engine.engine import Engine, EngineConfig
 
@@ -44,7 +44,7 @@ def write(folder, source, rows, task, text="{prompt}", **changes):
 
 
 def run(path, *overrides):
-    job = prepare(path, overrides)
+    job = ready_job(path, overrides)
     summary = run_job(job, lambda line: None, quiet=True)
     manifest = load_manifest(job.store)
     assert manifest is not None
@@ -200,11 +200,11 @@ def test_choose_job_killed_and_resumed_evaluates_to_the_same_numbers(local_ray, 
 def test_scoring_job_with_a_mistake_is_refused_by_key(tmp_path, changes, message):
     sections = {"scoring": {"choices": ["a"]}} | changes
     with pytest.raises(JobRefused, match=message):
-        prepare(write(tmp_path, "echo", QUIZ[:2], sections.pop("task", "choose"), **sections))
+        ready_job(write(tmp_path, "echo", QUIZ[:2], sections.pop("task", "choose"), **sections))
 
 
 def test_scoring_columns_may_have_other_names(tmp_path):
     rows = [{"prompt": "a", "options": ["x"], "gold": 0}]
     path = write(tmp_path, "echo", rows, "choose")
     columns = '{"choices": "options", "label": "gold"}'
-    assert prepare(path, [f"input.columns={columns}"]).checked.columns.prompt == ("gold", "options", "prompt")
+    assert ready_job(path, [f"input.columns={columns}"]).checked.columns.prompt == ("gold", "options", "prompt")

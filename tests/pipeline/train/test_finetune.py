@@ -14,6 +14,7 @@ import pytest
 import yaml_job
 from echo_jobs import outcome, segue_process, wait_for
 from ray.train import WorkerGroupError
+from ready_jobs import ready_job
 from tiny_models import tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
@@ -22,7 +23,6 @@ from segue.pipeline.ledger.manifest import ForeignOutput, load_manifest
 from segue.pipeline.ledger.reading import sample_rows
 from segue.pipeline.problems import JobRefused, WorkersFailed
 from segue.pipeline.processes.interrupt import Interrupt
-from segue.pipeline.ready.job import prepare
 from segue.pipeline.run.run import run_job
 from segue.pipeline.run.worker import make_engine
 from segue.pipeline.storage.folder import LocalStore
@@ -123,7 +123,7 @@ def test_finetune_then_run_answers_with_the_adapter_under_its_mask(trained, mode
     assert summary.examples + summary.held_out == 30
     assert summary.held_out > 0
     path = write_run(folder, model_directory, output={"path": str(tmp_path / "out")})
-    job = prepare(path)
+    job = ready_job(path)
     assert job.mask == "segment"  # mask: auto reads the adapter's record
     assert not job.warns_of_unadapted_mask
     assert run_job(job, lambda line: None, quiet=True).num_errors == 0
@@ -158,21 +158,21 @@ def test_adapter_refuses_another_mask_or_template_by_name_unless_told(trained, m
     folder, _ = trained
     path = write_run(folder, model_directory, mask="causal")
     with pytest.raises(JobRefused, match=r"model.adapter: got mask causal \(trained with segment\)"):
-        prepare(path)
-    told = prepare(path, ["model.check_adapter=false"])
+        ready_job(path)
+    told = ready_job(path, ["model.check_adapter=false"])
     engine = make_engine(told.worker_spec(1))  # what a worker does
     assert isinstance(engine, Engine)
     assert engine.config.mask == "causal"
     parts = write_run(folder, model_directory, prompt={"prompt_column": "ask", "segment_by": "part"})
     with pytest.raises(JobRefused, match=r"segment_by part \(trained with message\)"):
-        prepare(parts)
+        ready_job(parts)
     template = "{% for m in messages %}<|start|>{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
     other = write_run(folder, model_directory, prompt={"prompt_column": "ask", "chat_template": template})
     with pytest.raises(JobRefused, match=r"chat_template \w+ \(trained with \w+\)"):
-        prepare(other)
+        ready_job(other)
     text = write_run(folder, model_directory, prompt={"format": "text", "text": "{ask}"})
     with pytest.raises(JobRefused, match=r"prompt_format text \(trained with chat\)"):
-        prepare(text)
+        ready_job(text)
 
 
 def test_engine_refuses_another_mask_than_the_adapters_unless_told(trained, model_directory):
@@ -202,7 +202,7 @@ def test_adapter_refuses_another_base_model_of_the_same_shape(trained, tmp_path)
     tiny_tokenizer().save_pretrained(other)
     path = write_run(folder, str(other))
     with pytest.raises(JobRefused, match=r"base_identity \w+ \(trained with \w+\)"):
-        prepare(path)
+        ready_job(path)
     record = json.loads((folder / "ft" / "adapter" / "segue.json").read_text())
     assert record["base_model"] == "model0"  # without the folder that it was in
     assert json.loads((folder / "ft" / "adapter" / "adapter_config.json").read_text())["target_modules"] == [

@@ -5,11 +5,11 @@ from pathlib import Path
 import psutil
 import pytest
 from echo_jobs import write_input, write_job
+from ready_jobs import ready_job
 from tiny_models import tiny_tree_model
 
 from segue.attention.segments import Segment
 from segue.pipeline.jobfile.schema import WorkersConfig
-from segue.pipeline.ready.job import prepare
 from segue.pipeline.run.pool import threads_of, workers_a_node
 from segue.workers.devices import devices, memory
 from segue.workers.engine import core as engine_core
@@ -85,7 +85,7 @@ def test_engine_does_not_start_where_ordinary_rows_would_find_no_memory(monkeypa
 def test_workers_of_a_node_share_its_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("segue.pipeline.processes.ray_session.max_node_cpus", lambda: 16)
     cases: dict[tuple[float, int], int] = {(4, 8): 4, (4, 2): 2, (32, 3): 1, (0.5, 40): 32}  # CPUs of a worker, workers
-    job = prepare(write_job(write_input(tmp_path)))
+    job = ready_job(write_job(write_input(tmp_path)))
     whole, half, two = (job.worker_spec(1, num_gpus=number) for number in (1.0, 0.5, 2.0))
     assert half.engine["kv_memory_share"] == whole.engine["kv_memory_share"] / 2 == two.engine["kv_memory_share"] / 2
     assert [(spec.device, spec.device_map) for spec in (job.worker_spec(1), whole, half, two)] == [

@@ -9,27 +9,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from echo_jobs import write_input, write_job
+from ready_jobs import ready_job
 from render_specs import LOOPS
 
 from segue.pipeline.problems import JobRefused
-from segue.pipeline.prompts import rows as planned_rows
-from segue.pipeline.ready.child import checking_process
-from segue.pipeline.ready.job import ReadyJob, prepare
+from segue.pipeline.ready import job
+from segue.pipeline.ready.child import checking_child
+from segue.pipeline.ready.job import ReadyJob
 from segue.pipeline.ready.trial import ROWS_EACH
 from segue.pipeline.run.run import plan_job
 
 
-def job(folder: Path, *files: list[str | None], **sections: Any) -> ReadyJob:
+def over(folder: Path, *files: list[str | None], **sections: Any) -> ReadyJob:
     """Over files a, b, ... with these prompts."""
     (folder / "in").mkdir()
     for name, prompts in zip("abcdef", files, strict=False):
         pq.write_table(pa.table({"prompt": pa.array(prompts, pa.string())}), folder / "in" / f"{name}.parquet")
-    return prepare(write_job(folder, **sections))
+    return ready_job(write_job(folder, **sections))
 
 
-def test_large_job_whose_sampled_rows_all_fail_is_refused(tmp_path):
+def test_large_job_whose_tried_rows_all_fail_is_refused(tmp_path):
     with pytest.raises(JobRefused) as refused:
-        job(tmp_path, [None] * 600, [None] * 100 + ["good"] * 300)
+        over(tmp_path, [None] * 600, [None] * 100 + ["good"] * 300)
     assert str(refused.value).startswith(
         "prompt: got an error in each of 32 rows that were tried, the first NULL_PROMPT"
     )
@@ -49,19 +50,19 @@ def test_large_job_whose_sampled_rows_all_fail_is_refused(tmp_path):
     ids=["small", "errors-wanted", "limited", "one-file-good", "half", "later"],
 )
 def test_other_jobs_are_told_what_failed(tmp_path, files, sections, num_errors):
-    sample = job(tmp_path, *files, **sections).sample
-    assert len(sample.errors) == num_errors
-    assert all(error.startswith("NULL_PROMPT in row ") for error in sample.errors)
+    trial = over(tmp_path, *files, **sections).trial
+    assert len(trial.errors) == num_errors
+    assert all(error.startswith("NULL_PROMPT in row ") for error in trial.errors)
 
 
-def test_files_are_drawn_from_the_whole_dataset_and_one_without_rows_is_passed_over(tmp_path):
-    sample = job(tmp_path, [], ["good"], [None], [None], [None], ["good"]).sample
-    assert sample.num_rows == 4
-    assert [error.partition(" of ")[2][:1] for error in sample.errors] == ["c", "e"]
+def test_files_are_taken_from_the_whole_dataset_and_one_without_rows_is_passed_over(tmp_path):
+    trial = over(tmp_path, [], ["good"], [None], [None], [None], ["good"]).trial
+    assert trial.num_rows == 4
+    assert [error.partition(" of ")[2][:1] for error in trial.errors] == ["c", "e"]
 
 
-def test_no_rows_are_no_sample(tmp_path):
-    assert job(tmp_path, []).sample.num_rows == 0
+def test_no_rows_are_no_trial(tmp_path):
+    assert over(tmp_path, []).trial.num_rows == 0
 
 
 def test_row_that_ends_the_process_is_left_to_the_plan(tmp_path):
@@ -69,7 +70,7 @@ def test_row_that_ends_the_process_is_left_to_the_plan(tmp_path):
         "chat_template": "{% if 'LOOP' in messages[0]['content'] %}" + LOOPS + "{% endif %}{{ messages[0]['content'] }}"
     }
     started = time.monotonic()
-    assert job(tmp_path, ["LOOP"] * 1000, prompt=bombs).sample.num_rows == 0
+    assert over(tmp_path, ["LOOP"] * 1000, prompt=bombs).trial.num_rows == 0
     assert time.monotonic() - started < 60, "5 seconds of CPU time and a process were not enough"
 
 
@@ -86,27 +87,23 @@ def test_damaged_page_is_left_to_the_plan(tmp_path):
     content = bytearray(path.read_bytes())
     content[2000] ^= 1
     path.write_bytes(content)
-    assert prepare(write_job(tmp_path)).sample.num_rows == 0
-
-
-def test_process_that_checks_is_another_where_the_environment_is(monkeypatch, tmp_path):
-    """Which says where S3 is, and who asks."""
-    config = prepare(write_job(write_input(tmp_path))).config
-    first = checking_process(config)
-    assert checking_process(config) is first
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    assert checking_process(config) is not first
-
-
-def test_process_that_checked_a_job_plans_it(tmp_path):
-    job = prepare(write_job(write_input(tmp_path)))
-    checking = checking_process(job.config)
-    (pid,) = checking.stream(own_pid)
-    plan_job(job, lambda line: None)
-    ((_, _, planning),) = planned_rows._kept
-    assert list(planning.stream(own_pid)) == [pid]
-    assert checking_process(job.config) is not checking
+    assert ready_job(write_job(tmp_path)).trial.num_rows == 0
 
 
 def own_pid():
     yield os.getpid()
+
+
+def test_child_that_checked_a_job_prepares_its_rows(tmp_path):
+    with checking_child() as child:
+        ready = ready_job(write_job(write_input(tmp_path)), child=child)
+        (pid,) = child.stream(own_pid)
+        plan_job(ready, lambda line: None, child)
+        assert list(child.stream(own_pid)) == [pid]
+
+
+def test_child_of_its_own_ends_with_the_check(tmp_path, monkeypatch):
+    children = []
+    monkeypatch.setattr(job, "checking_child", lambda: children.append(checking_child()) or children[0])
+    job.ready_job(write_job(write_input(tmp_path)))
+    assert [child._child for child in children] == [None]

@@ -1,0 +1,39 @@
+"""Ready jobs for tests, by way of one child for a whole test process: starting another takes longer than most tests."""
+
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from segue.pipeline.jobfile.read import read_job
+from segue.pipeline.jobfile.schema import JobConfig
+from segue.pipeline.processes.limited import LimitedProcess
+from segue.pipeline.ready import job
+from segue.pipeline.ready.child import checking_child
+from segue.pipeline.ready.job import ReadyJob
+
+PLACES = ("AWS_", "FSSPEC_", "HF_", "SEGUE_")  # beginnings of names in the environment that a child must share
+
+
+def ready_job(path: str | Path, overrides: Sequence[str] = (), **options: Any) -> ReadyJob:
+    """The product's `ready_job`, checked in the shared child."""
+    return job.ready_job(path, overrides, **({"child": shared_child()} | options))
+
+
+def config_of(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
+    """What a job file says. Raises JobRefused with every problem of the file."""
+    draft = read_job(path, overrides)
+    if draft.config is None:
+        raise draft.refused()
+    return draft.config
+
+
+def shared_child() -> LimitedProcess:
+    """Another one where the environment is another."""
+    return _child_in(tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith(PLACES))))
+
+
+@functools.lru_cache(maxsize=1)
+def _child_in(environment: tuple[tuple[str, str], ...]) -> LimitedProcess:
+    return checking_child()
