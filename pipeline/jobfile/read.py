@@ -108,7 +108,7 @@ def _where(path: JobPath, document: YamlDocument, overridden: Collection[JobPath
 
 
 def _override(values: dict[str, object], overrides: Sequence[str]) -> tuple[set[JobPath], list[Problem]]:
-    """Put each "a.b=value" into `values`; whether the key exists is for the schema to say."""
+    """Put each "a.b=value" into `values`. The schema decides whether such a key exists."""
     overridden: set[JobPath] = set()
     problems: list[Problem] = []
     for override in overrides:
@@ -127,7 +127,7 @@ def _override(values: dict[str, object], overrides: Sequence[str]) -> tuple[set[
 
 
 def _set(values: dict[str, object], key: str, value: object) -> JobPath:
-    """Set the value at a dotted key, making sections on the way; raises ValueError where the way is barred."""
+    """Set the value at a dotted key, making sections on the way. Raises ValueError if a part is no section."""
     *parents, last = key.split(".")
     node: object = values
     path: JobPath = ()

@@ -14,7 +14,7 @@ from segue.pipeline.plan.undeclared import UndeclaredPrefix, UndeclaredPrefixes,
 
 TOP_NODES = 20
 LONGEST_ROWS = 10
-MIN_UNDECLARED_TOKENS = 64  # a shorter beginning in common is not worth telling
+MIN_UNDECLARED_TOKENS = 64  # a shorter common beginning is not worth telling
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -34,11 +34,11 @@ class SharedNode:
 class TreeStats:
     """Totals of a plan."""
 
-    num_rows: int = 0  # of the dataset; known to who feeds the counter
+    num_rows: int = 0  # of the dataset; set by the caller of the counter
     num_requests: int = 0  # a row of a scoring task has one for each choice, or for each window of its text
     tokens_requested: int = 0  # what computing every request alone would feed
     tokens_distinct: int = 0  # what one worker computes
-    extra_tokens_bound: int = 0  # what `num_workers` may compute beside that, if units land anywhere
+    extra_tokens_bound: int = 0  # what `num_workers` workers may compute beyond that, wherever units land
     top_shared: list[SharedNode] = field(default_factory=list)
     undeclared: list[UndeclaredPrefix] = field(default_factory=list)
     longest: list[tuple[int, str]] = field(default_factory=list)  # tokens, row

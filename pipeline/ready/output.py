@@ -20,11 +20,8 @@ SHARD = "part-000000-0.parquet"  # a name that a shard may have
 
 def check_output(output: str, input_paths: Sequence[str], inputs: Sequence[InputFile]) -> list[Problem]:
     """What is wrong with `output.path`. `input_paths`: as the job file has them."""
-    scheme = scheme_of(output)
-    if scheme == "s3":
+    if scheme_of(output):  # s3, as job files allow no other
         return _check_bucket(output) or _check_remote_overlap(output, input_paths, inputs)
-    if scheme:
-        return [Problem("output.path", shown(output), "a local folder, or s3://BUCKET/PREFIX")]
     return _check_folder(output) or _check_overlap(output, input_paths, inputs)
 
 

@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from bad_jobs import CASES, OK, is_expected, outcome_of
+from bad_cases import OK, is_expected, outcome_of
+from bad_jobs import CASES
 from bad_parquet import BAD_FILES
 from bad_rows import DATASETS, SLOW_DATASETS, Dataset, errors_in
 from ready_jobs import ready_job

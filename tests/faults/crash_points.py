@@ -29,11 +29,11 @@ from fsspec.implementations.local import LocalFileSystem
 from oracle import check_exact, check_visible_are_whole, echo_answer
 from ready_jobs import ready_job
 
-from segue.pipeline.dataset.ray_source import RowReader, RowSource
+from segue.pipeline.dataset.blocks import read_blocks
 from segue.pipeline.ledger.completeness import missing_units
 from segue.pipeline.ledger.manifest import Manifest
 from segue.pipeline.plan import windows as planning
-from segue.pipeline.plan.order import ORDER
+from segue.pipeline.plan.cutting import ORDER
 from segue.pipeline.prompts.render import RenderSpec, render_block
 from segue.pipeline.ready.checks import CheckedJob
 from segue.pipeline.ready.job import ReadyJob
@@ -260,10 +260,14 @@ class _PlannerAhead:
         """Nothing goes on."""
 
 
-def sorted_without_ray(job: CheckedJob, spec: RenderSpec, window: int) -> Iterator[pa.Table]:
+def sorted_without_ray(job: CheckedJob, spec: RenderSpec, window: int, child: object) -> Iterator[pa.Table]:
     """In place of `segue.pipeline.plan.order.sorted_rows`."""
-    tasks = RowSource(job.inputs, RowReader(job.columns.schema), job.window(window)).get_read_tasks(1)
-    blocks = [render_block(block, spec) for task in tasks for block in task()]
+    blocks = [
+        render_block(block, spec)
+        for file, rows in zip(job.inputs, job.window(window), strict=True)
+        if len(rows)
+        for _, block in read_blocks(file, int(rows[0]), int(rows[-1]) + 1, job.columns.schema, rows)
+    ]
     yield pa.concat_tables(blocks).sort_by([(name, "ascending") for name in ORDER])
 
 

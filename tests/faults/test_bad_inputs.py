@@ -6,7 +6,8 @@ The same tables are printed by `python tests/faults/bad_inputs.py`.
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from bad_jobs import CASES, Case, is_expected, outcome_of
+from bad_cases import Case, is_expected, outcome_of
+from bad_jobs import CASES
 from bad_parquet import BAD_FILES, GOOD, GOOD_DICTIONARY, TEXTS
 from bad_rows import DATASETS, SLOW_DATASETS, errors_in
 from ready_jobs import ready_job

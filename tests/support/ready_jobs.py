@@ -3,11 +3,15 @@
 import functools
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from segue.pipeline.jobfile.read import read_job
 from segue.pipeline.jobfile.schema import JobConfig
+from segue.pipeline.problems import JobRefused
 from segue.pipeline.processes.limited import LimitedProcess
 from segue.pipeline.ready import job
 from segue.pipeline.ready.child import checking_child
@@ -27,6 +31,21 @@ def config_of(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     if draft.config is None:
         raise draft.refused()
     return draft.config
+
+
+def refusals(path: str | Path, overrides: Sequence[str] = (), **options: Any) -> list[str]:
+    """What a job is refused for, a line each, without the places in its file."""
+    with pytest.raises(JobRefused) as refused:
+        ready_job(path, overrides, **options)
+    lines = [str(replace(problem, where="")) for problem in refused.value.problems]
+    assert len(str(refused.value).splitlines()) == len(lines), "a problem takes more than one line"
+    return lines
+
+
+def refusal(path: str | Path, overrides: Sequence[str] = (), **options: Any) -> str:
+    """The only problem of a job."""
+    (line,) = refusals(path, overrides, **options)
+    return line
 
 
 def shared_child() -> LimitedProcess:

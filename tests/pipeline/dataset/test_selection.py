@@ -12,11 +12,12 @@ from commands import segue
 from echo_jobs import rows_of, write_job
 from hypothesis import given
 from hypothesis import strategies as st
+from ready_jobs import ready_job
 
 from segue.pipeline.dataset.blocks import InputUnreadable
 from segue.pipeline.dataset.selection import common_rows, sampled
 from segue.pipeline.problems import JobRefused
-from segue.pipeline.ready.checks import CheckedJob, check_job_file
+from segue.pipeline.ready.checks import CheckedJob
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray[.]")
 
@@ -39,7 +40,7 @@ def write_files(folder: Path, **more: object) -> Path:
 
 
 def checked(folder: Path, **inputs: object) -> CheckedJob:
-    return check_job_file(write_job(folder, input={"path": "in", **inputs}))
+    return ready_job(write_job(folder, input={"path": "in", **inputs})).checked
 
 
 def chosen(job: CheckedJob) -> list[int]:
@@ -103,7 +104,7 @@ def test_filter_does_not_need_more_than_the_lowest_limits(tmp_path):
     write_files(tmp_path)
     limits = {"row_memory_bytes": 64 * 2**20, "row_cpu_s": 1}
     job = write_job(tmp_path, input={"path": "in", "filters": [["lang", "==", "de"]]}, limits=limits)
-    assert len(chosen(check_job_file(job))) == 10
+    assert len(chosen(ready_job(job).checked)) == 10
 
 
 def test_limit_comes_after_sample_and_sample_after_filters(tmp_path):
@@ -120,7 +121,7 @@ def test_sample_is_of_its_size_and_differs_by_seed(tmp_path):
     half = chosen(checked(tmp_path, sample=0.5))
     assert len(half) == 15
     assert half == chosen(checked(tmp_path, sample=0.5))
-    assert half != chosen(check_job_file(write_job(tmp_path, seed=1, input={"path": "in", "sample": 0.5})))
+    assert half != chosen(ready_job(write_job(tmp_path, seed=1, input={"path": "in", "sample": 0.5})).checked)
     assert len(chosen(checked(tmp_path, sample=99))) == 30
     assert len(chosen(checked(tmp_path, sample=0.001))) == 1
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from crash_points import sorted_without_ray
 from echo_jobs import origins, rows_of, wait_for, write_input, write_job
 from fsspec.implementations.local import LocalFileSystem
 from oracle import check_exact, echo_answer
@@ -218,8 +217,7 @@ def test_workers_leave_a_cpu_to_the_planner_while_there_is_more_to_plan():
     assert [reserved_cpus(threads, is_planning=True) for threads in (1, 2, 8)] == [0.5, 1, 7]
 
 
-def test_of_two_jobs_planned_at_once_the_later_takes_nothing_away_from_the_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(planning, "sorted_rows", sorted_without_ray)
+def test_of_two_jobs_planned_at_once_the_later_takes_nothing_away_from_the_first(tmp_path):
     jobs = [window_job(write_input(tmp_path)), window_job(tmp_path, seed=1)]  # the same rows in the same units
     planned = planning.plan_next(jobs[0], None)
     with pytest.raises(ForeignOutput, match="seed: there 0, here 1"):
@@ -229,8 +227,7 @@ def test_of_two_jobs_planned_at_once_the_later_takes_nothing_away_from_the_first
     assert len(store.names("_job/units")) == 2
 
 
-def test_planners_of_one_job_end_with_one_plan_whoever_is_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(planning, "sorted_rows", sorted_without_ray)
+def test_planners_of_one_job_end_with_one_plan_whoever_is_first(tmp_path):
     job = window_job(write_input(tmp_path))
     first = planning.plan_next(job, None)
     assert planning.plan_next(job, None) == first
@@ -252,7 +249,6 @@ def test_output_that_lost_a_window_is_not_complete_for_those_who_read_it(finishe
 
 
 def test_units_that_were_given_up_are_left_alone_when_more_is_planned(tmp_path, monkeypatch):
-    monkeypatch.setattr(planning, "sorted_rows", sorted_without_ray)
     monkeypatch.setattr(passes, "threads_of", lambda workers: 1)
     monkeypatch.setattr(passes, "workers_a_node", lambda workers, num_cpus: 1)
     job = window_job(write_input(tmp_path))
