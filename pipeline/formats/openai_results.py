@@ -13,7 +13,8 @@ from segue.pipeline.formats.openai_request import CHAT
 from segue.pipeline.ledger.manifest import SUCCESS
 from segue.pipeline.ledger.reading import read_columns
 from segue.pipeline.problems import JobRefused, Problem, shown
-from segue.pipeline.storage.store import OutputStorageError, open_store
+from segue.pipeline.storage.open import open_store
+from segue.pipeline.storage.store import OutputStorageError
 
 BAD_REQUEST = "invalid_request"
 

@@ -27,7 +27,8 @@ from segue.pipeline.ready.child import CHECK_SECONDS, checking_process, found_in
 from segue.pipeline.ready.trial import Sample, check_sample, sample_of
 from segue.pipeline.run.worker import WorkerSpec
 from segue.pipeline.storage.models import local_source
-from segue.pipeline.storage.store import Store, open_store
+from segue.pipeline.storage.open import open_store
+from segue.pipeline.storage.store import Store
 from segue.workers.devices.gpus import num_gpus_here
 from segue.workers.devices.memory import GPU_KV_SHARE, KV_SHARE, free_memory_bytes
 from segue.workers.engine.echo import is_echo

@@ -20,7 +20,7 @@ from segue.pipeline.processes.interrupt import Interrupt
 from segue.pipeline.processes.progress import Say
 from segue.pipeline.ready.job import ReadyJob, existing_manifest, today
 from segue.pipeline.run.passes import Passes, Tally
-from segue.pipeline.storage.store import open_store
+from segue.pipeline.storage.open import open_store
 
 
 def plan_job(job: ReadyJob, say: Say) -> Manifest:

@@ -17,8 +17,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from segue.pipeline.ledger.columns import error_value, result_row, result_schema, result_table
-from segue.pipeline.ledger.scores import score_schema, score_values
+from segue.pipeline.ledger.columns import (
+    error_value,
+    result_row,
+    result_schema,
+    result_table,
+    score_schema,
+    score_values,
+)
 from segue.pipeline.ledger.shards import PROTOCOL, ForeignShard, ShardFooter, commit_shard, serialize_shard
 from segue.pipeline.ledger.units import PASSED, PlannedRow, UnitDamaged, UnitSpec, load_unit, planned_rows
 from segue.pipeline.problems import WorkersFailed
@@ -26,7 +32,8 @@ from segue.pipeline.processes.metrics import EngineMetrics, label_of
 from segue.pipeline.processes.ray_session import one_line
 from segue.pipeline.run.roster import Reporter
 from segue.pipeline.storage.models import local_source
-from segue.pipeline.storage.store import OutputStorageError, open_store
+from segue.pipeline.storage.open import open_store
+from segue.pipeline.storage.store import OutputStorageError
 from segue.workers.devices.names import Device, DeviceMap
 from segue.workers.engine.echo import EchoEngine, is_echo
 from segue.workers.engine.loop import EngineLoop, EngineRow, EngineStopped, RowEngine

@@ -62,11 +62,3 @@ class Store(ABC):
     def data_names(self) -> list[str]:
         """Those names that readers of Parquet folders take for data: without a leading `_` or `.`."""
         return [name for name in self.names() if not name.startswith(("_", "."))]
-
-
-def open_store(path: str) -> Store:
-    """The store at a local path or an `s3://` URL. Touches nothing yet."""
-    from segue.pipeline.storage.bucket import ObjectStore
-    from segue.pipeline.storage.folder import LocalStore
-
-    return ObjectStore(path) if path.startswith("s3://") else LocalStore(path)
