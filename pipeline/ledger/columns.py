@@ -56,9 +56,12 @@ _ANSWER: dict[Task, list[pa.Field]] = {
 _OPTIONAL: dict[Task, tuple[str, ...]] = {"generate": ("logprobs", "samples")}
 
 RESULT_COLUMNS: dict[Task, tuple[str, ...]] = {
-    task: (*(field.name for field in (*_PROVENANCE, *answer, *_COUNTS)), *_OPTIONAL.get(task, ()), "error")
-    for task, answer in _ANSWER.items()
-} | {"finetune": ()}  # a training has no rows of results
+    **{
+        task: (*(field.name for field in (*_PROVENANCE, *answer, *_COUNTS)), *_OPTIONAL.get(task, ()), "error")
+        for task, answer in _ANSWER.items()
+    },
+    "finetune": (),  # a training has no rows of results
+}
 ANY_RESULT_COLUMN = frozenset(name for names in RESULT_COLUMNS.values() for name in names)
 
 

@@ -32,7 +32,7 @@ class Totals:
         return sum(self.errors.values())
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class RunSummary:
     """The result of one run. Totals are of the whole output; `seconds` and names with `this_run` are of this run."""
 

@@ -23,7 +23,7 @@ import ray
 import ray.exceptions
 from ray.data import DataContext, Dataset
 
-from segue.pipeline.problems import ClusterUnavailable, Problem, WorkersFailed
+from segue.pipeline.problems import ClusterUnavailable, Problem, WorkersFailed, first_and_last_line
 
 REQUIRE_AUTH = "SEGUE_REQUIRE_AUTH"  # environment variable
 CLIENT_PORT = 10001  # of an address without one, as in Ray
@@ -32,7 +32,6 @@ LOCAL_STARTS = 3
 QUIET_LOGGERS = ("ray", "ray.data", "ray.serve")
 
 _RAY_ADVICE = "\nFailed to apply UDF transform"  # what Ray Data appends to the message of an error in a task
-MAX_MESSAGE_CHARS = 600
 
 
 @contextmanager
@@ -218,11 +217,4 @@ def cause_of(error: ray.exceptions.RayError, *expected: type[Exception]) -> Exce
     for kind in expected:
         if isinstance(inner, kind):
             return kind(message)
-    return WorkersFailed(one_line(f"{type(inner).__name__}: {message}"))
-
-
-def one_line(message: str) -> str:
-    """What a log can show of an error: its first line and its last."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()] or ["no message"]
-    line = lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}"
-    return line[:MAX_MESSAGE_CHARS]
+    return WorkersFailed(first_and_last_line(f"{type(inner).__name__}: {message}"))

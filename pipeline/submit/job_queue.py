@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from segue.pipeline.problems import ClusterUnavailable, shown
-from segue.pipeline.processes.ray_session import REQUIRE_AUTH, one_line
+from segue.pipeline.problems import ClusterUnavailable, first_and_last_line, shown
+from segue.pipeline.processes.ray_session import REQUIRE_AUTH
 from segue.pipeline.submit.submission import JOB_FILE, SubmittedJob, copied_package
 
 ADDRESS = "RAY_API_SERVER_ADDRESS"  # environment variable; Ray's client (2.60) lets it win over its argument
@@ -123,7 +123,7 @@ class JobQueue:
             found.status.value,
             found.driver_exit_code,
             (found.metadata or {}).get("segue_output"),
-            one_line(found.message or ""),
+            first_and_last_line(found.message or ""),
         )
 
     def logs(self, submission_id: str) -> str:
@@ -153,7 +153,7 @@ class JobQueue:
                 if lines.num_chars > before:
                     last_heard = time.monotonic()
                 if time.monotonic() - last_heard > FAR_SECONDS:
-                    raise ClusterUnavailable(f"{self.address}: {one_line(str(error))}") from None
+                    raise ClusterUnavailable(f"{self.address}: {first_and_last_line(str(error))}") from None
             time.sleep(ASK_SECONDS)
 
     async def _tail(self, submission_id: str, lines: "LogLines") -> None:
@@ -187,7 +187,7 @@ class JobQueue:
             hint = "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file with mode 0600"
             raise ClusterUnavailable(f"{self.address}: got {got}, wanted the cluster's ({hint})") from None
         except (ConnectionError, RuntimeError, ValueError, requests.RequestException) as error:
-            raise ClusterUnavailable(f"{self.address}: {one_line(str(error))}") from None
+            raise ClusterUnavailable(f"{self.address}: {first_and_last_line(str(error))}") from None
 
 
 class LogLines:
@@ -240,7 +240,7 @@ def _token() -> str | None:
     except (OSError, UnicodeDecodeError) as error:
         if not named:
             return None
-        raise ClusterUnavailable(f"RAY_AUTH_TOKEN_PATH: {one_line(str(error))}") from None
+        raise ClusterUnavailable(f"RAY_AUTH_TOKEN_PATH: {first_and_last_line(str(error))}") from None
 
 
 def _warnings_of(scheme: str, host: str, *, has_token: bool) -> Iterator[str]:

@@ -21,8 +21,7 @@ from segue.pipeline.jobfile.schema import JobConfig, scheme_of
 from segue.pipeline.jobfile.training import FinetuneConfig
 from segue.pipeline.jobfile.yaml_text import MAX_YAML_BYTES, as_yaml, read_yaml
 from segue.pipeline.ledger.manifest import code_version
-from segue.pipeline.problems import JobRefused, Problem, has_credentials, shown
-from segue.pipeline.processes.ray_session import one_line
+from segue.pipeline.problems import JobRefused, Problem, first_and_last_line, has_credentials, shown
 from segue.pipeline.train.finetune import is_training
 
 JOB_FILE = "job.json"
@@ -80,7 +79,7 @@ def read_runtime_env(path: str | None) -> dict[str, Any]:
     try:
         document = read_yaml(Path(path).read_text(encoding="utf-8"), Path(path).name)
     except (OSError, UnicodeDecodeError) as error:
-        raise JobRefused([Problem("", one_line(str(error)), "a readable YAML file", where=path)]) from None
+        raise JobRefused([Problem("", first_and_last_line(str(error)), "a readable YAML file", where=path)]) from None
     env = document.value
     problems = list(document.problems)
     if not isinstance(env, dict):

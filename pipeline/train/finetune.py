@@ -25,9 +25,9 @@ from segue.pipeline.problems import JobRefused, Problem, shown
 from segue.pipeline.processes import ray_session
 from segue.pipeline.processes.interrupt import Interrupt
 from segue.pipeline.processes.progress import Say
+from segue.pipeline.processes.reservation import threads_of
 from segue.pipeline.prompts.check import checked_encoder
 from segue.pipeline.ready.job import IDENTITY_DIGITS, ReadyJob, prepared, today
-from segue.pipeline.run.pool import threads_of
 from segue.pipeline.run.run import plan_job
 from segue.pipeline.storage.folder import LocalStore
 from segue.pipeline.storage.models import local_source

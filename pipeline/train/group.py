@@ -11,9 +11,9 @@ import torch
 from ray.train.torch import TorchTrainer
 
 from segue.pipeline.ledger.units import UnitDamaged
-from segue.pipeline.problems import WorkersFailed
+from segue.pipeline.problems import MAX_MESSAGE_CHARS, WorkersFailed
 from segue.pipeline.processes.interrupt import Interrupt
-from segue.pipeline.processes.ray_session import MAX_MESSAGE_CHARS, num_cluster_cpus
+from segue.pipeline.processes.ray_session import num_cluster_cpus
 from segue.pipeline.storage.store import OutputStorageError
 from segue.pipeline.train.process import TrainingSpec, train_process
 from segue.workers.training.params import TrainingDiverged

@@ -28,10 +28,10 @@ from segue.pipeline.ledger.verify import verify
 from segue.pipeline.plan import windows as planning
 from segue.pipeline.processes.interrupt import Interrupt
 from segue.pipeline.processes.ray_session import num_cluster_cpus
+from segue.pipeline.processes.reservation import reserved_cpus
 from segue.pipeline.ready.checks import CheckedJob
 from segue.pipeline.ready.job import ReadyJob, prepare
 from segue.pipeline.run import passes
-from segue.pipeline.run.pool import reserved_cpus
 from segue.pipeline.run.run import plan_job, run_job
 from segue.pipeline.storage.folder import LocalStore
 from segue.pipeline.storage.store import OutputStorageError

@@ -30,7 +30,7 @@ from segue.pipeline.storage.store import OutputStorageError
 from segue.pipeline.train import group as training_group
 from segue.pipeline.train.examples import Holdout, load_training_data
 from segue.pipeline.train.finetune import prepare_finetune, run_finetune
-from segue.pipeline.train.metrics import METRICS, read_metrics
+from segue.pipeline.ledger.training_metrics import read_metrics
 from segue.pipeline.train.process import NothingToTrain, train_process
 from segue.workers.engine.echo import echo_tokenizer
 from segue.workers.engine.engine import Engine
@@ -94,7 +94,7 @@ def finetune(path, *overrides):
 
 def curve(folder):
     """The metrics without their times."""
-    lines = read_metrics(Path(folder) / METRICS)
+    lines = read_metrics(LocalStore(folder))
     return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "seconds_left")} for line in lines]
 
 
