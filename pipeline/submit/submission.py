@@ -1,5 +1,5 @@
-"""A job file as a cluster gets it: one file, the job as it was understood here, prompts' files read and relative paths
-absolute; on demand this installation's code beside it.
+"""A job as a cluster gets it: one job file, with the content of its prompt files and with absolute paths. On request
+this installation's code comes with it.
 
 Knows job files; nothing of clusters, planning or running.
 """
@@ -38,22 +38,22 @@ class SubmittedJob:
     output: str
     command: str  # of segue: run or finetune
     content: bytes  # the job file, JSON
-    local_paths: tuple[str, ...] = ()  # that every node must find at the same place
+    local_paths: tuple[str, ...] = ()  # every node must have these paths
 
     @property
     def submission_id(self) -> str:
-        """Of its first attempt: equal jobs have equal ones."""
+        """The id of the job's first attempt. Equal jobs have equal ids."""
         return f"segue-{self.name}-{hashlib.sha256(self.content).hexdigest()[:DIGEST_DIGITS]}"
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What everybody sees who may look at the queue."""
+        """What everybody may see who can look at the queue."""
         return {"segue_job": self.name, "segue_output": self.output, "segue_version": code_version()}
 
 
 def read_submitted(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> SubmittedJob:
-    """A job file for `segue run` or `segue finetune`. Whether data and model are there is for the cluster to see, which
-    may reach what this machine does not.
+    """Read a job file for `segue run` or `segue finetune`. Data and model are not looked for: the cluster may reach
+    them though this machine does not.
 
     Raises JobRefused with every problem of the file.
     """
@@ -72,8 +72,8 @@ def read_submitted(path: str | os.PathLike[str], overrides: Sequence[str] = ()) 
 
 
 def read_runtime_env(path: str | None) -> dict[str, Any]:
-    """A Ray runtime environment from a YAML file. Raises JobRefused for secrets, which Ray shows to everybody, and for
-    a working directory, which is the job file's."""
+    """A Ray runtime environment from a YAML file. Raises JobRefused if it has secrets, which Ray shows to everybody, or
+    a working directory, which is needed for the job file."""
     if path is None:
         return {}
     try:

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from segue.jobs.cli import app
 from segue.pipeline.ledger.manifest import ForeignOutput, load_manifest
 from segue.pipeline.ledger.reading import sample_rows
+from segue.pipeline.ledger.training_metrics import read_metrics
 from segue.pipeline.problems import JobRefused, WorkersFailed
 from segue.pipeline.processes.interrupt import Interrupt
 from segue.pipeline.ready.job import prepare
@@ -30,7 +31,6 @@ from segue.pipeline.storage.store import OutputStorageError
 from segue.pipeline.train import group as training_group
 from segue.pipeline.train.examples import Holdout, load_training_data
 from segue.pipeline.train.finetune import prepare_finetune, run_finetune
-from segue.pipeline.ledger.training_metrics import read_metrics
 from segue.pipeline.train.process import NothingToTrain, train_process
 from segue.workers.engine.echo import echo_tokenizer
 from segue.workers.engine.engine import Engine
