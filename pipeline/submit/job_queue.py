@@ -132,8 +132,8 @@ class JobQueue:
             return self._client.get_job_logs(submission_id)
 
     def follow(self, submission_id: str, say: Callable[[str], None]) -> JobState:
-        """Give `say` each whole line of the job's log until the job has ended. A broken connection is made again, and no
-        line comes twice. Raises ClusterUnavailable if the cluster is away for two minutes; the job may go on."""
+        """Give `say` each whole line of the job's log until the job has ended. A broken connection is made again, and
+        no line comes twice. Raises ClusterUnavailable if the cluster is away for two minutes; the job may go on."""
         self.state(submission_id)  # refuses an unknown one at once
         import aiohttp
 
