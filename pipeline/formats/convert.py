@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -88,22 +88,10 @@ def from_output(output: str, path: str) -> Converted:
     In CSV, lists and structs are JSON. Times are ISO 8601, decimals are text, bytes are base64, NaN is null. Raises
     ForeignOutput, OutputStorageError, and JobRefused if `path` cannot be written.
     """
-    part, num_rows, names = f"{path}.part", 0, ()
-    is_csv = path.endswith(".csv")
+    part = f"{path}.part"
     try:
         with open(part, "w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            for table in read_columns(output, lambda schema: schema.names):
-                if not num_rows:
-                    names = tuple(table.column_names)
-                    if is_csv:
-                        writer.writerow(names)
-                num_rows += table.num_rows
-                for row in table.to_pylist():
-                    if is_csv:
-                        writer.writerow(_cell(value) for value in row.values())
-                    else:
-                        print(json.dumps(_plain(row), ensure_ascii=False, allow_nan=False), file=file)
+            num_rows, names = _write_rows(file, output, is_csv=path.endswith(".csv"))
         os.replace(part, path)
     except OSError as error:
         with suppress(OSError):
@@ -114,6 +102,24 @@ def from_output(output: str, path: str) -> Converted:
             [Problem("TARGET", f"{shown(path)} ({error.strerror})", "a file that can be written")]
         ) from None
     return Converted(path, num_rows, 1, names)
+
+
+def _write_rows(file: TextIO, output: str, *, is_csv: bool) -> tuple[int, tuple[str, ...]]:
+    """(number of rows, names of columns)"""
+    num_rows, names = 0, ()
+    writer = csv.writer(file)
+    for table in read_columns(output, lambda schema: schema.names):
+        if not num_rows:
+            names = tuple(table.column_names)
+            if is_csv:
+                writer.writerow(names)
+        num_rows += table.num_rows
+        for row in table.to_pylist():
+            if is_csv:
+                writer.writerow(_cell(value) for value in row.values())
+            else:
+                print(json.dumps(_plain(row), ensure_ascii=False, allow_nan=False), file=file)
+    return num_rows, names
 
 
 def _batches(source: str) -> Iterator[pa.RecordBatch]:

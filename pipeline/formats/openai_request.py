@@ -110,14 +110,14 @@ class _Body(BaseModel):
     def params(self) -> dict[str, Any]:
         """The sampling parameters under Segue's names, with OpenAI's defaults."""
         names = ("temperature", "top_p", "n", "seed", "presence_penalty", "frequency_penalty")
-        told = {name: value for name in names if (value := getattr(self, name)) is not None}
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.stop:
-            told["stop"] = self.stop
+            given["stop"] = self.stop
         if (limit := self.max_completion_tokens or self.max_tokens) is not None:
-            told["max_tokens"] = limit
+            given["max_tokens"] = limit
         if self.response_format is not None and (form := self.response_format.form()):
-            told["structured_outputs"] = form
-        return DEFAULTS | told
+            given["structured_outputs"] = form
+        return DEFAULTS | given
 
 
 class RequestLine(BaseModel):
@@ -137,7 +137,7 @@ def parse_line(raw: bytes) -> RequestLine:
     try:
         return RequestLine.model_validate_json(raw)
     except ValidationError as error:
-        raise BadRequest(_told(error)) from None
+        raise BadRequest(_message_of(error)) from None
 
 
 def asked_by(line: RequestLine, endpoint: str) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def asked_by(line: RequestLine, endpoint: str) -> dict[str, Any]:
     try:
         body = _Body.model_validate(line.body)
     except ValidationError as error:
-        raise BadRequest(_told(error)) from None
+        raise BadRequest(_message_of(error)) from None
     params = json.dumps(body.params())
     if endpoint == CHAT:
         if body.messages is None:
@@ -158,7 +158,7 @@ def asked_by(line: RequestLine, endpoint: str) -> dict[str, Any]:
     return {"prompt": body.prompt, "sampling_params": params}
 
 
-def _told(error: ValidationError) -> str:
+def _message_of(error: ValidationError) -> str:
     """The first thing that is wrong, without any text of the row."""
     first = error.errors(include_input=False, include_url=False)[0]
     if first["type"] == "extra_forbidden":

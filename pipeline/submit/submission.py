@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,27 +81,28 @@ def read_runtime_env(path: str | None) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise JobRefused([Problem("", first_and_last_line(str(error)), "a readable YAML file", where=path)]) from None
     env = document.value
-    problems = list(document.problems)
     if not isinstance(env, dict):
-        problems.append(Problem("", shown(env), "a mapping such as pip: or py_modules:", where=path))
-        raise JobRefused(problems)
-    if "working_dir" in env:
-        problems.append(Problem("working_dir", "one", "none: it holds the job file, and py_modules is for code"))
-    variables = env.get("env_vars", {})
-    if not isinstance(variables, dict):
-        problems.append(Problem("env_vars", shown(variables), "a mapping of names to texts", where=path))
-        variables = {}
-    if has_credentials(json.dumps(env, default=str)):
-        problems.append(
-            Problem("", "a URL with credentials", "none: Ray shows it to all who see its dashboard", where=path)
-        )
-    for name in variables:
-        if _SECRET.search(str(name)):
-            hint = "Ray shows them to all who see its dashboard: give nodes a role or a mounted file"
-            problems.append(Problem("env_vars", repr(name), "no secrets", hint, where=path))
+        wrong = Problem("", shown(env), "a mapping such as pip: or py_modules:", where=path)
+        raise JobRefused([*document.problems, wrong])
+    problems = [*document.problems, *_env_problems(env, path)]
     if problems:
         raise JobRefused(problems)
     return env
+
+
+def _env_problems(env: dict[str, Any], path: str) -> Iterator[Problem]:
+    if "working_dir" in env:
+        yield Problem("working_dir", "one", "none: it holds the job file, and py_modules is for code")
+    variables = env.get("env_vars", {})
+    if not isinstance(variables, dict):
+        yield Problem("env_vars", shown(variables), "a mapping of names to texts", where=path)
+        variables = {}
+    if has_credentials(json.dumps(env, default=str)):
+        yield Problem("", "a URL with credentials", "none: Ray shows it to all who see its dashboard", where=path)
+    for name in variables:
+        if _SECRET.search(str(name)):
+            hint = "Ray shows them to all who see its dashboard: give nodes a role or a mounted file"
+            yield Problem("env_vars", repr(name), "no secrets", hint, where=path)
 
 
 def copied_package(target: Path) -> str:
