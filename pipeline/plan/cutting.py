@@ -137,8 +137,8 @@ class _UnitCutter:
         return self._units
 
     def _count(self, batch: pa.Table) -> Iterator[tuple[int, int]]:
-        """Of each row how many requests it has and how many tokens they feed. A row is counted into the tree when the next
-    one is asked for: its unit is known then."""
+        """Of each row how many requests it has and how many tokens they feed. A row is counted into the tree when the
+        next one is asked for: its unit is known then."""
         columns = [batch[name].to_pylist() for name in ORDER]
         # One by one: as Python numbers, a batch of long texts would need gigabytes.
         scores = repeat(None, len(batch)) if self._task == "generate" else (v.as_py() for v in batch[SCORE_FIELD.name])

@@ -16,7 +16,7 @@ import ray.exceptions
 from segue.pipeline.dataset.blocks import InputChanged, InputUnreadable
 from segue.pipeline.dataset.ray_source import RowSource
 from segue.pipeline.plan.cutting import ORDER
-from segue.pipeline.problems import WorkersFailed
+from segue.pipeline.problems import WorkersFailed, first_and_last_line
 from segue.pipeline.processes import ray_session
 from segue.pipeline.processes.interrupt import SIGNALS
 from segue.pipeline.processes.limited import ChildUnready, LimitedProcess
@@ -79,7 +79,7 @@ def _sorted_here(source: RowSource, reader: PlannedRowReader, child: LimitedProc
     except (InputChanged, InputUnreadable, ChildUnready):
         raise
     except Exception as error:  # a task of Ray's would have failed with it
-        raise WorkersFailed(ray_session.one_line(f"{type(error).__name__}: {error}")) from error
+        raise WorkersFailed(first_and_last_line(f"{type(error).__name__}: {error}")) from error
     return pa.concat_tables(blocks).sort_by([(name, "ascending") for name in ORDER])
 
 

@@ -5,15 +5,13 @@ Holds one path of the tree at a time, so memory does not grow with the rows. Kno
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from segue.attention.segments import Segment, num_tokens
+from segue.pipeline.ledger.manifest import LONGEST_ROWS, TOP_NODES
 from segue.pipeline.plan.undeclared import UndeclaredPrefix, UndeclaredPrefixes, common_prefix
 
-TOP_NODES = 20
-LONGEST_ROWS = 10
 MIN_UNDECLARED_TOKENS = 64  # a shorter common beginning is not worth telling
 
 
@@ -131,22 +129,6 @@ class TreeCounter:
             if part.start < common:
                 self._open.append(replace(part, stop=common))
                 return
-
-
-def merge_stats(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Totals of two plans that share nothing, as JSON has them; the other's requests come after the first's."""
-    after = int(one["num_requests"])
-    moved = [node | {"first_request": node["first_request"] + after} for node in other["top_shared"]]
-    other = {**other, "top_shared": moved}
-    kept = {
-        "top_shared": (TOP_NODES, lambda node: node["tokens_saved"]),
-        "undeclared": (TOP_NODES, lambda prefix: prefix["tokens_lost"]),
-        "longest": (LONGEST_ROWS, lambda pair: pair[0]),
-    }
-    merged: dict[str, Any] = {name: value + other[name] for name, value in one.items() if name not in kept}
-    for name, (size, key) in kept.items():
-        merged[name] = sorted([*one[name], *other[name]], key=key, reverse=True)[:size]
-    return merged
 
 
 def common_tokens(one: Sequence[Segment], other: Sequence[Segment]) -> int:

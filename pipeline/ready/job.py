@@ -25,7 +25,8 @@ from segue.pipeline.ready.fingerprint import fingerprint_fields
 from segue.pipeline.ready.model import check_model, check_prompts, search_model
 from segue.pipeline.ready.trial import Trial, try_rows
 from segue.pipeline.ready.worker_spec import WorkerSpec
-from segue.pipeline.storage.store import Store, open_store
+from segue.pipeline.storage.open import open_store
+from segue.pipeline.storage.store import Store
 from segue.workers.devices.gpus import num_gpus_here
 from segue.workers.devices.memory import GPU_KV_SHARE, KV_SHARE
 from segue.workers.engine.echo import is_echo

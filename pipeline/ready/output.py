@@ -13,7 +13,8 @@ from segue.pipeline.dataset.files import InputFile
 from segue.pipeline.dataset.listing import glob_root, has_magic, is_local
 from segue.pipeline.jobfile.schema import scheme_of
 from segue.pipeline.problems import Problem, shown
-from segue.pipeline.storage.store import OutputStorageError, open_store
+from segue.pipeline.storage.open import open_store
+from segue.pipeline.storage.store import OutputStorageError
 
 SHARD = "part-000000-0.parquet"  # a name that a shard may have
 

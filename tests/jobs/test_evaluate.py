@@ -17,7 +17,6 @@ from segue.jobs.analysis.statistics import mcnemar, wilson_interval
 from segue.jobs.cli import app
 from segue.pipeline.ledger.columns import result_schema, result_table
 from segue.pipeline.ledger.manifest import SUCCESS, ForeignOutput, Manifest
-from segue.pipeline.ledger.scores import score_schema
 from segue.pipeline.ledger.shards import PROTOCOL, ShardFooter, commit_shard, serialize_shard
 from segue.pipeline.ledger.units import UnitSpec
 from segue.pipeline.problems import JobRefused
@@ -34,7 +33,7 @@ def output(folder, task, shards: list[list[dict[str, Any]]], passed: pa.Schema =
     units = tuple(UnitSpec(n, f"{n:016d}", len(rows), len(rows), 1) for n, rows in enumerate(shards))
     manifest = Manifest(PROTOCOL, "quiz", "2026-01-02", {"task": task}, {}, units, {})
     store.create("_job/manifest.json", manifest.to_bytes())
-    schema = result_schema(passed, SamplingParams()) if task == "generate" else score_schema(passed, task)
+    schema = result_schema(passed, SamplingParams(), task)
     for unit, rows in zip(units, shards, strict=True):
         own = [{"src_path": "a", "src_row": 100 * unit.ordinal + n} | row for n, row in enumerate(rows)]
         through = pa.table(

@@ -20,19 +20,18 @@ from ready_jobs import ready_job
 from segue.pipeline.dataset.blocks import InputChanged
 from segue.pipeline.ledger.completeness import missing_units
 from segue.pipeline.ledger.failed_rows import FailedRows
-from segue.pipeline.ledger.manifest import ForeignOutput, Manifest, load_manifest
+from segue.pipeline.ledger.manifest import LONGEST_ROWS, ForeignOutput, Manifest, load_manifest
 from segue.pipeline.ledger.reading import finished_manifest
 from segue.pipeline.ledger.totals import RunSummary
 from segue.pipeline.ledger.units import UnitSpec, load_unit
 from segue.pipeline.ledger.verify import verify
 from segue.pipeline.plan import windows as planning
-from segue.pipeline.plan.tree import LONGEST_ROWS
 from segue.pipeline.processes.interrupt import Interrupt
 from segue.pipeline.processes.ray_session import num_cluster_cpus
+from segue.pipeline.processes.reservation import reserved_cpus
 from segue.pipeline.ready.checks import CheckedJob
 from segue.pipeline.ready.job import ReadyJob
 from segue.pipeline.run import passes
-from segue.pipeline.run.pool import reserved_cpus
 from segue.pipeline.run.run import plan_job, run_job
 from segue.pipeline.storage.folder import LocalStore
 from segue.pipeline.storage.store import OutputStorageError

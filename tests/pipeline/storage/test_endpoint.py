@@ -17,8 +17,9 @@ from conftest import S3_ENVIRONMENT
 def test_endpoint_in_the_clear_is_refused_unless_it_is_this_machines(monkeypatch, endpoint, is_refused):
     from s3fs import S3FileSystem
 
+    from segue.pipeline.storage.open import open_store
     from segue.pipeline.storage.remote import ALLOW_HTTP, InsecureEndpoint, open_remote
-    from segue.pipeline.storage.store import OutputStorageError, open_store
+    from segue.pipeline.storage.store import OutputStorageError
 
     S3FileSystem.clear_instance_cache()
     for name, value in (S3_ENVIRONMENT | {"AWS_ENDPOINT_URL": endpoint}).items():

@@ -107,9 +107,8 @@ def test_submit_job_that_the_cluster_refuses_exits_as_it_does(cluster, tmp_path)
 
 def test_submit_with_code_runs_the_code_of_the_client(cluster, tmp_path):
     changed = tmp_path / "checkout"
-    for name in ("attention", "workers", "pipeline", "jobs"):
-        shutil.copytree(ROOT / name, changed / name, ignore=shutil.ignore_patterns("out*", "__pycache__", "examples"))
-    planning = changed / "pipeline" / "planning.py"
+    shutil.copytree(ROOT / "segue", changed / "segue", ignore=shutil.ignore_patterns("__pycache__", "examples"))
+    planning = changed / "segue" / "pipeline" / "plan" / "windows.py"
     text = planning.read_text()
     assert 'f"planning ' in text
     planning.write_text(text.replace('f"planning ', 'f"CHANGED planning '))

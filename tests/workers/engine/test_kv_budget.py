@@ -10,7 +10,7 @@ from tiny_models import tiny_tree_model
 
 from segue.attention.segments import Segment
 from segue.pipeline.jobfile.schema import WorkersConfig
-from segue.pipeline.run.pool import threads_of, workers_a_node
+from segue.pipeline.processes.reservation import threads_of, workers_a_node
 from segue.workers.devices import devices, memory
 from segue.workers.engine import core as engine_core
 from segue.workers.engine.engine import Engine, EngineConfig

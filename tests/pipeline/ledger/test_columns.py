@@ -5,8 +5,7 @@ import math
 import pytest
 
 from segue.attention.segments import Segment
-from segue.pipeline.ledger.columns import RESULT_COLUMNS
-from segue.pipeline.ledger.scores import score_values
+from segue.pipeline.ledger.columns import RESULT_COLUMNS, score_values
 from segue.workers.errors import RowError, RowErrorCode
 from segue.workers.rows.request import RequestOutput, Score
 from segue.workers.scoring.rows import ScoreRow
