@@ -84,15 +84,12 @@ GOOD_TEXT = "name: job\nmodel: {source: echo}\ninput: {path: in}\noutput: {path:
 
 def planned(folder: Path, **sections: Any) -> Path:
     """The job file of a good job, after another was planned into its output."""
-    from unittest.mock import patch
+    from in_process import ready_job, without_children
 
-    from crash_points import sorted_without_ray
+    from segue.pipeline.plan.windows import plan_next
 
-    from segue.pipeline.plan import windows as planning
-    from segue.pipeline.ready.job import prepare
-
-    with patch.object(planning, "sorted_rows", sorted_without_ray):
-        planning.plan_next(prepare(job(folder, **sections)), None)
+    with without_children():
+        plan_next(ready_job(job(folder, **sections)), None)
     return job(folder)
 
 

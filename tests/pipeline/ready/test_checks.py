@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import S3_ENVIRONMENT
+from store_servers import S3_ENVIRONMENT
 
 from segue.pipeline.dataset.columns import unified
 from segue.pipeline.jobfile.schema import JobConfig
