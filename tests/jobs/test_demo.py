@@ -4,8 +4,6 @@ import datetime
 import json
 import math
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from commands import last_line, segue
+from in_process import without_children, without_ray
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.masking_utils import create_causal_mask
@@ -35,16 +35,16 @@ TIE_MARGIN = 2e-4
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The triage job's first rows in fp32, as two workers write them; and the summary it printed."""
+    """The triage job's first rows in fp32, in two shards; and the summary that the command printed."""
     output = tmp_path_factory.mktemp("demo") / "out"
-    command = [
-        str(Path(sys.executable).parent / "segue"), "run", str(EXAMPLE / "job.yaml"), "--limit", str(NUM_ROWS),
-        "--output", str(output), "--set", "model.dtype=float32", "--set", f"sampling_params.max_tokens={MAX_TOKENS}",
-        "--set", "output.max_rows_per_file=8",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr
-    return output, json.loads(done.stdout.splitlines()[-1])
+    with without_ray(), without_children():
+        code, out, err = segue(
+            "run", EXAMPLE / "job.yaml", "--limit", str(NUM_ROWS), "--output", output,
+            "--set", "model.dtype=float32", "--set", f"sampling_params.max_tokens={MAX_TOKENS}",
+            "--set", "output.max_rows_per_file=8",
+        )  # fmt: skip
+    assert code == 0, err
+    return output, last_line(out)
 
 
 def input_rows():
