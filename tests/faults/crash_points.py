@@ -3,8 +3,8 @@
     python tests/faults/crash_points.py                     every step once, 60 pairs, both stores; prints how many
     python tests/faults/crash_points.py --pairs 500 --seed 7
 
-The job's own code runs without Ray, with one worker after the other in this process (`tests/support/in_process.py`). A
-dead process does nothing more, so after a crash every later step of it crashes, too, those of `finally` blocks included.
+The job's own code runs without Ray, with one worker after the other in this process (`tests/support/in_process.py`).
+A dead process does nothing more: after a crash every later step of it crashes, too, those of `finally` blocks included.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What a finished run leaves: every row once, with its columns and its answer, and what the folder says to later runs."""
+"""What a finished run leaves: every row once, with its columns and its answer. What later runs make of the folder."""
 
 import json
 import os
