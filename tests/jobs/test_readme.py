@@ -56,7 +56,7 @@ def redirected(args: Sequence[str], folder: Path, *, extra: Sequence[str] = ()) 
 def segue(args: Sequence[str]) -> tuple[int, str, str]:
     """(exit code, stdout, stderr)"""
     with segue_process(ROOT, *args) as process:
-        return outcome(process, patience=580)
+        return outcome(process)
 
 
 def needs_weights(args: Sequence[str]) -> bool:

@@ -215,7 +215,7 @@ def deadly() -> Dataset:
     sections = TEXT | {
         "model": {"source": "echo?crash=POISON&hang=STUCK"},
         "output": {"path": "out", "max_rows_per_file": 4},
-        "workers": {"step_timeout_s": 4},
+        "workers": {"step_timeout_s": 8},
     }
     return Dataset("deadly", rows, pa.string(), sections=sections)
 

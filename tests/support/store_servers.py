@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-PATIENCE = 60.0
+PATIENCE = 300.0
 ADMIN = ("AKIAADMIN0CANARY0000", "admin-secret-canary")
 READER = ("AKIAREADER0CANARY000", "reader-secret-canary")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import ray
-from echo_jobs import outcome, rows_of, segue_process, write_input, write_job
+from echo_jobs import PATIENCE, outcome, rows_of, segue_process, write_input, write_job
 
 from segue.pipeline.jobfile.schema import WorkersConfig
 from segue.pipeline.ledger.units import UnitSpec
@@ -41,7 +41,7 @@ def ray_with_gpus(num_gpus: int) -> Iterator[str]:
     try:
         yield process.stdout.readline().strip()
     finally:
-        process.communicate(timeout=60)
+        process.communicate(timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def _run(folder: Path, address: str, monkeypatch, dtype: str, **workers: object)
     monkeypatch.setenv("RAY_ADDRESS", address)
     job = write_job(folder, model={"source": str(folder / "model"), "dtype": dtype}, workers=workers)
     with segue_process(folder, "run", str(job), "--json", "--quiet") as process:
-        return outcome(process, patience=300)
+        return outcome(process)
 
 
 @pytest.fixture
