@@ -30,7 +30,7 @@ CONTEXT_TOKENS = 8192  # SmolLM2's
 
 def check_example(folder: Path, output: Path) -> CheckedJob:
     """The job as `segue validate` sees it, but for its model, with an output folder of its own."""
-    return ready_job(folder / "job.yaml", [f"output.path={output}", "model.source=echo"]).checked
+    return ready_job(folder / "job.yaml", f"output.path={output}", "model.source=echo").checked
 
 
 def encoder_of(job: CheckedJob) -> PromptEncoder:

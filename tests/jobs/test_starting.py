@@ -68,10 +68,10 @@ def test_meanwhile_is_called_once_data_is_right_and_before_the_model_is_loaded(t
         ready_job(tmp_path / "job.yaml", meanwhile=called.append)
     assert len(called) == 2
     with pytest.raises(JobRefused, match=r"unheard-of(.|\n)*input\.path"):
-        ready_job(tmp_path / "job.yaml", ["input.path=nowhere"], meanwhile=called.append)
+        ready_job(tmp_path / "job.yaml", "input.path=nowhere", meanwhile=called.append)
     for change in ("model.source=./nowhere", "workers.num_gpus=1", "input.path=nowhere"):
         with pytest.raises(JobRefused, match=change.split("=")[0].split(".")[0]):
-            ready_job(tmp_path / "job.yaml", [change], meanwhile=called.append)
+            ready_job(tmp_path / "job.yaml", change, meanwhile=called.append)
     assert len(called) == 2
 
 
@@ -81,12 +81,12 @@ FILTERED = "input.filters=[[prompt, ==, one]]"
 def test_what_is_wrong_with_a_model_is_told_before_filters_read_the_data(tmp_path, strange_model, monkeypatch):
     monkeypatch.setattr("segue.pipeline.ready.job.selected_rows", lambda *_: pytest.fail("the data was read"))
     with pytest.raises(JobRefused, match="unheard-of"):
-        ready_job(write_model_job(tmp_path, strange_model), [FILTERED])
+        ready_job(write_model_job(tmp_path, strange_model), FILTERED)
 
 
 def test_ray_is_not_started_ahead_of_filters_for_which_it_would_wait(tmp_path, monkeypatch):
     monkeypatch.setattr("segue.pipeline.processes.ray_session.ray_session", lambda: pytest.fail("Ray was started"))
-    with ray_ahead(config_of(write_model_job(tmp_path, "echo"), [FILTERED])):
+    with ray_ahead(config_of(write_model_job(tmp_path, "echo"), FILTERED)):
         pass
 
 

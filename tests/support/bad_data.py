@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 from bad_cases import OK, Cases, job, write
 from bad_parquet import GOOD
+from in_process import without_children
 from ready_jobs import ready_job
 
 from segue.pipeline.plan.windows import plan_next
@@ -20,7 +21,8 @@ DATA = Cases()
 
 def planned(folder: Path, **sections: Any) -> Path:
     """The job file of a good job, after another was planned into its output."""
-    plan_next(ready_job(job(folder, **sections)), None)
+    with without_children():
+        plan_next(ready_job(job(folder, **sections)), None)
     return job(folder)
 
 

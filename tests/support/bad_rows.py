@@ -215,7 +215,7 @@ def deadly() -> Dataset:
     sections = TEXT | {
         "model": {"source": "echo?crash=POISON&hang=STUCK"},
         "output": {"path": "out", "max_rows_per_file": 4},
-        "workers": {"step_timeout_s": 4},
+        "workers": {"step_timeout_s": 8},
     }
     return Dataset("deadly", rows, pa.string(), sections=sections)
 
@@ -254,4 +254,5 @@ def errors_in(output: Path) -> dict[int, str | None]:
 
 
 DATASETS = [texts, chats, parts, parameters, types, bombs, dictionary_bomb, damaged_page, numeric]
+NEED_CHILDREN = [bombs, dictionary_bomb]  # rows that end the process which prepares them
 SLOW_DATASETS = [deadly]  # a minute; tests/faults/test_faults.py has its like

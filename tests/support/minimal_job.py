@@ -23,7 +23,7 @@ def write(folder: Path, text: str) -> Path:
 
 
 def load(folder: Path, text: str, *overrides: str) -> JobConfig:
-    return config_of(write(folder, text), overrides)
+    return config_of(write(folder, text), *overrides)
 
 
 def refusals(folder: Path, text: str, *overrides: str) -> list[str]:

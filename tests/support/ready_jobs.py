@@ -2,7 +2,6 @@
 
 import functools
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,12 @@ from segue.pipeline.ready.job import ReadyJob
 PLACES = ("AWS_", "FSSPEC_", "HF_", "SEGUE_")  # beginnings of names in the environment that a child must share
 
 
-def ready_job(path: str | Path, overrides: Sequence[str] = (), **options: Any) -> ReadyJob:
-    """The product's `ready_job`, checked in the shared child."""
+def ready_job(path: str | Path, *overrides: str, **options: Any) -> ReadyJob:
+    """The product's `ready_job`, which checks in the shared child. Raises JobRefused."""
     return job.ready_job(path, overrides, **({"child": shared_child()} | options))
 
 
-def config_of(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
+def config_of(path: str | Path, *overrides: str) -> JobConfig:
     """What a job file says. Raises JobRefused with every problem of the file."""
     draft = read_job(path, overrides)
     if draft.config is None:
@@ -33,18 +32,18 @@ def config_of(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     return draft.config
 
 
-def refusals(path: str | Path, overrides: Sequence[str] = (), **options: Any) -> list[str]:
+def refusals(path: str | Path, *overrides: str, **options: Any) -> list[str]:
     """What a job is refused for, a line each, without the places in its file."""
     with pytest.raises(JobRefused) as refused:
-        ready_job(path, overrides, **options)
+        ready_job(path, *overrides, **options)
     lines = [str(replace(problem, where="")) for problem in refused.value.problems]
     assert len(str(refused.value).splitlines()) == len(lines), "a problem takes more than one line"
     return lines
 
 
-def refusal(path: str | Path, overrides: Sequence[str] = (), **options: Any) -> str:
+def refusal(path: str | Path, *overrides: str, **options: Any) -> str:
     """The only problem of a job."""
-    (line,) = refusals(path, overrides, **options)
+    (line,) = refusals(path, *overrides, **options)
     return line
 
 

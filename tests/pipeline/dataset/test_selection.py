@@ -201,7 +201,7 @@ def partitioned(folder: Path, *places: str) -> Path:
     return folder
 
 
-def test_partition_folders_are_columns_that_can_be_used_like_any(local_ray, tmp_path):
+def test_partition_folders_are_columns_that_can_be_used_like_any(here, tmp_path):
     partitioned(tmp_path, "lang=de/year=2024", "lang=de/year=2025", "lang=a%20b/year=2025")
     job = write_job(
         tmp_path,
@@ -242,7 +242,7 @@ def test_file_without_such_a_folder_has_null(tmp_path):
     }
 
 
-def test_retry_answers_only_failed_rows_that_the_filters_took(local_ray, tmp_path):
+def test_retry_answers_only_failed_rows_that_the_filters_took(here, tmp_path):
     write_files(tmp_path)
     table = pa.table({"prompt": ["x", None, "y", None], "lang": ["de", "de", "en", "en"]})
     (tmp_path / "in2").mkdir()
@@ -255,7 +255,7 @@ def test_retry_answers_only_failed_rows_that_the_filters_took(local_ray, tmp_pat
     assert rows_of(tmp_path / "again").keys() == {("a.parquet", 1)}
 
 
-def test_retry_of_a_sample_finds_its_rows_whatever_the_seed_and_the_limit(local_ray, tmp_path):
+def test_retry_of_a_sample_finds_its_rows_whatever_the_seed_and_the_limit(here, tmp_path):
     (tmp_path / "in").mkdir()
     pq.write_table(pa.table({"prompt": pa.array([None] * 90, pa.string())}), tmp_path / "in" / "a.parquet")
     inputs = {"path": "in", "sample": 2, "limit": 1}
@@ -267,7 +267,7 @@ def test_retry_of_a_sample_finds_its_rows_whatever_the_seed_and_the_limit(local_
     assert ("a.parquet", 0) not in rows_of(tmp_path / "again")
 
 
-def test_filter_that_takes_nothing_completes_an_empty_output(local_ray, tmp_path):
+def test_filter_that_takes_nothing_completes_an_empty_output(here, tmp_path):
     write_files(tmp_path)
     job = write_job(tmp_path, input={"path": "in", "filters": [["length", ">", 99]], "sample": 0.5})
     code, out, err = segue("run", job, "--quiet")

@@ -200,7 +200,7 @@ def test_job_relative_paths_follow_the_job_file(tmp_path, monkeypatch):
     (folder / "tiny").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     write(folder, MINIMAL.replace("echo", "tiny, adapter: ./lora"))
-    job = config_of("jobs/job.yaml", ["input.path=[../a, file:///b/c, /d/e, 's3://f/g']"])
+    job = config_of("jobs/job.yaml", "input.path=[../a, file:///b/c, /d/e, 's3://f/g']")
     assert job.input.path == (str(tmp_path / "a"), "/b/c", "/d/e", "s3://f/g")
     assert job.output.path == str(folder / "out")
     assert job.model.source == str(folder / "tiny")

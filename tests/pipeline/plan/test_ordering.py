@@ -35,7 +35,7 @@ def test_plan_is_the_same_with_and_without_ray(job, local_ray, tmp_path, monkeyp
     here = plan_job(job, lambda line: None)
     by_ray_only(monkeypatch)
     by_ray = plan_job(
-        ready_job(tmp_path / "job.yaml", [f"output.path={tmp_path / 'other'}"]),
+        ready_job(tmp_path / "job.yaml", f"output.path={tmp_path / 'other'}"),
         lambda line: None,
     )
     assert [unit.unit_id for unit in here.units] == [unit.unit_id for unit in by_ray.units]

@@ -72,7 +72,7 @@ def places(checked: CheckedJob, number: int) -> list[int]:
     return [*first, *(30 + row for row in second)]
 
 
-def test_windows_are_consecutive_rows_of_what_is_read(tmp_path):
+def test_windows_are_consecutive_rows_of_what_is_read(here, tmp_path):
     checked = window_job(write_input(tmp_path)).checked
     assert [places(checked, number) for number in range(checked.num_windows)] == [list(rows) for rows in WINDOWS]
     limited = ready_job(write_job(tmp_path, plan={"window_rows": 25}, input={"path": "in", "limit": 50})).checked
@@ -216,7 +216,7 @@ def test_workers_leave_a_cpu_to_the_planner_while_there_is_more_to_plan():
     assert [reserved_cpus(threads, is_planning=True) for threads in (1, 2, 8)] == [0.5, 1, 7]
 
 
-def test_of_two_jobs_planned_at_once_the_later_takes_nothing_away_from_the_first(tmp_path):
+def test_of_two_jobs_planned_at_once_the_later_takes_nothing_away_from_the_first(here, tmp_path):
     jobs = [window_job(write_input(tmp_path)), window_job(tmp_path, seed=1)]  # the same rows in the same units
     planned = planning.plan_next(jobs[0], None)
     with pytest.raises(ForeignOutput, match="seed: there 0, here 1"):
@@ -226,7 +226,7 @@ def test_of_two_jobs_planned_at_once_the_later_takes_nothing_away_from_the_first
     assert len(store.names("_job/units")) == 2
 
 
-def test_planners_of_one_job_end_with_one_plan_whoever_is_first(tmp_path):
+def test_planners_of_one_job_end_with_one_plan_whoever_is_first(here, tmp_path):
     job = window_job(write_input(tmp_path))
     first = planning.plan_next(job, None)
     assert planning.plan_next(job, None) == first
@@ -247,9 +247,7 @@ def test_output_that_lost_a_window_is_not_complete_for_those_who_read_it(finishe
     assert finished_manifest(str(folder / "out")).is_complete
 
 
-def test_units_that_were_given_up_are_left_alone_when_more_is_planned(tmp_path, monkeypatch):
-    monkeypatch.setattr(passes, "threads_of", lambda workers: 1)
-    monkeypatch.setattr(passes, "workers_a_node", lambda workers, num_cpus: 1)
+def test_units_that_were_given_up_are_left_alone_when_more_is_planned(here, tmp_path):
     job = window_job(write_input(tmp_path))
     tried: list[list[int]] = []
 

@@ -48,7 +48,7 @@ def test_check_file_lists_mistakes_of_the_file_and_of_the_data_at_once(tmp_path)
 
     def keys() -> list[str]:
         with pytest.raises(JobRefused) as refused:
-            ready_job(file, ["seed=x"])
+            ready_job(file, "seed=x")
         return [str(problem).split(" got ")[0] for problem in refused.value.problems]
 
     common = [
@@ -69,7 +69,7 @@ def test_check_file_that_is_right_gives_the_job(tmp_path):
     write(tmp_path / "in/a.parquet", {"body": ["x"]})
     file = tmp_path / "job.yaml"
     file.write_text("name: a\nmodel: {source: echo}\ninput: {path: in, columns: {prompt: body}}\noutput: {path: out}\n")
-    checked = ready_job(file, ["input.limit=1"]).checked
+    checked = ready_job(file, "input.limit=1").checked
     assert checked.config.input.limit == 1
     assert checked.columns.prompt == ("body",)
     assert checked.template.prompt_column == "body"

@@ -1,7 +1,7 @@
 """An S3 endpoint that is not encrypted is refused, unless it is this machine's."""
 
 import pytest
-from conftest import S3_ENVIRONMENT
+from store_servers import S3_ENVIRONMENT
 
 
 @pytest.mark.parametrize(

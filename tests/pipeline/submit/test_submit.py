@@ -221,7 +221,7 @@ def test_submitted_job_is_the_job_with_its_prompt_files_and_paths(tmp_path):
     submitted = read_submitted(path, ["sampling_params.max_tokens=9"])
     (there / "job.json").write_bytes(submitted.content)
     found = config_of(there / "job.json")
-    assert found == config_of(path, ["sampling_params.max_tokens=9"])
+    assert found == config_of(path, "sampling_params.max_tokens=9")
     assert "Be {kind}." in str(found.prompt)
     assert submitted.local_paths == (str(tmp_path / "in"), str(tmp_path / "out"))
     assert read_submitted(path).submission_id != submitted.submission_id

@@ -55,7 +55,7 @@ def test_adapter_refuses_another_mask_or_template_by_name_unless_told(trained, m
     path = write_run(folder, model_directory, mask="causal")
     with pytest.raises(JobRefused, match=r"model.adapter: got mask causal \(trained with segment\)"):
         ready_job(path)
-    told = ready_job(path, ["model.check_adapter=false"])
+    told = ready_job(path, "model.check_adapter=false")
     engine = make_engine(told.worker_spec(1))  # what a worker does
     assert isinstance(engine, Engine)
     assert engine.config.mask == "causal"
