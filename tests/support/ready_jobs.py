@@ -19,9 +19,9 @@ from segue.pipeline.ready.job import ReadyJob
 PLACES = ("AWS_", "FSSPEC_", "HF_", "SEGUE_")  # beginnings of names in the environment that a child must share
 
 
-def ready_job(path: str | Path, *overrides: str, **options: Any) -> ReadyJob:
-    """The product's `ready_job`, which checks in the shared child. Raises JobRefused."""
-    return job.ready_job(path, overrides, **({"child": shared_child()} | options))
+def ready_job(path: str | Path, *overrides: str, child: LimitedProcess | None = None, **options: Any) -> ReadyJob:
+    """The product's `ready_job`, which checks in the shared child unless it is given another. Raises JobRefused."""
+    return job.ready_job(path, overrides, child=child or shared_child(), **options)
 
 
 def config_of(path: str | Path, *overrides: str) -> JobConfig:
