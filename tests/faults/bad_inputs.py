@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from bad_cases import OK, is_expected, outcome_of
-from bad_jobs import CASES
-from bad_parquet import BAD_FILES
-from bad_rows import DATASETS, SLOW_DATASETS, Dataset, errors_in
+from bad.cases import OK, is_expected, outcome_of
+from bad.jobs import CASES
+from bad.parquet import BAD_FILES
+from bad.rows import DATASETS, SLOW_DATASETS, Dataset, errors_in
 from in_process import run
 from rich.console import Console
 from rich.table import Table

@@ -6,10 +6,10 @@ The same tables are printed by `python tests/faults/bad_inputs.py`.
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from bad_cases import Case, is_expected, outcome_of
-from bad_jobs import CASES
-from bad_parquet import BAD_FILES, GOOD, GOOD_DICTIONARY, TEXTS
-from bad_rows import DATASETS, NEED_CHILDREN, SLOW_DATASETS, errors_in, types
+from bad.cases import Case, is_expected, outcome_of
+from bad.jobs import CASES
+from bad.parquet import BAD_FILES, GOOD, GOOD_DICTIONARY, TEXTS
+from bad.rows import DATASETS, NEED_CHILDREN, SLOW_DATASETS, errors_in, types
 from in_process import run, run_here, without_ray
 from render_specs import render_spec
 

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from bad_rows import CHAT
+from bad.rows import CHAT
 from echo_jobs import LOCATIONS, outcome, segue_process, wait_for, write_job
 from in_process import run, run_here, without_ray
 

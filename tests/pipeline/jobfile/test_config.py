@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minimal_job import MINIMAL, load, refusal, refusals, write
 from pydantic import ValidationError
 from ready_jobs import config_of
+from yaml_job import MINIMAL, load, refusal, refusals, write_text
 
 from segue.pipeline.jobfile.schema import JobConfig
 from segue.pipeline.problems import Problem
@@ -199,7 +199,7 @@ def test_job_relative_paths_follow_the_job_file(tmp_path, monkeypatch):
     folder = tmp_path / "jobs"
     (folder / "tiny").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    write(folder, MINIMAL.replace("echo", "tiny, adapter: ./lora"))
+    write_text(folder, MINIMAL.replace("echo", "tiny, adapter: ./lora"))
     job = config_of("jobs/job.yaml", "input.path=[../a, file:///b/c, /d/e, 's3://f/g']")
     assert job.input.path == (str(tmp_path / "a"), "/b/c", "/d/e", "s3://f/g")
     assert job.output.path == str(folder / "out")

@@ -3,8 +3,8 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minimal_job import MINIMAL, load, refusal, refusals
 from ready_jobs import config_of
+from yaml_job import MINIMAL, load, refusal, refusals
 
 from segue.pipeline.problems import JobRefused
 

@@ -2,7 +2,7 @@
 
 import pyarrow as pa
 import pytest
-from bad_cases import job, write
+from bad.cases import job, write
 from ready_jobs import ready_job, refusal, refusals
 
 from segue.pipeline.problems import JobRefused, Problem

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from bad_cases import job, write
+from bad.cases import job, write
 from ready_jobs import ready_job, refusal
 
 from segue.pipeline.dataset.columns import unified

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from bad_cases import job, write
+from bad.cases import job, write
 from ready_jobs import ready_job, refusal
 
 from segue.pipeline.ready.checks import CheckedJob

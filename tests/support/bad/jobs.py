@@ -1,14 +1,14 @@
 """Jobs that must be refused before any work, by the numbers of the bad-input matrix: C1 to C7 here, the job file.
 
-The dataset and the output are in `bad_data`, the model and the prompt in `bad_models`.
+The dataset and the output are in `bad.data`, the model and the prompt in `bad.models`.
 `python tests/faults/bad_inputs.py` prints what was expected of each and what came.
 """
 
 from pathlib import Path
 
-from bad_cases import OK, Cases, text_job
-from bad_data import DATA
-from bad_models import MODELS
+from bad.cases import OK, Cases, text_job
+from bad.data import DATA
+from bad.models import MODELS
 
 GOOD_TEXT = "name: job\nmodel: {source: echo}\ninput: {path: in}\noutput: {path: out}\n"
 JOB_FILES = Cases()

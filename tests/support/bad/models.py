@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bad_cases import Case, Cases, job
+from bad.cases import Case, Cases, job
 
 MODELS = Cases()
 BAD_TEMPLATES = {

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from bad_cases import job, write
+from bad.cases import job, write
 
 MIB = 2**20
 ROLE, CONTENT = ("role", pa.string()), ("content", pa.string())

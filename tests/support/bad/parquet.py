@@ -1,4 +1,4 @@
-"""Parquet files that no writer makes, byte by byte: what apache/parquet-testing keeps in `bad_data`, rebuilt.
+"""Parquet files that no writer makes, byte by byte: what apache/parquet-testing keeps in `bad.data`, rebuilt.
 
 A file of one column `prompt` is put together from a footer and pages whose headers may say anything. Knows Thrift's
 compact protocol as far as Parquet's metadata needs it.

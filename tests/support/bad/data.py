@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from bad_cases import OK, Cases, job, write
-from bad_parquet import GOOD
+from bad.cases import OK, Cases, job, write
+from bad.parquet import GOOD
 from in_process import without_children
 from ready_jobs import ready_job
 
