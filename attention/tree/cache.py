@@ -43,23 +43,22 @@ class Residency:
             node.kv = self.cache.allocate_node(len(node))
         return end.stop - num_missing
 
-    def release(self, end: Node, *, above: Node | None = None, keep_idle: bool = True) -> None:
-        """Let go of a path, leaf first; only of what is below `above`, if that is given."""
-        for node in reversed(end.path(above)):
+    def release(self, end: Node, *, keep_idle: bool = True) -> None:
+        """Let go of a path, leaf first."""
+        for node in reversed(end.path()):
             node.num_active -= 1
             if node.num_active == 0 and node.kv is not None:
                 self._set_idle(node, keep_idle=keep_idle and self.keep_idle)
 
-    def make_room(self, num_tokens: int, *, from_unwanted: bool = False) -> bool:
-        """Evict idle nodes until `num_tokens` fit: first those no waiting row wants, then, unless these alone may go,
-        the rest, oldest first.
+    def make_room(self, num_tokens: int) -> bool:
+        """Evict idle nodes until `num_tokens` fit: first those that no waiting row wants, then the rest, oldest first.
 
         Of the first some more than needed, since looking through all idle nodes takes time.
         """
         if self.cache.has_room(num_tokens):
             return True
         passes = [(_is_unwanted, self.cache.budget_tokens // 64), (_is_any, 0)]
-        for is_expendable, margin in passes[:1] if from_unwanted else passes:
+        for is_expendable, margin in passes:
             for node in list(self._idle):
                 if is_expendable(node):
                     self._free(node)

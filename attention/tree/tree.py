@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, Self
 
+from segue.attention.memory.node_memory import NodeMemory
 from segue.attention.segments import Segment
-from segue.attention.tree.node_memory import NodeMemory
 
 KEY_BYTES = 16
 
@@ -69,11 +69,11 @@ class Node:
     def is_root(self) -> bool:
         return self.parent is None
 
-    def path(self, above: "Node | None" = None) -> list["Node"]:
-        """Root to here, the empty root left out; what is below `above`, if that is given."""
+    def path(self) -> list["Node"]:
+        """Root to here, the empty root left out."""
         nodes: list[Node] = []
         node: Node | None = self
-        while node is not None and node.parent is not None and node is not above:
+        while node is not None and node.parent is not None:
             nodes.append(node)
             node = node.parent
         return nodes[::-1]
@@ -192,10 +192,9 @@ class SegmentTree:
             node.is_shared = node.is_shared or node.num_rows > 0 or node.kv is not None
             node.num_rows += 1
 
-    def remove_row(self, end: Node, *, above: Node | None = None) -> None:
-        """Uncount a row that is done with a path, or with what is below `above`, and drop structure that nobody needs
-        and that owns nothing."""
-        for node in reversed(end.path(above)):
+    def remove_row(self, end: Node) -> None:
+        """Uncount a row that is done with a path, and drop structure that nobody needs and that owns nothing."""
+        for node in reversed(end.path()):
             node.num_rows -= 1
             self.prune(node)
 

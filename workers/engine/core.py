@@ -273,7 +273,7 @@ class EngineCore:
         return outputs + [self._output(request) for request in finished]
 
     def _discard(self, request: Request) -> None:
-        ends = {sample.copied or sample.end for sample in request.samples}
+        ends = {sample.end for sample in request.samples}
         self.scheduler.abort(request)
         for end in ends:
             self.scheduler.residency.discard(end)

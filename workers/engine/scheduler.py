@@ -8,14 +8,13 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from segue.attention.memory.budget import TAIL_CAPACITIES, KVMemory, KVMemoryExceeded, next_capacity
+from segue.attention.memory.budget import TAIL_CAPACITIES, KVMemory, KVMemoryExceeded
 from segue.attention.segments import Segment
 from segue.attention.tree.cache import Residency
 from segue.attention.tree.tree import Node, SegmentTree
 from segue.workers.errors import RowError, RowErrorCode
 from segue.workers.rows.request import Request, Sample
 
-FEW_COPIES = 64  # tokens of a node, times its rows: so many are rather copied than attended to in a call of their own
 MIN_PIECE_TOKENS = 64  # a causal run is not cut for less: every cut is one more block in each later step
 
 
@@ -97,7 +96,7 @@ class Scheduler:
         plan = StepPlan()
         self._grow_tails()
         self._admit()
-        plan.decoding = sorted(self.running, key=_place_of)
+        plan.decoding = list(self.running)
         self._fill(plan)
         new = set(plan.new_nodes)
         complete = [prefill for prefill in self.prefilling if _is_complete(prefill.end, new)]
@@ -203,55 +202,28 @@ class Scheduler:
         """Room for one more token a running sample; the latest rows give way to the earliest."""
         for sample in sorted(self.running, key=_age):
             while sample.tail is not None and sample.finish_reason is None:
-                try:
+                if self.residency.make_room(self.cache.num_tokens_to_grow(sample.tail)):
                     self.cache.grow_tail(sample.tail)
                     break
-                except KVMemoryExceeded:
-                    self._relieve(sample, next_capacity(sample.tail.capacity))
+                self._give_way(sample)
 
     def _open_tail(self, sample: Sample) -> bool:
         """False if the sample had to give way and waits again."""
-        if self._copy_prompt(sample):
-            return True
         if not self.residency.make_room(TAIL_CAPACITIES[0]):
-            self.cache.trim()
-            if not self.residency.make_room(TAIL_CAPACITIES[0]):
-                self._requeue(sample)
-                return False
+            self._requeue(sample)
+            return False
         sample.tail = self.cache.open_tail()
         return True
 
-    def _copy_prompt(self, sample: Sample) -> bool:
-        """Begin the tail with the prompt's own end, if memory is not short: many tails are one call of attention, and
-        every node is one of its own. The nodes may go then."""
-        above = _above_own_end(sample.end, self.cache.max_copied_tokens)
-        nodes = sample.end.path(above)
-        promised = sum(prefill.num_tail_tokens for prefill in self.prefilling)
-        promised += TAIL_CAPACITIES[0] * len(sample.request.samples)
-        wanted = 2 * next_capacity(sample.end.stop - above.stop) + promised
-        if not nodes or not self.residency.make_room(wanted, from_unwanted=True):
-            return False
-        sample.tail = self.cache.open_tail([node.kv for node in nodes if node.kv is not None])
-        self.residency.release(sample.end, above=above, keep_idle=sample.request.root is None)
-        self.tree.remove_row(sample.end, above=above)
-        sample.copied, sample.end = sample.end, above
-        return True
-
-    def _relieve(self, sample: Sample, num_tokens: int) -> None:
-        """Free memory for `sample`: trim and evict, else preempt the latest row, else give up on this one."""
-        self.cache.trim()
-        if self.residency.make_room(num_tokens):
-            return
-        latest = max([*self.running, *(s for p in self.prefilling for s in p.samples)], key=_age)
-        may_need_less = latest.copied is not None  # without a copy of its prompt in a tail that doubles
-        self._preempt(latest)
-        if not self.num_active and not may_need_less:
+    def _give_way(self, sample: Sample) -> None:
+        """Preempt the latest row, since eviction makes no room for `sample`; give up on this one if it is alone."""
+        self._preempt(max([*self.running, *(s for p in self.prefilling for s in p.samples)], key=_age))
+        if not self.num_active:
             self._fail(self._take_waiting(sample))
 
     def shrink_memory(self, budget_bytes: int) -> bool:
         """Have less KV memory from now on; the latest rows give way. False if the earliest alone needs more."""
         before = self.cache.budget_bytes
-        self.cache.trim()
         self.cache.budget_bytes = budget_bytes
         while not self.residency.make_room(0):
             held = [*self.running, *(s for p in self.prefilling for s in p.samples)]
@@ -280,7 +252,7 @@ class Scheduler:
         request, old_end = sample.request, sample.end
         chain = _with_generated(request.segments, sample.token_ids)
         end = self.tree.insert(chain, request.root)
-        sample.copied, sample.end = None, end
+        sample.end = end
         self.waiting.appendleft(self._prefill(request, [sample], end))
         self._leave(old_end, request)
 
@@ -343,22 +315,6 @@ class Scheduler:
         if node.bidirectional or budget < (1 if is_first else MIN_PIECE_TOKENS):
             return None
         return self.tree.split(node, budget)
-
-
-def _above_own_end(end: Node, max_tokens: int) -> Node:
-    """What is above the last nodes of a prompt that no other row has, or that are next to nothing."""
-    above = end
-    while above.parent is not None and end.stop - above.start <= max_tokens:
-        if above.num_rows > 1 and above.num_rows * len(above) > FEW_COPIES:
-            break
-        above = above.parent
-    return above
-
-
-def _place_of(sample: Sample) -> tuple[int, int]:
-    """Of its tail: a step in this order reads and writes tails side by side, without gathering."""
-    assert sample.tail is not None
-    return sample.tail.capacity, sample.tail.place
 
 
 def _is_complete(end: Node, in_step: set[Node]) -> bool:

@@ -144,11 +144,10 @@ class Sample:
 
     request: Request
     index: int
-    end: Node  # of the prompt, after preemption with the tokens generated until then; without what `tail` has of it
+    end: Node  # of the prompt, after preemption with the tokens generated until then
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     tail: "Tail | None" = None
-    copied: Node | None = None  # where the prompt ends whose last nodes `tail` has, too
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     text: str | None = None  # set when a stop string cut it

@@ -6,7 +6,7 @@ import test_score
 import torch
 from tiny_models import tiny_tree_model
 
-from segue.attention.cpu.plain import CpuBackend
+from segue.attention.cpu.by_torch import TorchBackend
 from segue.workers.sampling.vocabulary import summarise
 
 for _module in (test_engine, test_score):
@@ -24,7 +24,7 @@ def _without_kernels():
 
 
 def test_engine_here_has_no_kernels():
-    assert isinstance(test_engine.engine().backend, CpuBackend)
+    assert isinstance(test_engine.engine().backend, TorchBackend)
 
 
 def test_summary_is_that_of_all_rows():
