@@ -8,7 +8,7 @@ from torch import Tensor
 from segue.attention.memory.budget import KVMemory, KVShape, Tail
 from segue.attention.memory.pieces import KVPieces, Piece
 from segue.attention.tree.blocks import StepBlocks
-from segue.attention.tree.tree import Node
+from segue.attention.tree.node import Node
 from segue.attention.visibility import block_sequence_ids, visible
 
 

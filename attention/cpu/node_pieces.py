@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from segue.attention.memory.budget import KVMemory, Tail
 from segue.attention.memory.pieces import KVPieces, Piece
-from segue.attention.tree.tree import Node
+from segue.attention.tree.node import Node
 
 
 def piece_of(node: Node) -> Piece:

@@ -16,7 +16,7 @@ import numpy as np
 from segue.attention.memory.budget import Tail
 from segue.attention.memory.pool import Extent, ranges
 from segue.attention.tree.blocks import StepBlocks
-from segue.attention.tree.tree import Node
+from segue.attention.tree.node import Node
 
 QUERY_TILE = 128  # tokens; a kernel's block has as many queries
 KEY_TILE = 2048

@@ -18,8 +18,7 @@ from segue.attention.memory.pool import KVPool
 from segue.attention.reference import ReferenceBackend, dense_attention
 from segue.attention.segments import Segment, canonical_segments
 from segue.attention.tree.blocks import DecodeQuery, blocks_of
-from segue.attention.tree.cache import Residency
-from segue.attention.tree.tree import SegmentTree
+from segue.attention.tree.cache import NodeCache
 from segue.attention.visibility import block_sequence_ids, visible
 from segue.workers.devices.devices import cpu_kernels
 
@@ -48,16 +47,15 @@ class Harness:
 
     def __init__(self, backend, rows, num_generated):
         self.rows, self.num_generated = rows, num_generated
-        self.tree = SegmentTree()
         self.shape = getattr(backend, "shape", SHAPE)
         self.tolerance = TOLERANCE[self.shape.dtype]
         self.cache = backend.new_memory(self.shape, 1 << 22)
-        self.residency = Residency(self.tree, self.cache)
+        self.tree = NodeCache(self.cache)
         self.backend = backend
         self.ends = [self.tree.insert(row) for row in rows]
         for end in self.ends:
             self.tree.add_row(end)
-            self.residency.acquire(end)
+            self.tree.acquire(end)
         self.generator = torch.Generator().manual_seed(sum(len(row) for row in rows))
         self.node_qkv = {}
 
@@ -75,7 +73,7 @@ class Harness:
         out = step.run.attend(0, packed[0], packed[1], packed[2], SCALE)
         step.run.finish()
         for node in nodes:
-            node.is_computed = True
+            self.tree.keep_computed(node, None)
         return {b.node: out[b.start : b.stop] for b in blocks.self_blocks}
 
     def decode(self, tails, fed):

@@ -4,7 +4,7 @@ Knows requests, limits and forms; no tree, no batch.
 """
 
 from segue.workers.errors import RowError, RowErrorCode
-from segue.workers.rows.request import Request
+from segue.workers.sampling.sample import Request
 from segue.workers.sampling.grammars import Grammars
 
 

@@ -5,67 +5,35 @@ token budget goes to prefill, whole bidirectional segments at a time. Knows the 
 """
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterator, Sequence
 
-from segue.attention.memory.budget import TAIL_CAPACITIES, KVMemory, KVMemoryExceeded
+from segue.attention.memory.budget import TAIL_CAPACITIES, KVMemoryExceeded
 from segue.attention.segments import Segment
-from segue.attention.tree.cache import Residency
-from segue.attention.tree.tree import Node, SegmentTree
+from segue.attention.tree.cache import NodeCache
+from segue.attention.tree.node import Node
+from segue.workers.engine.plan import Prefill, StepPlan
 from segue.workers.errors import RowError, RowErrorCode
-from segue.workers.rows.request import Request, Sample
+from segue.workers.sampling.sample import Request, Sample
 
 MIN_PIECE_TOKENS = 64  # a causal run is not cut for less: every cut is one more block in each later step
-
-
-@dataclass(eq=False, slots=True)
-class Prefill:
-    """Samples that wait for the prompt ending at `end`: all of a new row's, or one that was preempted."""
-
-    request: Request
-    samples: list[Sample]
-    end: Node
-
-    @property
-    def num_tail_tokens(self) -> int:
-        """Memory to keep free for the first generated tokens."""
-        is_short = self.request.is_scored or self.request.params.max_tokens == 1
-        return 0 if is_short else TAIL_CAPACITIES[0] * len(self.samples)
-
-
-@dataclass(slots=True)
-class StepPlan:
-    """What one forward pass computes."""
-
-    new_nodes: list[Node] = field(default_factory=list)
-    decoding: list[Sample] = field(default_factory=list)
-    ready: list[Prefill] = field(default_factory=list)  # prompts complete after this step: their samples draw
-    scored: list[Prefill] = field(default_factory=list)  # of scored rows, what is fed is complete after this step
-
-    @property
-    def is_empty(self) -> bool:
-        return not (self.new_nodes or self.decoding or self.ready or self.scored)
 
 
 class Scheduler:
     """Queues of rows over one tree. `max_num_batched_tokens` bounds a step, save for a longer atomic segment."""
 
-    def __init__(
-        self, tree: SegmentTree, cache: KVMemory, *, max_num_seqs: int, max_num_batched_tokens: int, keep_idle: bool
-    ) -> None:
+    def __init__(self, nodes: NodeCache, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens must be at least max_num_seqs ({max_num_seqs}), got {max_num_batched_tokens}"
             )
-        self.tree = tree
-        self.cache = cache
-        self.residency = Residency(tree, cache, keep_idle=keep_idle)
+        self.nodes = nodes
+        self.memory = nodes.memory
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: deque[Prefill] = deque()
         self.prefilling: list[Prefill] = []
         self.running: list[Sample] = []
-        self.failed: list[tuple[Request, RowError]] = []  # taken by the engine after each plan
+        self._failed: list[tuple[Request, RowError]] = []
         self.num_preemptions = 0
 
     @property
@@ -79,7 +47,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a new row behind the others."""
-        end = self.tree.insert(request.segments, request.root)
+        end = self.nodes.insert(request.segments, request.root)
         if request.continuation is not None:
             end = self._insert_continuation(end, request.continuation)
         request.samples = [Sample(request, index, end) for index in range(request.params.n)]
@@ -88,37 +56,47 @@ class Scheduler:
     def _insert_continuation(self, context: Node, continuation: tuple[int, ...]) -> Node:
         """The last token is scored from its parent and never fed. The first needs the context's last hidden state."""
         if context.is_computed and context.last_hidden is None:
-            context = self.tree.fork_last_token(context)
-        return self.tree.insert_scored(context, continuation[:-1])
+            context = self.nodes.fork_last_token(context)
+        return self.nodes.insert_scored(context, continuation[:-1])
+
+    def requests(self) -> Iterator[Request]:
+        """All rows, each once."""
+        prefills = [*self.waiting, *self.prefilling]
+        return iter(dict.fromkeys([*(p.request for p in prefills), *(s.request for s in self.running)]))
 
     def plan_step(self) -> StepPlan:
-        """Grow tails, admit rows, fill the token budget. Rows that can never fit are put into `failed`."""
-        plan = StepPlan()
+        """Grow tails, admit rows, fill the token budget. Rows that can never fit leave; see `take_failed`."""
         self._grow_tails()
         self._admit()
-        plan.decoding = list(self.running)
-        self._fill(plan)
-        new = set(plan.new_nodes)
+        decoding = list(self.running)
+        new = self._new_nodes(self.max_num_batched_tokens - len(decoding))
         complete = [prefill for prefill in self.prefilling if _is_complete(prefill.end, new)]
-        plan.ready = [prefill for prefill in complete if not prefill.request.is_scored]
-        plan.scored = [prefill for prefill in complete if prefill.request.is_scored]
-        return plan
+        return StepPlan(tuple(new), tuple(decoding), tuple(complete))
 
     def start_decoding(self, prefill: Prefill) -> None:
         """The prompt is computed and every sample has drawn; what is unfinished goes on."""
         self.prefilling.remove(prefill)
         for sample in prefill.samples:
             if sample.finish_reason:
-                self._unscore(prefill)
                 self._leave(sample.end, sample.request)
             elif self._open_tail(sample):
                 self.running.append(sample)
+
+    def finish_prompt(self, prefill: Prefill) -> None:
+        """The prompt is computed, and the row wants nothing more."""
+        self.prefilling.remove(prefill)
+        self._drop(prefill, held=True)
 
     def finish(self, sample: Sample) -> None:
         """A running sample is done: free what only it needed."""
         self.running.remove(sample)
         self._close(sample)
         self._leave(sample.end, sample.request)
+
+    def take_failed(self) -> list[tuple[Request, RowError]]:
+        """Rows that have left since the last call because they can never fit."""
+        failed, self._failed = self._failed, []
+        return failed
 
     def abort(self, request: Request) -> None:
         """Take every sample of a row out, wherever it is."""
@@ -167,24 +145,24 @@ class Scheduler:
         if prefill.end.is_computed and prefill.end.last_hidden is None:
             self._fork_end(prefill)
         try:
-            num_cached = self.residency.acquire(prefill.end)
+            num_cached = self.nodes.acquire(prefill.end)
         except KVMemoryExceeded:
             return False
-        if not self.residency.make_room(num_promised + prefill.num_tail_tokens):
-            self.residency.release(prefill.end)
+        if not self.nodes.make_room(num_promised + prefill.num_tail_tokens):
+            self.nodes.release(prefill.end)
             return False
         for _ in prefill.samples[1:]:
-            self.residency.acquire(prefill.end)
+            self.nodes.acquire(prefill.end)
         if prefill.request.num_cached_tokens is None:
             prefill.request.num_cached_tokens = num_cached
         return True
 
     def _fork_end(self, prefill: Prefill) -> None:
         """The prompt ends inside a longer run that is already computed: its last token is computed again."""
-        forked = self.tree.fork_last_token(prefill.end)
+        forked = self.nodes.fork_last_token(prefill.end)
         for sample in prefill.samples:
-            self.tree.add_row(forked)
-            self.tree.remove_row(sample.end)
+            self.nodes.add_row(forked)
+            self.nodes.remove_row(sample.end)
             sample.end = forked
         prefill.end = forked
 
@@ -192,27 +170,28 @@ class Scheduler:
         """Alone, with everything else evicted, the row does not fit."""
         wanted = prefill.end.stop + prefill.num_tail_tokens
         self._drop(prefill, held=False)
+        self.abort(prefill.request)
         message = (
             f"the row needs {wanted} tokens of KV memory, the limit is "
-            f"{self.cache.budget_tokens} tokens (workers.kv_cache_memory_bytes)"
+            f"{self.memory.budget_tokens} tokens (workers.kv_cache_memory_bytes)"
         )
-        self.failed.append((prefill.request, RowError(RowErrorCode.ROW_OOM, message)))
+        self._failed.append((prefill.request, RowError(RowErrorCode.ROW_OOM, message)))
 
     def _grow_tails(self) -> None:
         """Room for one more token a running sample; the latest rows give way to the earliest."""
         for sample in sorted(self.running, key=_age):
             while sample.tail is not None and sample.finish_reason is None:
-                if self.residency.make_room(self.cache.num_tokens_to_grow(sample.tail)):
-                    self.cache.grow_tail(sample.tail)
+                if self.nodes.make_room(self.memory.num_tokens_to_grow(sample.tail)):
+                    self.memory.grow_tail(sample.tail)
                     break
                 self._give_way(sample)
 
     def _open_tail(self, sample: Sample) -> bool:
         """False if the sample had to give way and waits again."""
-        if not self.residency.make_room(TAIL_CAPACITIES[0]):
+        if not self.nodes.make_room(TAIL_CAPACITIES[0]):
             self._requeue(sample)
             return False
-        sample.tail = self.cache.open_tail()
+        sample.tail = self.memory.open_tail()
         return True
 
     def _give_way(self, sample: Sample) -> None:
@@ -223,22 +202,22 @@ class Scheduler:
 
     def shrink_memory(self, budget_bytes: int) -> bool:
         """Have less KV memory from now on; the latest rows give way. False if the earliest alone needs more."""
-        before = self.cache.budget_bytes
-        self.cache.budget_bytes = budget_bytes
-        while not self.residency.make_room(0):
+        before = self.memory.budget_bytes
+        self.memory.budget_bytes = budget_bytes
+        while not self.nodes.make_room(0):
             held = [*self.running, *(s for p in self.prefilling for s in p.samples)]
             if len(held) < 2:
-                self.cache.budget_bytes = before
+                self.memory.budget_bytes = before
                 return False
             self._preempt(max(held, key=_age))
-        self.cache.shrink(budget_bytes)
+        self.memory.shrink(budget_bytes)
         return True
 
     def _preempt(self, sample: Sample) -> None:
         for prefill in [p for p in self.prefilling if sample in p.samples]:
             self.prefilling.remove(prefill)
             for _ in prefill.samples:
-                self.residency.release(prefill.end)
+                self.nodes.release(prefill.end)
             self.waiting.appendleft(prefill)
             self.num_preemptions += 1
             return
@@ -251,7 +230,7 @@ class Scheduler:
         self.num_preemptions += 1
         request, old_end = sample.request, sample.end
         chain = _with_generated(request.segments, sample.token_ids)
-        end = self.tree.insert(chain, request.root)
+        end = self.nodes.insert(chain, request.root)
         sample.end = end
         self.waiting.appendleft(self._prefill(request, [sample], end))
         self._leave(old_end, request)
@@ -265,48 +244,48 @@ class Scheduler:
 
     def _prefill(self, request: Request, samples: list[Sample], end: Node) -> Prefill:
         for _ in samples:
-            self.tree.add_row(end)
+            self.nodes.add_row(end)
         return Prefill(request, samples, end)
 
     def _unscore(self, prefill: Prefill) -> None:
         if prefill.request.is_scored:
-            self.tree.remove_scored(prefill.end, prefill.request.num_prompt_tokens)
+            self.nodes.remove_scored(prefill.end, prefill.request.num_prompt_tokens)
 
     def _drop(self, prefill: Prefill, *, held: bool) -> None:
         self._unscore(prefill)
         for _ in prefill.samples:
             if held:
-                self.residency.release(prefill.end)
-            self.tree.remove_row(prefill.end)
+                self._leave(prefill.end, prefill.request)
+            else:
+                self.nodes.remove_row(prefill.end)
 
     def _leave(self, end: Node, request: Request) -> None:
         """What stands under a root of its own is of no use to others."""
-        self.residency.release(end, keep_idle=request.root is None)
-        self.tree.remove_row(end)
+        self.nodes.release(end, keep_idle=request.root is None)
+        self.nodes.remove_row(end)
 
     def _close(self, sample: Sample) -> None:
         if sample.tail is not None:
-            self.cache.close_tail(sample.tail)
+            self.memory.close_tail(sample.tail)
             sample.tail = None
 
     # -- the step
 
-    def _fill(self, plan: StepPlan) -> None:
-        """Prefill in row order until the budget is spent."""
-        budget = self.max_num_batched_tokens - len(plan.decoding)
-        chosen: set[Node] = set()
+    def _new_nodes(self, budget: int) -> dict[Node, None]:
+        """What to compute, in row order, until the budget is spent."""
+        chosen: dict[Node, None] = {}
         for prefill in self.prefilling:
             for node in prefill.end.path():
                 if node.is_computed or node in chosen:
                     continue
                 piece = self._piece(node, budget, is_first=not chosen)
                 if piece is None:
-                    return
-                plan.new_nodes.append(piece)
-                chosen.add(piece)
+                    return chosen
+                chosen[piece] = None
                 budget -= len(piece)
                 if piece is not node:
-                    return
+                    return chosen
+        return chosen
 
     def _piece(self, node: Node, budget: int, *, is_first: bool) -> Node | None:
         """The node, or as much of a causal one as the budget holds. An atomic one may exceed it when it is first."""
@@ -314,10 +293,10 @@ class Scheduler:
             return node
         if node.bidirectional or budget < (1 if is_first else MIN_PIECE_TOKENS):
             return None
-        return self.tree.split(node, budget)
+        return self.nodes.split(node, budget)
 
 
-def _is_complete(end: Node, in_step: set[Node]) -> bool:
+def _is_complete(end: Node, in_step: Container[Node]) -> bool:
     return all(node.is_computed or node in in_step for node in end.path())
 
 
