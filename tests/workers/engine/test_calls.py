@@ -56,7 +56,7 @@ def test_interrupted_calls_hold_no_memory(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         subject.generate(shared_prompts(), PARAMS)
     assert subject.core.runner.memory.allocated_bytes == 0
-    assert list(subject.core.tree) == []
+    assert list(subject.core.nodes) == []
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -74,7 +74,7 @@ def test_memory_is_all_given_back_after_rows_and_cache_are_gone():
     subject = tiny_engine(enable_prefix_caching=False)
     subject.generate(shared_prompts(), LONG)
     assert memory_of(subject).allocated_bytes == 0
-    assert list(subject.core.tree) == []
+    assert list(subject.core.nodes) == []
 
 
 def test_keys_of_rows_that_are_done_do_not_pile_up_but_what_rows_shared_stays(monkeypatch):
@@ -117,7 +117,7 @@ def test_kv_bytes_of_rows_over_a_shared_segment_are_exactly_the_distinct_tokens(
     own = sum(len(tokens) for tokens in {row[1].token_ids for row in rows})
     assert len({row[1].token_ids for row in rows}) > 200
     subject.generate([[Segment((5,) * 4096, True)]], SamplingParams(max_tokens=1))  # warm up buffers of the same size
-    subject.core.scheduler.residency.make_room(memory_of(subject).budget_bytes // memory_of(subject).shape.bytes_per_token)
+    subject.core.nodes.make_room(memory_of(subject).budget_bytes // memory_of(subject).shape.bytes_per_token)
     assert memory_of(subject).allocated_bytes == 0
     before = resident_bytes()
     for index, row in enumerate(rows):

@@ -118,7 +118,7 @@ def test_scores_in_short_memory_equal_those_in_ample_memory():
 def test_all_structure_is_gone_after_scoring_without_reuse():
     subject = tiny_engine(enable_prefix_caching=False)
     subject.loglikelihood([([Segment((5, 6), True)], (7, 8, 9))] * 3)
-    assert list(subject.core.tree) == []
+    assert list(subject.core.nodes) == []
     assert memory_of(subject).allocated_bytes == 0
 
 
