@@ -28,7 +28,7 @@ SHORT_RUN = 32  # queries
 Block = SelfBlock | CrossBlock
 
 
-class NativeBackend:
+class KernelBackend:
     """Executes a step's blocks on the CPU. `few_pairs`: blocks up to this size are left to the kernel."""
 
     def __init__(self, kernels: Kernels, few_pairs: int = FEW_PAIRS) -> None:
@@ -38,16 +38,16 @@ class NativeBackend:
     def new_memory(self, shape: KVShape, budget_bytes: int) -> KVPieces:
         return KVPieces(shape, budget_bytes)
 
-    def begin(self, blocks: StepBlocks, tails: Sequence[Tail], memory: KVMemory) -> "NativeStep":
+    def begin(self, blocks: StepBlocks, tails: Sequence[Tail], memory: KVMemory) -> "KernelStep":
         tails_of = dict(zip(blocks.decode_index, pieces_of(tails, memory), strict=True))
         shape = memory.shape
         by_tiles = shape.dtype == torch.bfloat16 and self._kernels.multiplies(shape.head_dim)
         candidates = _of_short_runs(blocks) if by_tiles else (*blocks.self_blocks, *blocks.cross_blocks)
         large = [block for block in candidates if _num_pairs(block) > self._few_pairs]
-        return NativeStep(self._kernels, blocks, large, tails_of, by_tiles=by_tiles)
+        return KernelStep(self._kernels, blocks, large, tails_of, by_tiles=by_tiles)
 
 
-class NativeStep:
+class KernelStep:
     """What all layers of a step share: the kernel's tables, and the blocks that are flash attention's.
 
     `tails`: of generating rows by packed index, the pieces with their new token and how much of each is used.

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segue.attention.cuda.plan import Sequences, VarlenPlan
+from segue.attention.cuda.plan import CudaPlan, Sequences
 from segue.attention.memory.budget import KVMemory, KVShape, Tail
 from segue.attention.memory.pool import KVPool
 from segue.attention.tree.blocks import StepBlocks
@@ -72,7 +72,7 @@ def _older_kernel(
     )[:2]
 
 
-class VarlenBackend:
+class CudaBackend:
     """Executes a step's blocks with two calls a layer. `kernel`: for tests, which have no GPU."""
 
     def __init__(self, kernel: Kernel | None = None, layer_devices: Sequence[torch.device] | None = None) -> None:
@@ -87,20 +87,20 @@ class VarlenBackend:
             )
         return KVPool(shape, budget_bytes, self._layer_devices)
 
-    def begin(self, blocks: StepBlocks, tails: Sequence[Tail], memory: KVMemory) -> "_VarlenStep":
+    def begin(self, blocks: StepBlocks, tails: Sequence[Tail], memory: KVMemory) -> "_CudaStep":
         if not isinstance(memory, KVPool):
             raise TypeError(f"wanted a pool, got {type(memory).__name__}")
-        return _VarlenStep(VarlenPlan.of(blocks, tails), memory, self.kernel)
+        return _CudaStep(CudaPlan.of(blocks, tails), memory, self.kernel)
 
     @property
     def kernel(self) -> Kernel:
         return self._kernel or cuda_kernel()
 
 
-class _VarlenStep:
+class _CudaStep:
     """A plan on the devices of its layers."""
 
-    def __init__(self, plan: VarlenPlan, pool: KVPool, kernel: Kernel) -> None:
+    def __init__(self, plan: CudaPlan, pool: KVPool, kernel: Kernel) -> None:
         self._plan = plan
         self._pool = pool
         self._kernel = kernel
@@ -180,7 +180,7 @@ def _causal(
 class PlanTensors:
     """A plan on a device."""
 
-    def __init__(self, plan: VarlenPlan, device: torch.device) -> None:
+    def __init__(self, plan: CudaPlan, device: torch.device) -> None:
         self.slots = _sent(plan.slots, device)
         self.dense = _Call(plan.dense, device)
         self.causal = _Call(plan.causal, device)

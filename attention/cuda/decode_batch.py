@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from segue.attention.cuda.backend import Kernel, PlanTensors, attend
-from segue.attention.cuda.plan import KEY_TILE, QUERY_TILE, Sequences, VarlenPlan
+from segue.attention.cuda.plan import KEY_TILE, QUERY_TILE, CudaPlan, Sequences
 from segue.attention.memory.pool import KVPool
 
 
@@ -24,7 +24,7 @@ class DecodeBucket:
     parts: int
 
     @classmethod
-    def of(cls, plan: VarlenPlan) -> "DecodeBucket":
+    def of(cls, plan: CudaPlan) -> "DecodeBucket":
         """Raises ValueError for a step that computes nodes."""
         if len(plan.causal.queries):
             raise ValueError("a step with nodes to compute is none of decoding rows alone")
@@ -49,7 +49,7 @@ class PaddedDecode:
         self._bucket = bucket
         self._on = PlanTensors(_padding(bucket, pool.scratch), pool.tensors[0].device)
 
-    def load(self, plan: VarlenPlan) -> None:
+    def load(self, plan: CudaPlan) -> None:
         """The next step's numbers. Raises ValueError for one of another bucket."""
         if DecodeBucket.of(plan) != self._bucket:
             raise ValueError(f"a step of {DecodeBucket.of(plan)} does not fit {self._bucket}")
@@ -72,11 +72,11 @@ class PaddedDecode:
         """All is where it belongs already."""
 
 
-def _padding(bucket: DecodeBucket, scratch: int) -> VarlenPlan:
+def _padding(bucket: DecodeBucket, scratch: int) -> CudaPlan:
     """A plan in which nothing is asked."""
     borders_q, borders_k = np.zeros((2, bucket.sequences + 1), dtype=np.int32)
     lengths, queries = np.zeros(bucket.sequences, dtype=np.int32), np.zeros(bucket.queries, dtype=np.int64)
-    return VarlenPlan(
+    return CudaPlan(
         slots=np.full(bucket.rows, scratch, dtype=np.int64),
         dense=Sequences(queries, borders_q, borders_k, lengths, QUERY_TILE, KEY_TILE),
         causal=Sequences.of(np.empty((0, 4), dtype=np.int64)),

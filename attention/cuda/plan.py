@@ -45,7 +45,7 @@ class Sequences:
 
 
 @dataclass(frozen=True, slots=True)
-class VarlenPlan:
+class CudaPlan:
     """Parts are numbered as they come out: first the dense call's, then the causal one's, then one of no weight."""
 
     slots: np.ndarray  # [T] int64: the place in the pool of each token's key and value
@@ -58,7 +58,7 @@ class VarlenPlan:
         return len(self.slots)
 
     @classmethod
-    def of(cls, blocks: StepBlocks, tails: Sequence[Tail]) -> "VarlenPlan":
+    def of(cls, blocks: StepBlocks, tails: Sequence[Tail]) -> "CudaPlan":
         """`tails[i]` is that of the query at `blocks.decode_index[i]`."""
         own = [(block, _extent(block.node)) for block in blocks.self_blocks]
         squares = [(block.start, len(block.node), extent.start) for block, extent in own if block.is_causal]

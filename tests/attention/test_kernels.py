@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from segue.attention.cpu.backend import NativeBackend
+from segue.attention.cpu.backend import KernelBackend
 from segue.attention.cpu.flash import flash
 from segue.attention.cpu.kernels import After, Kernels, Tables, load_kernels
 from segue.attention.memory.budget import KVShape
@@ -376,9 +376,9 @@ def test_switched_off_by_the_environment(monkeypatch):
 def test_auto_is_the_kernels_where_they_can_be_had():
     if cpu_kernels() is None:
         pytest.skip("no C++ compiler on this machine")
-    assert _backend_names() == {"auto": "NativeBackend", "cpu": "TorchBackend", "native": "NativeBackend"}
-    assert isinstance(make_backend("auto", _shape(torch.bfloat16), [CPU]), NativeBackend)
-    assert not isinstance(make_backend("auto", _shape(torch.float16), [CPU]), NativeBackend)
+    assert _backend_names() == {"auto": "KernelBackend", "cpu": "TorchBackend", "native": "KernelBackend"}
+    assert isinstance(make_backend("auto", _shape(torch.bfloat16), [CPU]), KernelBackend)
+    assert not isinstance(make_backend("auto", _shape(torch.float16), [CPU]), KernelBackend)
 
 
 def test_tensors_of_mixed_types_are_refused_rather_than_misread(kernels):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from varlen_emulation import EmulatedBackend
 
 from segue.attention.backend import TreeStep
-from segue.attention.cpu.backend import FEW_PAIRS, NativeBackend
+from segue.attention.cpu.backend import FEW_PAIRS, KernelBackend
 from segue.attention.cpu.by_torch import TorchBackend, merge_part_
 from segue.attention.cpu.flash import FEW_KEYS, flash
 from segue.attention.memory.budget import KVShape
@@ -29,7 +29,7 @@ KERNELS = cpu_kernels()
 NATIVE = {"native": FEW_PAIRS, "kernel alone": 1 << 40, "kernel merging": 0} if KERNELS else {}  # by few_pairs
 
 
-class TiledBackend(NativeBackend):
+class TiledBackend(KernelBackend):
     """Is tested where tiles multiply: in bf16, with wider heads."""
 
     shape = KVShape(1, HKV, 32, torch.bfloat16)
@@ -37,7 +37,7 @@ class TiledBackend(NativeBackend):
 
 TILED = NATIVE if KERNELS and KERNELS.has_tiles else {}
 BACKENDS = [TorchBackend(), ReferenceBackend(), EmulatedBackend()]
-BACKENDS += [NativeBackend(KERNELS, few_pairs) for few_pairs in NATIVE.values() if KERNELS]
+BACKENDS += [KernelBackend(KERNELS, few_pairs) for few_pairs in NATIVE.values() if KERNELS]
 BACKENDS += [TiledBackend(KERNELS, few_pairs) for few_pairs in TILED.values() if KERNELS]
 NAMES = ["cpu", "reference", "varlen", *NATIVE, *(f"{name}, tiles" for name in TILED)]
 

@@ -14,8 +14,8 @@ from torch.nn.attention import varlen
 from varlen_emulation import EmulatedBackend, emulate
 
 from segue.attention.cuda import backend as subject
-from segue.attention.cuda import plan as varlen_plan
-from segue.attention.cuda.backend import VarlenBackend
+from segue.attention.cuda import plan as cuda_plan
+from segue.attention.cuda.backend import CudaBackend
 from segue.attention.cuda.plan import KEY_TILE, QUERY_TILE
 from segue.attention.memory import pool as kv_pool
 from segue.attention.memory.budget import KVShape
@@ -42,7 +42,7 @@ def _varlen_for_all():
 
 
 def test_engine_here_runs_over_varlen():
-    assert isinstance(Engine(tiny_tree_model(), EngineConfig()).backend, VarlenBackend)
+    assert isinstance(Engine(tiny_tree_model(), EngineConfig()).backend, CudaBackend)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -64,7 +64,7 @@ def test_real_model_over_varlen_gives_the_logits_and_answers_of_the_dense_refere
         for n in range(4)
     ]
     over_varlen, reference = (Engine(model, EngineConfig(mask=mask, backend=name)) for name in ("auto", "reference"))
-    assert isinstance(over_varlen.backend, VarlenBackend)
+    assert isinstance(over_varlen.backend, CudaBackend)
     got, wanted = over_varlen.logits(chats), reference.logits(chats)
     assert float((got - wanted).norm() / wanted.norm()) < 1e-4
     params = SamplingParams(max_tokens=6, temperature=0.0)
@@ -76,7 +76,7 @@ def test_real_model_over_varlen_gives_the_logits_and_answers_of_the_dense_refere
 
 
 def test_long_nodes_are_cut_into_tiles_of_queries_and_keys():
-    got = varlen_plan._tiled(np.array([[3, QUERY_TILE + 5, 100, KEY_TILE + 1], [200, 1, 7, 2]]))
+    got = cuda_plan._tiled(np.array([[3, QUERY_TILE + 5, 100, KEY_TILE + 1], [200, 1, 7, 2]]))
     assert got.tolist() == [
         [3, QUERY_TILE, 100, KEY_TILE],
         [3, QUERY_TILE, 100 + KEY_TILE, 1],
@@ -87,7 +87,7 @@ def test_long_nodes_are_cut_into_tiles_of_queries_and_keys():
 
 
 def test_long_causal_squares_are_cut_into_tiles_over_all_keys_before():
-    got = varlen_plan._tiled_causal(np.array([[3, 2 * QUERY_TILE + 5, 100]]))
+    got = cuda_plan._tiled_causal(np.array([[3, 2 * QUERY_TILE + 5, 100]]))
     assert got.tolist() == [
         [3, QUERY_TILE, 100, QUERY_TILE],
         [3 + QUERY_TILE, QUERY_TILE, 100, 2 * QUERY_TILE],
@@ -97,8 +97,8 @@ def test_long_causal_squares_are_cut_into_tiles_over_all_keys_before():
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(varlen_plan, "QUERY_TILE", 4)
-    monkeypatch.setattr(varlen_plan, "KEY_TILE", 6)
+    monkeypatch.setattr(cuda_plan, "QUERY_TILE", 4)
+    monkeypatch.setattr(cuda_plan, "KEY_TILE", 6)
 
 
 def _check_random_trees():
@@ -116,7 +116,7 @@ def test_varlen_of_many_tiles_equals_dense_reference(small_tiles):
 
 def _shifted(name, change):
     """Sequences with one of their arrays changed."""
-    made = varlen_plan.Sequences.of.__func__
+    made = cuda_plan.Sequences.of.__func__
 
     def of(cls, blocks):
         sequences = made(cls, blocks)
@@ -127,18 +127,18 @@ def _shifted(name, change):
 
 
 MUTATIONS = {
-    "seqused_k is one too few": (varlen_plan.Sequences, "of", _shifted("seqused_k", lambda a: np.maximum(a - 1, 1))),
-    "seqused_k is one too many": (varlen_plan.Sequences, "of", _shifted("seqused_k", lambda a: a + 1)),
-    "keys begin one too late": (varlen_plan.Sequences, "of", _shifted("starts_k", lambda a: a + 1)),
+    "seqused_k is one too few": (cuda_plan.Sequences, "of", _shifted("seqused_k", lambda a: np.maximum(a - 1, 1))),
+    "seqused_k is one too many": (cuda_plan.Sequences, "of", _shifted("seqused_k", lambda a: a + 1)),
+    "keys begin one too late": (cuda_plan.Sequences, "of", _shifted("starts_k", lambda a: a + 1)),
     "the log-sum-exp is of base 2": (
         subject,
         "_merged",
         lambda parts, out, lse, _merged=subject._merged: _merged(parts, out, lse * 1.4427),
     ),
     "new keys go to another token's place": (
-        varlen_plan,
+        cuda_plan,
         "_slots",
-        lambda *args, _slots=varlen_plan._slots: np.roll(_slots(*args), 1),
+        lambda *args, _slots=cuda_plan._slots: np.roll(_slots(*args), 1),
     ),
     "a tail that moved is read where it was": (kv_pool.KVPool, "grow_tail", None),
 }
@@ -216,7 +216,7 @@ def test_every_argument_is_one_of_the_installed_torch():
 def test_varlen_without_a_gpu_says_what_it_wants():
     shape = KVShape(1, 1, 8, torch.bfloat16)
     with pytest.raises(ValueError, match=r"wants a CUDA device and float16 or bfloat16, got cpu and torch.bfloat16"):
-        VarlenBackend().new_memory(shape, 1 << 20)
+        CudaBackend().new_memory(shape, 1 << 20)
 
 
 # -- memory of the device runs short

@@ -15,8 +15,8 @@ from tiny_models import KINDS, oracle_logits, oracle_model, tiny_model, tiny_tok
 from varlen_emulation import emulated_varlen_attn
 
 from segue.attention.cuda import backend as varlen
-from segue.attention.cuda import plan as varlen_plan
-from segue.attention.cuda.backend import VarlenBackend
+from segue.attention.cuda import plan as cuda_plan
+from segue.attention.cuda.backend import CudaBackend
 from segue.attention.memory.budget import KVShape
 from segue.attention.segments import Segment
 from segue.workers.engine.engine import Engine, EngineConfig
@@ -63,8 +63,8 @@ def test_kernel_equals_its_emulation(heads, window):
 @pytest.mark.parametrize("tiles", [(128, 2048), (4, 6)], ids=["usual_tiles", "small_tiles"])
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_tree_attention_on_the_card_equals_dense_reference(bidirectional, tiles, monkeypatch):
-    monkeypatch.setattr(varlen_plan, "QUERY_TILE", tiles[0])
-    monkeypatch.setattr(varlen_plan, "KEY_TILE", tiles[1])
+    monkeypatch.setattr(cuda_plan, "QUERY_TILE", tiles[0])
+    monkeypatch.setattr(cuda_plan, "KEY_TILE", tiles[1])
     monkeypatch.setattr(test_tree_attention, "TOLERANCE", 5e-3)
     test_tree_attention.test_tree_attention_of_long_nodes_deep_trees_and_many_queries_equals_dense_reference(
         OnCard(), bidirectional
@@ -76,7 +76,7 @@ def test_tree_attention_of_random_trees_on_the_card_equals_dense_reference(monke
     test_tree_attention.check_random_trees(OnCard())
 
 
-class OnCard(VarlenBackend):
+class OnCard(CudaBackend):
     """Takes the tests' fp32 numbers from the CPU, computes in fp16 on the card, and brings them back."""
 
     def new_memory(self, shape, budget_bytes):
@@ -104,7 +104,7 @@ def card_model(kind="llama", dtype=torch.float16):
 def test_logits_on_the_card_equal_transformers_on_the_cpu(kind, mask):
     rows = test_engine.shared_prompts()
     engine = Engine(card_model(kind), EngineConfig(mask=mask, max_num_batched_tokens=64, max_num_seqs=8))
-    assert isinstance(engine.backend, VarlenBackend)
+    assert isinstance(engine.backend, CudaBackend)
     got = engine.logits(rows).cpu()
     for row, logits in zip(rows, got, strict=True):
         chain = row if mask == "segment" else [Segment(tuple(t for s in row for t in s.token_ids), False)]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from segue.attention.cuda.backend import Kernel
 from segue.attention.cuda.decode_batch import DecodeBucket, PaddedDecode
-from segue.attention.cuda.plan import VarlenPlan
+from segue.attention.cuda.plan import CudaPlan
 from segue.attention.memory.budget import Tail
 from segue.attention.memory.pool import KVPool
 from segue.attention.tree.blocks import StepBlocks
@@ -39,7 +39,7 @@ class DecodeGraphs:
         if self._generation != self._pool.generation:  # its tensors are gone
             self._graphs.clear()
             self._generation = self._pool.generation
-        plan = VarlenPlan.of(blocks, tails)
+        plan = CudaPlan.of(blocks, tails)
         bucket = DecodeBucket.of(plan)
         graph = self._graphs.pop(bucket, None)
         if graph is None:
@@ -62,7 +62,7 @@ class _Graph:
         self._hidden = torch.empty(0)
         self._replay = self._captured(model, device)
 
-    def run(self, plan: VarlenPlan, token_ids: Sequence[int], position_ids: Sequence[int]) -> Tensor:
+    def run(self, plan: CudaPlan, token_ids: Sequence[int], position_ids: Sequence[int]) -> Tensor:
         for tensor, values in ((self._ids, token_ids), (self._positions, position_ids)):
             padded = np.zeros((1, tensor.shape[1]), dtype=np.int64)
             padded[0, : len(values)] = values

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from segue.attention.backend import TreeStep
-from segue.attention.cuda.backend import VarlenBackend
+from segue.attention.cuda.backend import CudaBackend
 from segue.attention.memory.budget import Tail
 from segue.attention.memory.pool import KVPool
 from segue.attention.tree.blocks import DecodeQuery, StepBlocks, blocks_of
@@ -40,7 +40,7 @@ class StepRunner:
         self.graphs = self._decode_graphs() if config.decode_graphs else None
 
     def _decode_graphs(self) -> DecodeGraphs:
-        if not isinstance(self.backend, VarlenBackend) or not isinstance(self.memory, KVPool):
+        if not isinstance(self.backend, CudaBackend) or not isinstance(self.memory, KVPool):
             raise ValueError("decode_graphs wants the backend varlen")
         if len({*self.model.layer_devices}) > 1:
             raise ValueError("decode_graphs wants all layers on one device")

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tiny_engines import run_with_keys, shared_prompts, tiny_engine, token_ids
 from tiny_models import oracle_greedy, oracle_logits, oracle_model, tiny_tree_model
 
-from segue.attention.cpu.backend import NativeBackend
-from segue.attention.cuda.backend import VarlenBackend
+from segue.attention.cpu.backend import KernelBackend
+from segue.attention.cuda.backend import CudaBackend
 from segue.attention.segments import Segment, num_tokens
 from segue.attention.tree.tree import SegmentTree
 from segue.workers.devices.devices import cpu_kernels
@@ -22,8 +22,8 @@ TOLERANCE = 1e-4
 
 def test_engine_runs_over_the_backend_that_is_meant(each_backend):
     backend = tiny_engine().core.runner.backend
-    assert isinstance(backend, VarlenBackend) == (each_backend == "varlen")
-    assert isinstance(backend, NativeBackend) == (each_backend == "kernels" and cpu_kernels() is not None)
+    assert isinstance(backend, CudaBackend) == (each_backend == "varlen")
+    assert isinstance(backend, KernelBackend) == (each_backend == "kernels" and cpu_kernels() is not None)
 
 
 @given(rows=chains(max_rows=6), mask=st.sampled_from(["segment", "causal"]), budget=st.sampled_from([4, 7, 2048]))
