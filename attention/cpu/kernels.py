@@ -124,7 +124,7 @@ class Kernels:
             function.argtypes, function.restype = arguments[name], None
         functions["has_tiles"].restype = kind
         self._functions = SimpleNamespace(**functions)
-        self.has_tiles = bool(self._functions.has_tiles())
+        self._has_tiles = bool(self._functions.has_tiles())
 
     def rms_norm(self, inputs: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """`[..., E]` over its root mean square, times weight `[E]`."""
@@ -191,9 +191,9 @@ class Kernels:
         )
         return out
 
-    def multiplies(self, num_inputs: int) -> bool:
-        """Whether tiles do, in bf16."""
-        return self.has_tiles and num_inputs % TILE_INPUTS == 0
+    def multiplies(self, num_inputs: int = TILE_INPUTS) -> bool:
+        """Whether this processor multiplies bf16 by tiles, and so many inputs fill them."""
+        return self._has_tiles and num_inputs % TILE_INPUTS == 0
 
     def pack(self, weights: Tensor, bias: Tensor | None) -> PackedWeights:
         """`[N, K]` and `[N]`, for products by tiles."""

@@ -35,7 +35,7 @@ class TiledBackend(KernelBackend):
     shape = KVShape(1, HKV, 32, torch.bfloat16)
 
 
-TILED = NATIVE if KERNELS and KERNELS.has_tiles else {}
+TILED = NATIVE if KERNELS and KERNELS.multiplies(TiledBackend.shape.head_dim) else {}
 BACKENDS = [TorchBackend(), ReferenceBackend(), EmulatedBackend()]
 BACKENDS += [KernelBackend(KERNELS, few_pairs) for few_pairs in NATIVE.values() if KERNELS]
 BACKENDS += [TiledBackend(KERNELS, few_pairs) for few_pairs in TILED.values() if KERNELS]
