@@ -1,4 +1,7 @@
-"""The specification: attention with a dense mask, in the obvious way. Slow on purpose; every backend is held to it."""
+"""The specification: attention with a dense mask, in the obvious way. Slow on purpose.
+
+Tests compare every backend with it. It imports no other backend.
+"""
 
 from collections.abc import Sequence
 
@@ -87,7 +90,7 @@ def _piece_of(node: Node) -> Piece:
 
 
 def _decode_ends(blocks: StepBlocks) -> dict[int, Node]:
-    """The node each decode query hangs below: the deepest cross block that covers it."""
+    """For each decode query the node at which its prompt ends: that of the deepest cross block that covers it."""
     deepest: dict[int, tuple[int, Node]] = {}
     for block in blocks.cross_blocks:
         for index in blocks.decode_index:

@@ -1,8 +1,9 @@
-"""What a variable-length kernel is told of a step: its sequences, where new keys go, and which parts make up a token.
+"""What a variable-length kernel is told of a step: its sequences, where new keys go, and which parts a token has.
 
-Work is cut so that a kernel is busy whatever the shape: at most QUERY_TILE tokens of queries a sequence (the grid is as
-high as the longest one), and at most KEY_TILE keys (a long shared node is read by many processors at once). Queries do
-not touch each other, and keys are cut by a node's length alone: the batch changes no sum. Numbers only; no kernel.
+Long blocks are cut, so that the kernel is busy whatever their shape: a sequence has at most QUERY_TILE queries, since
+the grid is as high as the longest one, and at most KEY_TILE keys, so that many processors read a long shared node at
+once. Queries do not influence each other, and keys are cut by a node's length alone, so the batch changes no sum.
+Numbers only; no kernel.
 
 Shapes: `T` packed tokens, `N` sequences, `Q` their queries (a token occurs once for each block that it is in), `M` most
 parts of a token.
@@ -28,7 +29,7 @@ class Sequences:
 
     queries: np.ndarray  # [Q] int64: packed positions
     cu_seq_q: np.ndarray  # [N + 1]
-    starts_k: np.ndarray  # [N + 1]: places in the pool; the last says nothing
+    starts_k: np.ndarray  # [N + 1]: places in the pool; the last has no meaning
     seqused_k: np.ndarray  # [N]
     max_q: int
     max_k: int
@@ -46,11 +47,11 @@ class Sequences:
 
 @dataclass(frozen=True, slots=True)
 class CudaPlan:
-    """Parts are numbered as they come out: first the dense call's, then the causal one's, then one of no weight."""
+    """Parts are numbered in order: those of the dense call, those of the causal call, and a last number for no part."""
 
     slots: np.ndarray  # [T] int64: the place in the pool of each token's key and value
-    dense: Sequences  # of what is not causal
-    causal: Sequences  # of causal squares
+    dense: Sequences  # blocks that are not causal
+    causal: Sequences  # causal squares
     parts: np.ndarray  # [T, M] int64
 
     @property

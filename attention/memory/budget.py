@@ -21,7 +21,7 @@ class KVMemoryExceeded(Exception):
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
-    """What one token occupies."""
+    """What one token takes."""
 
     num_layers: int
     num_kv_heads: int
@@ -92,7 +92,7 @@ class KVMemory(ABC):
 
     @abstractmethod
     def shrink(self, budget_bytes: int) -> None:
-        """Have a smaller budget from now on; what is allocated must fit into it."""
+        """Lower the budget; what is allocated must fit into it."""
 
     def charge(self, num_bytes: int) -> None:
         """Count an allocation. Raises KVMemoryExceeded."""

@@ -1,9 +1,9 @@
-"""Keys and values in one pool a layer, for kernels that take many sequences in a call, each named by where its keys
-begin and how many there are.
+"""Keys and values in one pool for each layer, for kernels that take many sequences in a call: a sequence is told by the
+place of its first key and the number of its keys.
 
-A node and a tail are *extents*: consecutive tokens of the pool, exactly as many as they have. Pages would waste most of
-their memory here, since the smallest that torch's bundled kernel takes has 256 tokens and a choice or a question has
-twenty. The price is fragmentation: when no gap is long enough, everything in use moves together. Cutting a node copies
+Each node and each tail is an *extent*: as many consecutive places of the pool as it needs. Pages would waste most of
+their memory here: the smallest page of torch's bundled kernel has 256 tokens, and a choice or a question has twenty.
+The price is fragmentation: when no gap is long enough, everything in use is moved to the front. Cutting a node copies
 nothing.
 
 Shapes: `P` tokens of the pool, `Hkv` key heads, `D` head width. Knows no tree and no scheduler.
@@ -28,7 +28,7 @@ class Extent:
     __slots__ = ("_pool", "length", "start")
 
     def __init__(self, pool: "KVPool", start: int, length: int) -> None:
-        self._pool = ref(pool)  # nodes are cycles, and must not hold gigabytes until somebody looks for these
+        self._pool = ref(pool)  # nodes form cycles, and must not keep gigabytes until these are collected
         self.start = start
         self.length = length
 
@@ -48,9 +48,9 @@ class Extent:
 
 
 class KVPool(KVMemory):
-    """All layers' pools, allocated at once. `layer_devices`: where each layer computes; by default the shape's.
+    """The pools of all layers, allocated at once. `layer_devices`: of each layer, by default `shape.device`.
 
-    A pool has one place more than it hands out, `scratch`, for what nobody reads.
+    A pool has one place more than it hands out, `scratch`, for tokens that nobody reads.
     """
 
     def __init__(self, shape: KVShape, budget_bytes: int, layer_devices: Sequence[torch.device] | None = None) -> None:
@@ -60,14 +60,14 @@ class KVPool(KVMemory):
         devices = layer_devices or [shape.device] * shape.num_layers
         self.tensors = [torch.empty(size, dtype=shape.dtype, device=device) for device in devices]  # [2, P + 1, Hkv, D]
         self.num_compactions = 0
-        self.generation = 0  # of the tensors: a smaller pool has other ones
+        self.generation = 0  # counts changes of `tensors`: a smaller pool has other tensors
         self._extents = Extents(self.budget_tokens)
         self._nodes: dict[Extent, None] = {}
         self._tails: dict[Tail, None] = {}
 
     @property
     def scratch(self) -> int:
-        """The place that is nobody's."""
+        """The place that belongs to no node and no tail."""
         return self._extents.size
 
     def allocate_node(self, num_tokens: int) -> Extent:
@@ -82,7 +82,7 @@ class KVPool(KVMemory):
         self._free(kv.start, kv.length)
 
     def split(self, extent: Extent, num_tokens: int) -> tuple[Extent, Extent]:
-        """Two extents for one."""
+        """Two extents instead of one, in the same places."""
         del self._nodes[extent]
         upper = Extent(self, extent.start, num_tokens)
         lower = Extent(self, extent.start + num_tokens, extent.length - num_tokens)
@@ -135,7 +135,7 @@ class KVPool(KVMemory):
         self.allocated_bytes -= self.bytes_for(length)
 
     def _compact(self, size: int) -> None:
-        """Move all that is in use to the beginning of a pool of `size` tokens; one layer at a time is held twice."""
+        """Move all that is in use to the front of a pool of `size` tokens. One layer at a time is held twice."""
         used: list[Extent | Tail] = sorted([*self._nodes, *self._tails], key=lambda each: each.start)
         starts = np.array([each.start for each in used], dtype=np.int64)
         lengths = np.array(
