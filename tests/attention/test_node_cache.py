@@ -29,6 +29,20 @@ def run(first: int, length: int) -> list[Segment]:
     return [Segment(tuple(range(first, first + length)), False)]
 
 
+def idle(nodes: NodeCache, segments: list[Segment]) -> Node:
+    """A computed node that no row holds."""
+    end = nodes.insert(segments)
+    nodes.acquire(end)
+    for node in end.path():
+        nodes.keep_computed(node, "hidden")
+    nodes.release(end)
+    return end
+
+
+def tokens_in(nodes: NodeCache) -> int:
+    return nodes.memory.allocated_bytes // SHAPE.bytes_per_token
+
+
 class Rows:
     """Rows that come, hold, compute and leave in any order, as a scheduler makes them."""
 
@@ -107,28 +121,38 @@ def test_memory_and_counts_of_nodes_are_right_at_every_moment_and_idle_nodes_can
 def test_idle_node_that_a_waiting_row_cuts_gives_all_its_memory_to_a_row_that_needs_it():
     """A false ROW_OOM: the upper half of the cut was counted as memory in use and never evicted."""
     nodes = nodes_for(2000)
-    done, large = nodes.insert(run(0, 1000)), nodes.insert(run(5000, 1900))
-    nodes.add_row(done)
-    nodes.acquire(done)
-    nodes.keep_computed(done, "hidden")
-    nodes.release(done)
-    nodes.remove_row(done)
+    idle(nodes, run(0, 1000))
+    large = nodes.insert(run(5000, 1900))
     nodes.add_row(large)
     nodes.add_row(nodes.insert([Segment((*range(500), 9000), False)]))  # waits, and shares 500 tokens with the first
     assert nodes.acquire(large) == 0
-    assert nodes.memory.allocated_bytes == 1900 * SHAPE.bytes_per_token
+    assert tokens_in(nodes) == 1900
 
 
-def test_halves_of_an_idle_node_are_evicted_lower_half_first():
+def test_halves_of_an_idle_node_are_evicted_from_the_leaf_up_and_before_their_parent():
     nodes = nodes_for(100)
-    end = nodes.insert(run(0, 60))
-    nodes.acquire(end)
-    nodes.keep_computed(end, "hidden")
-    nodes.release(end)
-    upper = nodes.split(end, 20)
+    lower = idle(nodes, [Segment(tuple(range(100, 110)), True), *run(0, 60)])
+    upper = nodes.split(lower, 20)
+    parent = upper.parent
+    assert parent is not None
     assert nodes.make_room(50)
-    assert (end.kv, upper.is_computed) == (None, True)
-    assert nodes.memory.allocated_bytes == 20 * SHAPE.bytes_per_token
+    assert (lower.is_computed, upper.is_computed, parent.is_computed) == (False, True, True)
+    assert nodes.make_room(80)
+    assert (upper.is_computed, parent.is_computed, tokens_in(nodes)) == (False, True, 10)
+    assert nodes.make_room(100)
+    assert list(nodes) == []
+
+
+def test_halves_of_an_idle_node_count_as_the_tokens_they_have_among_those_of_single_rows(monkeypatch):
+    monkeypatch.setattr(cache, "UNSHARED_TOKENS", 100)
+    monkeypatch.setattr(cache, "UNSHARED_SHARE", 0.0)
+    nodes = nodes_for(1000)
+    nodes.split(idle(nodes, run(0, 60)), 20)
+    kept = []
+    for first, length in ((1000, 40), (2000, 1), (3000, 39), (4000, 1)):
+        idle(nodes, run(first, length))
+        kept.append(tokens_in(nodes))
+    assert kept == [100, 61, 100, 81]  # the lower half goes first, then the upper one
 
 
 def test_node_without_memory_cannot_be_called_computed():
