@@ -118,6 +118,8 @@ class EngineLoop:
         for output in outputs:
             number, index = output.request_id  # type: ignore[misc]
             batch = self._batches[number]
+            if batch.outputs[index] is not None:
+                raise RuntimeError(f"the engine answered row {index} of a batch twice")
             batch.outputs[index] = output
             batch.num_left -= 1
             if not batch.num_left:
