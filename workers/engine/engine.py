@@ -10,7 +10,7 @@ Knows prompts and models; batching is `workers/engine/core.py`. No Ray, no stora
 import datetime
 from collections.abc import Container, Hashable, Mapping, Sequence
 from dataclasses import replace
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,7 +55,6 @@ class Engine:
         self.model = model
         self.config = self.core.config
         self.stats = self.core.stats
-        self._calls = count()
         self._unclaimed: list[RequestOutput] = []  # of rows that were added, finished while another call ran
         self._encoder: PromptEncoder | None = None
         self._chat_encoder: PromptEncoder | None = None
@@ -78,10 +77,10 @@ class Engine:
     ) -> "Engine":
         """Load a model (see `workers/models/source.py` for what a source may be).
 
-        `mask="auto"` is what the adapter was trained with, else causal. Raises ModelRefused with the reason, another
-        mask than the adapter's among them unless `check_adapter` is False. `device="auto"` is a GPU if there is one;
-        `device_map="auto"` puts a model's layers on all of them. `quantization` is transformers' own configuration,
-        with its `quant_method`: weights are made smaller as they are loaded.
+        `mask="auto"` is the mask that the adapter was trained with, and causal without one. `device="auto"` is a GPU if
+        there is one; `device_map="auto"` puts a model's layers on all GPUs. `quantization` is transformers' own
+        configuration, with its `quant_method`: weights are quantised while they are loaded. Raises ModelRefused with
+        the reason. One reason is another mask than the adapter's, unless `check_adapter` is False.
         """
         record = (load_record(Path(adapter)) if adapter else None) or AdapterRecord()
         resolved = record.mask or "causal" if mask == "auto" else mask
@@ -120,20 +119,20 @@ class Engine:
     def loglikelihood(self, pairs: Sequence[tuple[Prompt, str | Sequence[int]]]) -> list[Score]:
         """The log-likelihood of each continuation after its context, in the order of `pairs`.
 
-        Strings are tokenised together, as lm-evaluation-harness does it: spaces at the end of the context belong to the
-        continuation, and an empty context is the beginning-of-sequence (else end-of-sequence) token. A continuation may
-        be token ids. Raises RowError for a pair that cannot be scored.
+        Context and continuation are tokenised together, as in lm-evaluation-harness: spaces at the end of the context
+        belong to the continuation, and an empty context is the beginning-of-sequence token, or the end-of-sequence
+        token if there is none. A continuation may be token ids. Raises RowError for a pair that cannot be scored.
         """
         encoder = PairEncoder(self._prompt_encoder(), self.model.tokenizer)
-        # Chats are segments before they are joined to anything.
+        # chats are encoded before anything is joined to them
         known = [(context if isinstance(context, str) else self._chain(context), text) for context, text in pairs]
         return self._scores([ScoringRequest(*pair) for pair in encoder.encode_all(known)])
 
     def loglikelihood_rolling(self, texts: Sequence[str]) -> list[Score]:
-        """The log-likelihood of each whole text, in windows of the context if it is longer than that.
+        """The log-likelihood of each whole text; a text longer than the model's context is scored in windows.
 
-        As lm-evaluation-harness does it: every token is predicted once, the first of a text from the prefix token, and
-        later windows have one token of context. Raises RowError for a text without tokens.
+        As in lm-evaluation-harness, every token is predicted once, the first token of a text is predicted from the
+        prefix token, and later windows have one token of context. Raises RowError for a text without tokens.
         """
         encoder = PairEncoder(self._prompt_encoder(), self.model.tokenizer)
         windows = [list(rolling_requests(*encoder.encode_text(text), self.core.max_model_len)) for text in texts]
@@ -156,25 +155,27 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """One forward pass; returns the rows that finished with it, or before it in another call's steps."""
-        done, self._unclaimed = self._unclaimed, []
-        return done + self.core.step()
+        done = self.core.step()
+        unclaimed, self._unclaimed = self._unclaimed, []
+        return unclaimed + done
 
     def _run(self, rows: Sequence[EngineRow | LogitsRequest]) -> list[RequestOutput]:
         """Run rows to their end; their outputs, with their places in `rows` as ids, in this order.
 
-        Ids inside the core are new for each call, and whatever ends it, none of its rows stays in the engine.
+        Ids inside the core are new for each call. However a call ends, none of its rows stays in the engine.
         """
-        call = next(self._calls)
-        ids = [(self, call, index) for index in range(len(rows))]
+        call = object()  # in no other row's id
+        ids = [(call, index) for index in range(len(rows))]
+        wanted = {*ids}
         outputs: dict[Hashable, RequestOutput] = {}
         try:
             for index in sorted(range(len(rows)), key=lambda i: self._tree_order(rows[i])):
                 self.core.add(ids[index], rows[index])
             while len(outputs) < len(rows) and self.core.has_work:
-                self._take(self.core.step(), {*ids}, outputs)
+                self._take(self.core.step(), wanted, outputs)
         finally:
             if len(outputs) < len(rows):
-                self.core.abort({*ids})
+                self.core.abort(wanted)
         return [replace(outputs[request_id], request_id=index) for index, request_id in enumerate(ids)]
 
     def _take(
@@ -199,9 +200,9 @@ class Engine:
         return self._encoder_of(prompt).encode_prompt(prompt)  # type: ignore[arg-type]
 
     def _encoder_of(self, prompt: Any) -> PromptEncoder:
-        """Of a string, which needs no chat template, or of chat messages.
+        """The encoder of a string, which needs no chat template, or of chat messages.
 
-        Raises ModelRefused for chats that are put together otherwise than those the adapter was trained with.
+        Raises ModelRefused if chats would be encoded otherwise than those that the adapter was trained with.
         """
         if isinstance(prompt, str):
             return self._prompt_encoder()

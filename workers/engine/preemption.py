@@ -1,4 +1,7 @@
-"""Who gives way when KV memory is short: the latest rows, for the earliest. Knows queues and what rows hold; no model."""
+"""Who gives way when KV memory is short: the latest rows, for the earliest.
+
+Knows the queues and what rows hold; no model.
+"""
 
 from segue.attention.tree.cache import NodeCache
 from segue.workers.engine.plan import Prefill
