@@ -18,7 +18,6 @@ from segue.workers.engine.config import EngineConfig
 from segue.workers.engine.plan import Prefill, StepPlan, StepResult, StepTooLarge
 from segue.workers.engine.runner import StepRunner
 from segue.workers.engine.scheduler import Scheduler
-from segue.workers.engine.shrinking import Shrinking
 from segue.workers.engine.stats import EngineStats
 from segue.workers.errors import RowError, RowErrorCode
 from segue.workers.models.load import TreeModel
@@ -47,7 +46,6 @@ class EngineCore:
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
         )
-        self._shrinking = Shrinking(self.scheduler)
         self._finisher = Finisher(model.tokenizer, model.eos_token_ids, self.max_model_len)
         self._grammars = Grammars(model.tokenizer, model.vocab_size, model.eos_token_ids)
         self._coalescer = RequestCoalescer()
@@ -122,8 +120,7 @@ class EngineCore:
     def _run(self, plan: StepPlan) -> list[RequestOutput]:
         result = self.runner.run(plan)
         if isinstance(result, StepTooLarge):
-            self.stats.num_shrunk_steps += 1
-            self._shrinking.after(result)  # what was planned is planned again
+            self._make_smaller(result)
             return []
         done = [self._scored(*each) for each in zip(plan.scored, result.last_scores, strict=True)]
         done += [self._with_logits(*each) for each in zip(plan.with_logits, result.prompt_logits, strict=True)]
@@ -131,6 +128,12 @@ class EngineCore:
             done += self._settle(plan, self._draw(plan, result.logits))
         self._count(plan, result)
         return done
+
+    def _make_smaller(self, step: StepTooLarge) -> None:
+        """What was planned is planned again. Raises torch.OutOfMemoryError if steps cannot be smaller."""
+        self.stats.num_shrunk_steps += 1
+        if not self.scheduler.make_steps_smaller(step.num_tokens):
+            raise torch.OutOfMemoryError(f"a step of {step.num_tokens} tokens does not fit: {step.message}")
 
     def _scored(self, prefill: Prefill, last: TokenScore) -> RequestOutput:
         """The answer of a scoring row whose last fed token is computed."""

@@ -16,6 +16,8 @@ from segue.workers.errors import RowError, RowErrorCode
 from segue.workers.sampling.sample import Request, Sample
 
 MIN_PIECE_TOKENS = 64  # a causal run is not cut for less: every cut is one more block in each later step
+SHRUNK_SHARE = 0.75  # of its KV memory, what an engine keeps if its steps do not fit beside it
+LEAST_KV_SHARE = 0.1  # of the KV memory it began with
 
 
 class Scheduler:
@@ -29,6 +31,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.memory = nodes.memory
+        self._least_kv_bytes = int(self.memory.budget_bytes * LEAST_KV_SHARE)
         self._nodes = nodes
         self._queues = RowQueues()
         self._rows = RowMemory(nodes)
@@ -108,6 +111,20 @@ class Scheduler:
             f"{self.memory.budget_tokens} tokens (workers.kv_cache_memory_bytes)"
         )
         self._failed.append((prefill.request, RowError(RowErrorCode.ROW_OOM, message)))
+
+    # -- what to do when memory is short
+
+    def make_steps_smaller(self, num_tokens: int) -> bool:
+        """After a step of `num_tokens` for which the device had no memory: smaller steps, then less KV memory.
+
+        False if nothing can be made smaller any more.
+        """
+        smaller = max(num_tokens // 2, self.max_num_seqs)
+        if smaller < min(num_tokens, self.max_num_batched_tokens):
+            self.max_num_batched_tokens = smaller
+            return True
+        budget = int(self.memory.budget_bytes * SHRUNK_SHARE)
+        return budget >= self._least_kv_bytes and self.shrink_memory(budget)
 
     def shrink_memory(self, budget_bytes: int) -> bool:
         """Have less KV memory from now on; the latest rows give way. False if the earliest alone needs more."""
