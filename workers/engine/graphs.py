@@ -1,7 +1,8 @@
-"""Steps of decoding rows alone as CUDA graphs: a step's thousands of kernels started by one call.
+"""CUDA graphs for steps in which all rows decode: one call starts the thousands of kernels of a step.
 
-A graph is captured for each bucket of sizes that comes up, and replayed with the numbers of other steps in its tensors.
-On a CPU the same padded step is run without a graph, which is how it is tested. Knows the model and the pool; no rows.
+A graph is captured for each bucket of sizes that comes up. Later steps of that bucket put their numbers into its
+tensors and replay it. On a CPU the same padded step runs without a graph; tests use that. Knows the model and the
+pool; no rows.
 """
 
 from collections import OrderedDict
@@ -13,18 +14,18 @@ from torch import Tensor
 
 from segue.attention.cuda.backend import Kernel
 from segue.attention.cuda.decode_batch import DecodeBucket, PaddedDecode
-from segue.attention.cuda.plan import VarlenPlan
+from segue.attention.cuda.plan import CudaPlan
 from segue.attention.memory.budget import Tail
 from segue.attention.memory.pool import KVPool
 from segue.attention.tree.blocks import StepBlocks
 from segue.workers.models.load import TreeModel
 
-MAX_GRAPHS = 48  # the one longest unused goes
-WARM_UP_RUNS = 2  # before a capture: libraries set themselves up in their first calls
+MAX_GRAPHS = 48  # the least recently used one goes
+WARM_UP_RUNS = 2  # before a capture: libraries initialise themselves in their first calls
 
 
 class DecodeGraphs:
-    """The graphs of one engine. All layers on one device."""
+    """The graphs of one engine. All layers must be on one device."""
 
     def __init__(self, model: TreeModel, pool: KVPool, kernel: Kernel) -> None:
         self._model = model
@@ -39,7 +40,7 @@ class DecodeGraphs:
         if self._generation != self._pool.generation:  # its tensors are gone
             self._graphs.clear()
             self._generation = self._pool.generation
-        plan = VarlenPlan.of(blocks, tails)
+        plan = CudaPlan.of(blocks, tails)
         bucket = DecodeBucket.of(plan)
         graph = self._graphs.pop(bucket, None)
         if graph is None:
@@ -52,7 +53,7 @@ class DecodeGraphs:
 
 
 class _Graph:
-    """One bucket."""
+    """The graph of one bucket."""
 
     def __init__(self, model: TreeModel, bucket: DecodeBucket, step: PaddedDecode) -> None:
         device = model.kv_shape.device
@@ -62,7 +63,7 @@ class _Graph:
         self._hidden = torch.empty(0)
         self._replay = self._captured(model, device)
 
-    def run(self, plan: VarlenPlan, token_ids: Sequence[int], position_ids: Sequence[int]) -> Tensor:
+    def run(self, plan: CudaPlan, token_ids: Sequence[int], position_ids: Sequence[int]) -> Tensor:
         for tensor, values in ((self._ids, token_ids), (self._positions, position_ids)):
             padded = np.zeros((1, tensor.shape[1]), dtype=np.int64)
             padded[0, : len(values)] = values
