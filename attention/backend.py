@@ -1,7 +1,7 @@
-"""One forward pass, as the attention layers see it: blocks, and a backend at work on them.
+"""One forward pass, as the attention layers see it: the blocks of a step, and the backend that computes them.
 
 A model's attention layer calls `StepRun.attend` with its packed queries, keys and values. All keys of the layer are
-written before any attention runs, so a step may hold whole chains of segments.
+written before any attention runs, so that a step can hold whole chains of segments.
 
 Shapes: `T` packed tokens, `H` query heads, `Hkv` key heads, `D` head width.
 """
@@ -21,32 +21,32 @@ class StepRun(Protocol):
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """query `[H, T, D]`, key and value `[Hkv, T, D]` of this step's tokens -> `[T, H, D]`.
 
-        Keeps the keys and values of the step's nodes and of its rows' tails.
+        Writes the keys and values of the step's nodes and tails to their memory.
         """
         ...
 
     def finish(self) -> None:
-        """Every layer has attended: the new nodes' keys and values are complete."""
+        """To be called after the last layer: the keys and values of new nodes are complete then."""
         ...
 
 
 class Backend(Protocol):
-    """Executes the blocks of steps, in memory of the kind it needs."""
+    """Computes the blocks of steps, in memory of the kind that it needs."""
 
     def new_memory(self, shape: KVShape, budget_bytes: int) -> KVMemory:
-        """What all nodes and tails of its steps are allocated in."""
+        """The memory in which all nodes and tails of its steps are allocated."""
         ...
 
     def begin(self, blocks: StepBlocks, tails: Sequence[Tail], memory: KVMemory) -> StepRun:
-        """What all layers of a step share; made once, before the first.
+        """What all layers of a step share; made once, before the first layer.
 
-        `tails[i]` is that of the query at `blocks.decode_index[i]`; all tails of the memory are given.
+        `tails[i]` is the tail of the query at `blocks.decode_index[i]`.
         """
         ...
 
 
 class TreeStep:
-    """A step in the making. Call `run.finish` after the last layer."""
+    """A step that is being computed. Call `run.finish` after the last layer."""
 
     def __init__(self, blocks: StepBlocks, tails: Sequence[Tail], memory: KVMemory, backend: Backend) -> None:
         self.blocks = blocks

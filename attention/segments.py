@@ -1,4 +1,4 @@
-"""A prompt as a chain of segments: the unit of visibility and of reuse.
+"""A prompt as a chain of segments. A segment is what a token can see, and what is reused.
 
 Knows token ids only: no text, no model, no tensor.
 """
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 class Segment:
     """Consecutive prompt tokens that share one attention rule.
 
-    Inside a bidirectional segment every token sees every other (MAS, arXiv 2412.18487); inside a causal
-    one a token sees itself and what precedes it. Every token sees all earlier segments of its row.
+    In a bidirectional segment every token sees every other (MAS, arXiv 2412.18487). In a causal one a token sees itself
+    and the tokens before it. Every token sees all earlier segments of its row.
     """
 
     token_ids: tuple[int, ...]
@@ -23,11 +23,11 @@ class Segment:
 
 
 def canonical_segments(segments: Iterable[Segment], *, mask: str) -> tuple[Segment, ...]:
-    """The same visibility in its shortest form: no empty segments, neighbouring causal segments merged.
+    """The same visibility in the shortest form: no empty segments, neighbouring causal segments merged.
 
-    `mask="causal"` makes every segment causal, so a prompt becomes a single causal run. A bidirectional
-    segment of one token sees exactly what a causal one does, but stays a segment of its own: its keys
-    are shared as a whole.
+    `mask="causal"` makes every segment causal, so that a prompt becomes one causal run. A bidirectional segment of one
+    token sees exactly what a causal one sees. It stays a segment of its own all the same, whose keys are shared as a
+    whole.
     """
     if mask not in ("segment", "causal"):
         raise ValueError(f"mask must be 'segment' or 'causal', got {mask!r}")

@@ -1,9 +1,9 @@
-"""The rule as a dense mask: what the reference backend and training are made of.
+"""The rule as a dense mask: the reference backend and training use it.
 
     visible(q, k) = k <= q  or  segment(q) == segment(k), for bidirectional segments
 
-(MAS, "Segment-Based Attention Masking for GPTs", Katz et al., ACL 2025, arXiv 2412.18487.) Inference
-over the tree needs no mask; it is held to this one.
+(MAS, "Segment-Based Attention Masking for GPTs", Katz et al., ACL 2025, arXiv 2412.18487.) Inference over the tree
+needs no mask; tests compare it with this one.
 
 Shapes: `T` tokens of a row.
 """
@@ -17,7 +17,7 @@ from segue.attention.segments import Segment
 
 
 def block_sequence_ids(segments: Sequence[Segment], num_generated: int = 0) -> Tensor:
-    """`[T]`: the number of the bidirectional segment a token is in, -1 for causal tokens (transformers' convention)."""
+    """`[T]`: of each token the number of its bidirectional segment, or -1 if it is causal, as in transformers."""
     ids: list[int] = []
     for number, segment in enumerate(segments):
         ids.extend([number if segment.bidirectional else -1] * len(segment))

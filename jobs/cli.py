@@ -98,12 +98,14 @@ def plan(
     with exit_codes():
         from segue.jobs.analysis.capacity import capacity, card_of
         from segue.jobs.show.plan import show_memory, show_plan
-        from segue.pipeline.ready.job import prepare
+        from segue.pipeline.ready.child import checking_child
+        from segue.pipeline.ready.job import ready_job
         from segue.pipeline.run.run import plan_job
 
         wanted = card_of(card)
-        ready = prepare(job, overrides_of(overrides, limit, output, sample))
-        manifest = plan_job(ready, silent if quiet else say)
+        with checking_child() as child:
+            ready = ready_job(job, overrides_of(overrides, limit, output, sample), child=child)
+            manifest = plan_job(ready, silent if quiet else say, child)
         if not json_only:
             show_plan(manifest, ready)
         memory = capacity(ready, manifest, wanted) if wanted else None
@@ -134,27 +136,29 @@ def validate(
     Of a job for `segue run`, or for `segue finetune`.
     """
     with exit_codes():
+        from segue.pipeline.jobfile.read import is_training
         from segue.pipeline.ledger.completeness import check_unused
-        from segue.pipeline.processes.ray_session import check_reachable, is_local
-        from segue.pipeline.ready.job import existing_manifest, prepare
-        from segue.pipeline.train.finetune import is_training, prepare_finetune
+        from segue.pipeline.processes.address import check_reachable, is_local
+        from segue.pipeline.ready.job import existing_manifest, ready_job
 
         changes = overrides_of(overrides, limit, output, sample)
         others = check_reachable()
         if is_training(job):
+            from segue.pipeline.train.finetune import prepare_finetune
+
             ready = prepare_finetune(job, changes, others).job
         else:
-            ready = prepare(job, changes, others, runs_here=is_local())
+            ready = ready_job(job, changes, others=others, runs_here=is_local())
         manifest = existing_manifest(ready)
         if manifest is None:
             check_unused(ready.store)
         rows = ready.checked.num_rows
         num_files = len(ready.checked.inputs)
         say(f"{job}: valid ({rows:,} rows in {num_files} files, mask {ready.mask}, dtype {ready.facts.dtype})")
-        tried = ready.sample
-        if tried.errors:
-            say(f"warning: {len(tried.errors)} of {tried.num_rows} rows that were tried have an error:")
-            for error in tried.errors[:SHOWN_ERRORS]:
+        trial = ready.trial
+        if trial.errors:
+            say(f"warning: {len(trial.errors)} of {trial.num_rows} rows that were tried have an error:")
+            for error in trial.errors[:SHOWN_ERRORS]:
                 say(f"  {error}")
         print_json(
             {
@@ -163,7 +167,7 @@ def validate(
                 "mask": ready.mask,
                 "dtype": ready.facts.dtype,
                 "planned": manifest is not None and manifest.is_complete,
-                "sample": {"rows": tried.num_rows, "errors": len(tried.errors)},
+                "sample": {"rows": trial.num_rows, "errors": len(trial.errors)},
             }
         )
 
@@ -180,11 +184,10 @@ def attention(
     with exit_codes():
         from segue.jobs.show.attention_picture import draw_attention
         from segue.jobs.show.pictures import check_can_draw
-        from segue.pipeline.ready.job import prepare
+        from segue.pipeline.ready.job import ready_job
 
         check_can_draw(picture)
-
-        found = draw_attention(prepare(job, overrides_of(overrides, None, None)), row, layer, picture)
+        found = draw_attention(ready_job(job, overrides_of(overrides, None, None)), row, layer, picture)
         print_json(found)
 
 
@@ -216,11 +219,13 @@ def finetune(
         from segue.jobs.show.loss_curve import draw_loss_curve
         from segue.jobs.show.pictures import check_can_draw
         from segue.jobs.show.training import TrainingDisplay, show_training
+        from segue.pipeline.ready.child import checking_child
         from segue.pipeline.train.finetune import prepare_finetune, run_finetune
 
         check_can_draw()
-        ready = prepare_finetune(job, overrides_of(overrides, limit, output, sample))
-        summary = run_finetune(ready, silent if quiet else say, TrainingDisplay(quiet=quiet))
+        with checking_child() as child:
+            ready = prepare_finetune(job, overrides_of(overrides, limit, output, sample), child=child)
+            summary = run_finetune(ready, silent if quiet else say, TrainingDisplay(quiet=quiet), child)
         picture = draw_loss_curve(summary.output)
         if not json_only:
             show_training(summary, picture)

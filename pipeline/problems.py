@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 MAX_SHOWN_CHARS = 80
 SHOWN_FIRST_CHARS = 27  # of a longer one
+MAX_MESSAGE_CHARS = 600
 _USER_INFO = re.compile(r"(?<=//)[^/@\s]*@")
 _SECRET_FIELD = re.compile(r"(?i)([?&][\w-]*(?:signature|token|secret|password|credential)[\w-]*=)[^&\s]*")
 _SECRET_HEADER = re.compile(r"(?i)((?:authorization|x-amz-security-token)['\"]?\s*[:=]\s*)[^\r\n]*|\bbearer\s+\S+")
@@ -90,3 +91,10 @@ def redact(text: str) -> str:
 def one_line(text: str) -> str:
     """The text without line breaks or control characters: names of files and keys are not to be trusted."""
     return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)
+
+
+def first_and_last_line(message: str) -> str:
+    """What a log shows of another library's error: its first line and its last, at most 600 characters."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()] or ["no message"]
+    line = lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}"
+    return line[:MAX_MESSAGE_CHARS]

@@ -1,4 +1,4 @@
-"""What several test files share: a local Ray, and a tiny model on disk."""
+"""What several test files share: one Ray for each test process, runs without Ray, a tiny model on disk, a bucket."""
 
 import os
 from contextlib import ExitStack
@@ -11,25 +11,57 @@ settings.register_profile("segue", deadline=None)
 settings.register_profile("fuzz", deadline=None, max_examples=5000)
 settings.load_profile(os.environ.get("SEGUE_HYPOTHESIS", "segue"))
 
+_shared_ray = ExitStack()
 
+
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: two files run at a time, and the last one alone."""
+    """Tests of the shared Ray are one group, so that one process starts it; the others are a group for each file.
+
+    The longest come first: the shared Ray, then files with slow tests.
+    """
     slow = {item.path for item in items if any(item.get_closest_marker(name) for name in ("slow", "chaos"))}
-    items.sort(key=lambda item: item.path not in slow)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if _needs_ray(item) else str(item.path)))
+    items.sort(key=lambda item: (not _needs_ray(item), item.path not in slow))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test without `local_ray` finds no Ray in its process: it may start one of its own, or refuse to."""
+    if not _needs_ray(item):
+        _shared_ray.close()
+
+
+def pytest_sessionfinish() -> None:
+    _shared_ray.close()
+
+
+def _needs_ray(item: pytest.Item) -> bool:
+    return "local_ray" in getattr(item, "fixturenames", ())
 
 
 @pytest.fixture(scope="module")
 def local_ray():
-    """One Ray for all tests of a file that run in this process.
+    """The Ray that all tests of this process share.
 
     It keeps idle workers for a minute, not a second: starting the next ones takes longer than most tests.
     """
-    from segue.pipeline.processes.ray_session import ray_session  # most files need neither Ray nor torch
+    import ray  # most files need neither Ray nor torch
 
-    with ExitStack() as stack:
+    from segue.pipeline.processes.ray_session import ray_session
+
+    if not ray.is_initialized():
         with pytest.MonkeyPatch.context() as patch:  # not for the Rays of commands that tests start
             patch.setenv("RAY_idle_worker_killing_time_threshold_ms", "60000")
-            stack.enter_context(ray_session(num_cpus=2))
+            _shared_ray.enter_context(ray_session(num_cpus=2))
+
+
+@pytest.fixture
+def here():
+    """Jobs that the test checks, plans and runs, by a call or by a command, start no Ray and no child process."""
+    from in_process import without_children, without_ray
+
+    with without_ray(), without_children():
         yield
 
 
@@ -44,38 +76,24 @@ def model_directory(tmp_path_factory) -> str:
     return str(path)
 
 
-S3_ENVIRONMENT = {
-    "AWS_ACCESS_KEY_ID": "AKIAEXAMPLE0CANARY00",
-    "AWS_SECRET_ACCESS_KEY": "a-secret-canary",
-    "AWS_DEFAULT_REGION": "us-east-1",
-    "AWS_EC2_METADATA_DISABLED": "true",
-}
-
-
 @pytest.fixture(scope="session")
 def moto():
     """(host, port) of an S3 server in memory."""
-    from moto.server import ThreadedMotoServer
+    from store_servers import moto_server
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    yield server.get_host_and_port()
-    server.stop()
+    with moto_server() as address:
+        yield address
 
 
 @pytest.fixture
 def proxy(moto, monkeypatch):
     """The way to an empty bucket `data`, for this process and its children."""
-    import urllib.request
-
     from fault_proxy import fault_proxy
     from s3fs import S3FileSystem
+    from store_servers import S3_ENVIRONMENT, empty_bucket
 
-    host, port = moto
-    for method, path in (("POST", "moto-api/reset"), ("PUT", "data")):
-        request = urllib.request.Request(f"http://{host}:{port}/{path}", method=method)
-        urllib.request.urlopen(request, timeout=30).close()
-    with fault_proxy(host, port) as found:
+    empty_bucket(*moto)
+    with fault_proxy(*moto) as found:
         for name, value in (S3_ENVIRONMENT | {"AWS_ENDPOINT_URL": found.url}).items():
             monkeypatch.setenv(name, value)
         S3FileSystem.clear_instance_cache()

@@ -1,4 +1,4 @@
-"""Attention over the tree on CPUs: compiled kernels, and torch's operations where there is no compiler.
+"""Attention over the tree on CPUs: by compiled kernels, or by torch's operations where there is no compiler.
 
-May import `attention` but for `attention.cuda`.
+May import the rest of `attention`, except `attention.cuda` and the reference.
 """

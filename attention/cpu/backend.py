@@ -1,9 +1,9 @@
-"""The default backend without a GPU: one call of a compiled kernel a layer, or one of all layers for a whole decoder.
+"""The default backend without a GPU: one call of a compiled kernel for each layer, or one for a whole decoder.
 
-A step is told to the kernel as *runs*, queries with the same keys: a node's own tokens, or a generating row's one. A
-run has *spans*, keys it still has to see, and *parts*, what has been made of its large blocks, merged by log-sum-exp.
-Where tiles multiply, the kernel makes them; elsewhere torch's flash attention does, and of a layer their addresses are
-new. All else is the same for all layers of a step.
+The kernel is given a step as *runs*: queries that see the same keys, which are the tokens of a new node or the one
+token of a generating row. A run has *spans*, the keys that it still has to see, and *parts*, the results of its large
+blocks. They are merged by log-sum-exp. Where tiles multiply, the kernel computes the parts. Elsewhere torch's flash
+attention does, and their addresses are new in each layer; everything else in the tables is the same for all layers.
 
 Shapes: `T` packed tokens, `G` query heads a key head, `H = Hkv * G`, `n` queries of a block, `D` head width.
 """
@@ -16,20 +16,19 @@ from torch import Tensor
 
 from segue.attention.cpu.flash import attend_all, attend_self
 from segue.attention.cpu.kernels import SPAN_FIELDS, Kernels, Tables
-from segue.attention.cpu.step_memory import kv_of
+from segue.attention.cpu.node_pieces import piece_of, pieces_of
 from segue.attention.memory.budget import KVMemory, KVShape, Tail
-from segue.attention.memory.pieces import KVPieces, Piece, piece_of
+from segue.attention.memory.pieces import KVPieces, Piece
 from segue.attention.tree.blocks import CrossBlock, SelfBlock, StepBlocks
 
-FEW_PAIRS = 8192  # of a query and a key it sees: up to here a block is cheaper in the kernel than in a call of its own
-
+FEW_PAIRS = 8192  # pairs of a query and a key that it sees: up to here a block is cheaper in the kernel than as a call
 SHORT_RUN = 32  # queries
 
 Block = SelfBlock | CrossBlock
 
 
-class NativeBackend:
-    """Executes a step's blocks on the CPU. `few_pairs`: blocks up to this size are left to the kernel."""
+class KernelBackend:
+    """Computes a step's blocks on the CPU. `few_pairs`: blocks up to this size are left to the kernel."""
 
     def __init__(self, kernels: Kernels, few_pairs: int = FEW_PAIRS) -> None:
         self._kernels = kernels
@@ -38,22 +37,19 @@ class NativeBackend:
     def new_memory(self, shape: KVShape, budget_bytes: int) -> KVPieces:
         return KVPieces(shape, budget_bytes)
 
-    def begin(self, blocks: StepBlocks, tails: Sequence[Tail], memory: KVMemory) -> "NativeStep":
-        if not isinstance(memory, KVPieces):
-            raise TypeError(f"wanted memory of pieces, got {type(memory).__name__}")
-        seen = [list(memory.pieces(tail, tail.length + 1)) for tail in tails]
+    def begin(self, blocks: StepBlocks, tails: Sequence[Tail], memory: KVMemory) -> "KernelStep":
+        tails_of = dict(zip(blocks.decode_index, pieces_of(tails, memory), strict=True))
         shape = memory.shape
         by_tiles = shape.dtype == torch.bfloat16 and self._kernels.multiplies(shape.head_dim)
         candidates = _of_short_runs(blocks) if by_tiles else (*blocks.self_blocks, *blocks.cross_blocks)
         large = [block for block in candidates if _num_pairs(block) > self._few_pairs]
-        tails_of = dict(zip(blocks.decode_index, seen, strict=True))
-        return NativeStep(self._kernels, blocks, large, tails_of, by_tiles=by_tiles)
+        return KernelStep(self._kernels, blocks, large, tails_of, by_tiles=by_tiles)
 
 
-class NativeStep:
-    """What all layers of a step share: the kernel's tables, and the blocks that are flash attention's.
+class KernelStep:
+    """What all layers of a step share: the kernel's tables, and the blocks that flash attention computes.
 
-    `tails`: of generating rows by packed index, the pieces with their new token and how much of each is used.
+    `tails`: by the packed index of a decode query, the pieces with its new token and how much of each is used.
     """
 
     def __init__(
@@ -91,7 +87,7 @@ class NativeStep:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the tables tell everything, and so are the same for every layer."""
+        """Whether the tables are the same for every layer: no block is computed outside the kernel."""
         return not self._flash_blocks
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -102,13 +98,13 @@ class NativeStep:
             packed = query.unflatten(0, (len(key), -1)).transpose(1, 2).contiguous()  # [Hkv, T, G, D]
             for block in self._flash_blocks:
                 out, lse = self._flash(block, layer, query, packed, key, value, scale)
-                results.append((out, lse))  # which keeps their memory
+                results.append((out, lse))  # keeps the memory whose addresses the kernel is told
                 where = (block.start, out.data_ptr(), lse.data_ptr())
                 self.tables.parts.extend((*where, *out.stride()[:3], *lse.stride()))
         return self._kernels.attend(layer, query, key, value, scale, self.tables)
 
     def finish(self) -> None:
-        """Everything is where it stays."""
+        """All keys and values are where they stay."""
 
     def _flash(
         self, block: Block, layer: int, query: Tensor, packed: Tensor, key: Tensor, value: Tensor, scale: float
@@ -120,8 +116,7 @@ class NativeStep:
             place = self._own[block.node]
             keys, values = key[:, place], value[:, place]
         else:
-            kv = kv_of(block.node)
-            keys, values = kv.keys(layer), kv.values(layer)
+            keys, values = piece_of(block.node).read(layer)
         return attend_all(packed[:, block.start : block.stop], keys, values, scale)
 
     def _span(self, block: Block) -> tuple[int, ...]:
@@ -132,7 +127,7 @@ class NativeStep:
 
 
 def _of_short_runs(blocks: StepBlocks) -> Iterator[CrossBlock]:
-    """Those that many runs see, of too few queries each to fill the rows that tiles multiply at once."""
+    """The blocks seen by many runs, each with too few queries to fill the rows that tiles multiply at once."""
     starts = sorted([*(block.start for block in blocks.self_blocks), *blocks.decode_index])
     for block in blocks.cross_blocks:
         num_runs = bisect_left(starts, block.stop) - bisect_left(starts, block.start)
@@ -141,13 +136,13 @@ def _of_short_runs(blocks: StepBlocks) -> Iterator[CrossBlock]:
 
 
 def _num_pairs(block: Block) -> int:
-    """Queries and keys that they see."""
+    """Of a query and a key that it sees."""
     pairs = (block.stop - block.start) * len(block.node)
     return pairs // 2 if isinstance(block, SelfBlock) and block.is_causal else pairs
 
 
 def _runs(blocks: StepBlocks) -> Iterator[tuple[int, int, list[Block]]]:
-    """Queries `[start, stop)` with the same keys, in order, and their blocks, save for tails."""
+    """Queries `[start, stop)` with the same keys, in order, and their blocks, without tails."""
     below = sorted(blocks.cross_blocks, key=lambda block: (block.start, block.level))
     own: list[tuple[int, int, list[Block]]] = [(block.start, block.stop, [block]) for block in blocks.self_blocks]
     own += [(index, index + 1, []) for index in blocks.decode_index]

@@ -1,8 +1,8 @@
-"""torch's flash attention for CPUs, block by block.
+"""torch's flash attention for CPUs, one call for each block.
 
-`aten::_scaled_dot_product_flash_attention_for_cpu` is used because it returns the log-sum-exp. Four traps of it are
-guarded here (torch 2.13): empty keys kill the process; fully masked rows give LSE 0.0 instead of -inf; `is_causal` is
-aligned top-left, so it is right for squares only; boolean masks are rejected.
+`aten::_scaled_dot_product_flash_attention_for_cpu` is used because it returns the log-sum-exp. It has four traps (torch
+2.13): empty keys end the process; fully masked rows give LSE 0.0 instead of -inf; `is_causal` is aligned top-left, so
+that it is right for squares only; boolean masks are rejected. `flash` refuses what would run into them.
 
 Shapes: `n` queries, `K` keys, `G` query heads a key head, `H = Hkv * G`, `D` head width.
 """
@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from segue.attention.tree.blocks import SelfBlock
 
-KEY_TILE = 32  # torch's kernel takes up to four times as long over a number of keys that is no multiple
-FEW_KEYS = 128  # and for fewer, or fewer queries, copying them to a multiple does not pay
+KEY_TILE = 32  # torch's kernel takes up to four times as long if the number of keys is not a multiple of this
+FEW_KEYS = 128  # below so many keys, or queries, padding the keys to a multiple does not pay
 
 
 def flash(
@@ -42,7 +42,7 @@ def attend_self(
     if not block.is_causal:
         return attend_all(packed[:, rows], key[:, rows], value[:, rows], scale)
     parts = query[:, rows], key[:, rows], value[:, rows]
-    if num_tokens >= FEW_KEYS:  # the padding comes after every query, which is where causal ones do not look
+    if num_tokens >= FEW_KEYS:  # the padding comes after every query, and causal queries do not see it
         parts = tuple(_padded(part) for part in parts)
     part, part_lse = flash(*(part[None] for part in parts), scale=scale, is_causal=True)  # type: ignore[misc]
     heads = (-1, packed.shape[2])  # [Hkv, G]

@@ -1,8 +1,8 @@
-"""The compiled half of what CPUs compute: `cpp/`, built by the machine's own compiler when it is first wanted.
+"""The compiled kernels for CPUs: `cpp/`, built by the machine's own compiler when they are first needed.
 
-Where there is no compiler, or the result does not load, there are no kernels, and torch's operations do the same. The
-library is kept under a name that is a digest of its source, the compiler and the processor, so that a folder may be
-shared by machines. It computes with torch's threads. On processors with AMX it also multiplies, in bf16: `has_tiles`.
+Without a compiler, or if the library does not load, there are no kernels, and torch's operations are used instead. The
+library's name is a digest of its source, the compiler and the processor, so that machines may share a folder. It
+computes with torch's threads. On processors with AMX it also multiplies bf16 by tiles: see `Kernels.multiplies`.
 
 Shapes: `T` packed tokens, `H` query heads, `Hkv` key heads, `D` head width, `E` hidden width, `V` vocabulary.
 """
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 SOURCES = Path(__file__).with_name("cpp")
-IN_ANY_ORDER = ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]  # sums; NaN stays
+IN_ANY_ORDER = ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]  # sums; keeps NaN
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", *IN_ANY_ORDER, "-Wno-psabi"]
 PROCESSOR_FLAGS = {
     "x86_64": ["-march=native", "-mprefer-vector-width=512"],
@@ -39,7 +39,7 @@ RUN_FIELDS = 6  # as in the C++ structs of the same names
 SPAN_FIELDS = 8
 KEPT_FIELDS = 7
 BLOCK_FIELDS = 10
-TILE_INPUTS = 32  # of products by tiles, and of heads, a multiple
+TILE_INPUTS = 32  # tiles multiply a multiple of so many inputs, or of numbers of a head
 PANEL_OUTPUTS = 32  # of packed weights
 
 _log = logging.getLogger(__name__)
@@ -47,12 +47,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """What the attention of a step is told: rows of int64, field by field as in cpp/kernels.h.
+    """What the kernel is told of a step: rows of int64, with the fields of the structs in cpp/kernels.h.
 
-    First the keys and values that `kept` names are copied to where they stay. Every query belongs to one of `runs`:
-    queries `[start, stop)` that see the same `spans[first:end]` of keys, and that have attended to the same parts
-    before, number `indices[first:end]`. A span's keys are the step's own or at an address. The parts are what `blocks`
-    of many queries come to, if all is computed by tiles, or else `parts`, which somebody else has computed.
+    First the keys and values that `kept` names are copied to their memory. Every query belongs to one of `runs`:
+    queries `[start, stop)` that see the same `spans[first:end]` of keys and have the same parts, those with the numbers
+    `indices[first:end]`. The keys of a span are the step's own, or are at an address. With tiles, the parts are the
+    results of `blocks`, which have many queries; else they are `parts`, which torch has computed.
     """
 
     by_tiles: bool = False
@@ -64,7 +64,7 @@ class Tables:
     blocks: array = field(default_factory=partial(array, "q"))
 
     def pointers(self) -> array:
-        """The C++ struct of the same name. Gone with this object, and when a table grows."""
+        """The C++ struct of the same name. Valid while this object lives and no table grows."""
         kept, runs, spans, indices, parts, blocks = (
             table.buffer_info() for table in (self.kept, self.runs, self.spans, self.indices, self.parts, self.blocks)
         )
@@ -80,7 +80,7 @@ class Tables:
 
 
 class After(IntEnum):
-    """What is done with the sums of a product before they are rounded."""
+    """What is done with the sums of a product before they are rounded. As in cpp/kernels.h."""
 
     NOTHING = 0
     ADD = 1
@@ -103,8 +103,8 @@ class PackedWeights:
 class Kernels:
     """The functions of a loaded library. Tensors are on the CPU, their last dimension dense.
 
-    Raise TypeError unless a call's tensors are all fp32 or all bf16, ValueError unless they are dense so. What is said
-    to be of tiles wants `has_tiles`, bf16, and as many inputs as a multiple of TILE_INPUTS.
+    They raise TypeError unless the tensors of a call are all fp32 or all bf16, and ValueError unless they are dense so.
+    Products by tiles need bf16 and a number of inputs for which `multiplies` is true.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -124,7 +124,7 @@ class Kernels:
             function.argtypes, function.restype = arguments[name], None
         functions["has_tiles"].restype = kind
         self._functions = SimpleNamespace(**functions)
-        self.has_tiles = bool(self._functions.has_tiles())
+        self._has_tiles = bool(self._functions.has_tiles())
 
     def rms_norm(self, inputs: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """`[..., E]` over its root mean square, times weight `[E]`."""
@@ -158,8 +158,8 @@ class Kernels:
         )
 
     def summarise(self, logits: Tensor, *, with_totals: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Of logits `[N, V]`: the largest, `[N]` fp32, where it first is, `[N]` int64, and the log of the sum of all
-        exponentials, `[N]` fp32, if asked for."""
+        """Of logits `[N, V]`: the largest, `[N]` fp32, its first place, `[N]` int64, and with `with_totals` the
+        logarithm of the sum of all exponentials, `[N]` fp32, else an empty tensor."""
         logits = logits.contiguous()
         highest, most_likely = torch.empty(len(logits)), torch.empty(len(logits), dtype=torch.int64)
         totals = torch.empty(len(logits) if with_totals else 0)
@@ -191,9 +191,9 @@ class Kernels:
         )
         return out
 
-    def multiplies(self, num_inputs: int) -> bool:
-        """Whether tiles do, in bf16."""
-        return self.has_tiles and num_inputs % TILE_INPUTS == 0
+    def multiplies(self, num_inputs: int = TILE_INPUTS) -> bool:
+        """Whether this processor multiplies bf16 by tiles, and so many inputs fill them."""
+        return self._has_tiles and num_inputs % TILE_INPUTS == 0
 
     def pack(self, weights: Tensor, bias: Tensor | None) -> PackedWeights:
         """`[N, K]` and `[N]`, for products by tiles."""
@@ -284,7 +284,7 @@ def load_kernels(folder: Path) -> Kernels | None:
         try:
             return Kernels(ctypes.CDLL(str(path)))
         except OSError:
-            path.unlink()  # torn by a crash, say: the next process builds another
+            path.unlink()  # a crash may have torn it: the next process builds another
             raise
     except subprocess.CalledProcessError as error:
         reason = f"{compiler}: {error.stderr.strip()[-500:]}"
@@ -316,18 +316,18 @@ def _library(compiler: str, folder: Path) -> Path:
 
 
 def _run(command: Sequence[str]) -> str:
-    """Its output. Raises CalledProcessError, OSError."""
+    """The command's output. Raises CalledProcessError, OSError."""
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether nobody else could have put there what it has."""
+    """Whether no other user could have written it."""
     found = path.stat()
     return found.st_uid in (os.getuid(), 0) and not found.st_mode & 0o022
 
 
 def _processor() -> Sequence[str]:
-    """What tells one kind of processor from another."""
+    """Lines that differ between kinds of processors."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
 """Attention over the tree on GPUs, by torch's kernel for sequences of different lengths.
 
-May import `attention` but for `attention.cpu`.
+May import the rest of `attention`, except `attention.cpu` and the reference.
 """

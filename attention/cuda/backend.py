@@ -1,11 +1,11 @@
-"""The backend for GPUs: every block of a step is one sequence of a variable-length attention call, and a token's parts
-are merged by log-sum-exp.
+"""The backend for GPUs: every block of a step is one sequence of a variable-length attention call, and the parts of a
+token are merged by log-sum-exp.
 
-`torch.nn.attention.varlen.varlen_attn` takes sequences of queries that lie one after the other, and for each where its
-keys begin (`cu_seq_k`) and how many there are (`seqused_k`). Keys lie in a pool
-(`attention/memory/pool.py`), so a block needs no copy of them and no table: (slice of queries, node) is (queries, first
-key, number of keys). A step makes two calls a layer, however many rows it has: one
-for what is not causal, in which the query heads of a key head are further queries of it, and one for causal squares.
+`torch.nn.attention.varlen.varlen_attn` takes sequences of queries that lie one after the other, and for each the place
+of its first key (`cu_seq_k`) and the number of its keys (`seqused_k`). Keys lie in a pool (`attention/memory/pool.py`),
+so that a block needs no copy of them and no table. A step makes two calls for each layer, however many rows it has: one
+for the blocks that are not causal, in which the query heads of a key head are further queries, and one for causal
+squares.
 
 Traps (torch 2.13): the log-sum-exp is natural and `[H, T]`, whatever the docstring says; over no keys it is +inf, so no
 sequence is empty here; causal squares are aligned at the bottom right; fp16 and bf16 only.
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segue.attention.cuda.plan import Sequences, VarlenPlan
+from segue.attention.cuda.plan import CudaPlan, Sequences
 from segue.attention.memory.budget import KVMemory, KVShape, Tail
 from segue.attention.memory.pool import KVPool
 from segue.attention.tree.blocks import StepBlocks
@@ -35,9 +35,9 @@ Kernel = Callable[..., tuple[Tensor, Tensor]]
 
 @cache
 def cuda_kernel() -> Kernel:
-    """torch's own; the log-sum-exp beside the output.
+    """torch's own, which returns the log-sum-exp beside the output.
 
-    One split: the order of a sum must not depend on the batch, and other kernels are not chosen behind our back.
+    `num_splits=1`: the order of a sum must not depend on the batch, and torch must not choose another kernel.
     """
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
@@ -56,10 +56,10 @@ def _older_kernel(
     scale: float,
     seqused_k: Tensor,
     window_size: tuple[int, int] = (-1, -1),
-    enable_gqa: bool = False,  # it finds out
+    enable_gqa: bool = False,  # found out by the kernel
 ) -> tuple[Tensor, Tensor]:
-    """What torch 2.13's varlen_attn calls, for images with torch 2.11 or 2.12, which have the kernel, and no public
-    name for keys that begin anywhere."""
+    """What torch 2.13's varlen_attn calls. torch 2.11 and 2.12 have the kernel, but no public function that takes keys
+    which begin anywhere."""
     return torch.ops.aten._flash_attention_forward(
         *args,
         0.0,
@@ -72,35 +72,35 @@ def _older_kernel(
     )[:2]
 
 
-class VarlenBackend:
-    """Executes a step's blocks with two calls a layer. `kernel`: for tests, which have no GPU."""
+class CudaBackend:
+    """Computes a step's blocks with two calls for each layer. `kernel`: for tests, which have no GPU."""
 
     def __init__(self, kernel: Kernel | None = None, layer_devices: Sequence[torch.device] | None = None) -> None:
         self._kernel = kernel
         self._layer_devices = layer_devices
 
     def new_memory(self, shape: KVShape, budget_bytes: int) -> KVPool:
-        """Raises ValueError for what the kernel does not compute."""
+        """Raises ValueError for a device or a type that the kernel does not compute."""
         if self._kernel is None and (shape.device.type != "cuda" or shape.dtype not in FLASH_DTYPES):
             raise ValueError(
                 f"backend varlen wants a CUDA device and float16 or bfloat16, got {shape.device.type} and {shape.dtype}"
             )
         return KVPool(shape, budget_bytes, self._layer_devices)
 
-    def begin(self, blocks: StepBlocks, tails: Sequence[Tail], memory: KVMemory) -> "_VarlenStep":
+    def begin(self, blocks: StepBlocks, tails: Sequence[Tail], memory: KVMemory) -> "_CudaStep":
         if not isinstance(memory, KVPool):
             raise TypeError(f"wanted a pool, got {type(memory).__name__}")
-        return _VarlenStep(VarlenPlan.of(blocks, tails), memory, self.kernel)
+        return _CudaStep(CudaPlan.of(blocks, tails), memory, self.kernel)
 
     @property
     def kernel(self) -> Kernel:
         return self._kernel or cuda_kernel()
 
 
-class _VarlenStep:
-    """A plan on the devices of its layers."""
+class _CudaStep:
+    """A plan and its copies on the devices of the layers."""
 
-    def __init__(self, plan: VarlenPlan, pool: KVPool, kernel: Kernel) -> None:
+    def __init__(self, plan: CudaPlan, pool: KVPool, kernel: Kernel) -> None:
         self._plan = plan
         self._pool = pool
         self._kernel = kernel
@@ -112,7 +112,7 @@ class _VarlenStep:
         return attend(on, self._kernel, self._pool.tensors[layer], query, key, value, scale)
 
     def finish(self) -> None:
-        """All is where it belongs already."""
+        """All keys and values are where they stay."""
 
 
 def attend(
@@ -180,7 +180,7 @@ def _causal(
 class PlanTensors:
     """A plan on a device."""
 
-    def __init__(self, plan: VarlenPlan, device: torch.device) -> None:
+    def __init__(self, plan: CudaPlan, device: torch.device) -> None:
         self.slots = _sent(plan.slots, device)
         self.dense = _Call(plan.dense, device)
         self.causal = _Call(plan.causal, device)
@@ -201,13 +201,13 @@ class _Call:
 def _merged(parts: Tensor, out: Tensor, lse: Tensor) -> Tensor:
     """parts `[T, M]`, out `[Q, G, Hkv, D]`, lse `[Q, G, Hkv]` -> `[T, G, Hkv, D]` fp32.
 
-    A part numbered `Q` is none: it has no weight.
+    The number `Q` stands for no part: its weight is 0.
     """
     if parts.shape[1] == 1:
         return out.index_select(0, parts[:, 0]).float()
     none = lse.new_full((1, *lse.shape[1:]), -torch.inf)
     weights = torch.cat([lse, none])[parts].softmax(dim=1)  # [T, M, G, Hkv]
-    rows = parts.remainder(len(out))  # none is the first, which is a number: no weight times garbage may be garbage
+    rows = parts.remainder(len(out))  # "none" reads part 0, whose numbers are finite: 0 times garbage may be garbage
     merged = out[rows[:, 0]].float().mul_(weights[:, 0, ..., None])
     for part in range(1, parts.shape[1]):
         merged.addcmul_(out[rows[:, part]], weights[:, part, ..., None])

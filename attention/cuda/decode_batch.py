@@ -1,6 +1,7 @@
-"""Steps of decoding rows alone, padded to a few sizes: a CUDA graph replays the same calls on the same addresses.
+"""Steps of decoding rows alone, padded to a few sizes, since a CUDA graph replays the same calls on the same addresses.
 
-What pads asks nothing, or goes to the pool's scratch place. Knows plans and the pool; no model, no graph.
+Padding queries have no keys, and padding keys go to the pool's scratch place. Knows plans and the pool; no model and no
+graph.
 """
 
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from segue.attention.cuda.backend import Kernel, PlanTensors, attend
-from segue.attention.cuda.plan import KEY_TILE, QUERY_TILE, Sequences, VarlenPlan
+from segue.attention.cuda.plan import KEY_TILE, QUERY_TILE, CudaPlan, Sequences
 from segue.attention.memory.pool import KVPool
 
 
@@ -24,10 +25,10 @@ class DecodeBucket:
     parts: int
 
     @classmethod
-    def of(cls, plan: VarlenPlan) -> "DecodeBucket":
+    def of(cls, plan: CudaPlan) -> "DecodeBucket":
         """Raises ValueError for a step that computes nodes."""
         if len(plan.causal.queries):
-            raise ValueError("a step with nodes to compute is none of decoding rows alone")
+            raise ValueError("wanted a step of decoding rows alone, got one that computes nodes")
         rows, sequences, queries = plan.num_tokens, len(plan.dense.seqused_k), len(plan.dense.queries)
         parts = plan.parts.shape[1] + plan.parts.shape[1] % 2
         return cls(_rounded(rows), _rounded(sequences), _rounded(queries), parts)
@@ -40,8 +41,8 @@ def _rounded(number: int) -> int:
 
 
 class PaddedDecode:
-    """A step in tensors of rounded sizes, which other steps of about that size fill again. The hidden states of padding
-    rows are of no use."""
+    """A step in tensors of rounded sizes, which later steps of about that size fill again. The hidden states of padding
+    rows have no meaning."""
 
     def __init__(self, bucket: DecodeBucket, pool: KVPool, kernel: Kernel) -> None:
         self._pool = pool
@@ -49,8 +50,8 @@ class PaddedDecode:
         self._bucket = bucket
         self._on = PlanTensors(_padding(bucket, pool.scratch), pool.tensors[0].device)
 
-    def load(self, plan: VarlenPlan) -> None:
-        """The next step's numbers. Raises ValueError for one of another bucket."""
+    def load(self, plan: CudaPlan) -> None:
+        """Fill in the next step. Raises ValueError for a step of another bucket."""
         if DecodeBucket.of(plan) != self._bucket:
             raise ValueError(f"a step of {DecodeBucket.of(plan)} does not fit {self._bucket}")
         on, pool = self._on, self._pool
@@ -69,14 +70,14 @@ class PaddedDecode:
         return attend(self._on, self._kernel, self._pool.tensors[layer], query, key, value, scale)
 
     def finish(self) -> None:
-        """All is where it belongs already."""
+        """All keys and values are where they stay."""
 
 
-def _padding(bucket: DecodeBucket, scratch: int) -> VarlenPlan:
-    """A plan in which nothing is asked."""
+def _padding(bucket: DecodeBucket, scratch: int) -> CudaPlan:
+    """A plan of padding alone."""
     borders_q, borders_k = np.zeros((2, bucket.sequences + 1), dtype=np.int32)
     lengths, queries = np.zeros(bucket.sequences, dtype=np.int32), np.zeros(bucket.queries, dtype=np.int64)
-    return VarlenPlan(
+    return CudaPlan(
         slots=np.full(bucket.rows, scratch, dtype=np.int64),
         dense=Sequences(queries, borders_q, borders_k, lengths, QUERY_TILE, KEY_TILE),
         causal=Sequences.of(np.empty((0, 4), dtype=np.int64)),
@@ -85,7 +86,7 @@ def _padding(bucket: DecodeBucket, scratch: int) -> VarlenPlan:
 
 
 def _padded_parts(bucket: DecodeBucket) -> np.ndarray:
-    """The first part, which is a number, and none else."""
+    """Each row has part 0 and no other, so that there is something to merge."""
     parts = np.full((bucket.rows, bucket.parts), bucket.queries, dtype=np.int64)
     parts[:, 0] = 0
     return parts

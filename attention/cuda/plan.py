@@ -1,8 +1,9 @@
-"""What a variable-length kernel is told of a step: its sequences, where new keys go, and which parts make up a token.
+"""What a variable-length kernel is told of a step: its sequences, where new keys go, and which parts a token has.
 
-Work is cut so that a kernel is busy whatever the shape: at most QUERY_TILE tokens of queries a sequence (the grid is as
-high as the longest one), and at most KEY_TILE keys (a long shared node is read by many processors at once). Queries do
-not touch each other, and keys are cut by a node's length alone: the batch changes no sum. Numbers only; no kernel.
+Long blocks are cut, so that the kernel is busy whatever their shape: a sequence has at most QUERY_TILE queries, since
+the grid is as high as the longest one, and at most KEY_TILE keys, so that many processors read a long shared node at
+once. Queries do not influence each other, and keys are cut by a node's length alone, so the batch changes no sum.
+Numbers only; no kernel.
 
 Shapes: `T` packed tokens, `N` sequences, `Q` their queries (a token occurs once for each block that it is in), `M` most
 parts of a token.
@@ -16,7 +17,7 @@ import numpy as np
 from segue.attention.memory.budget import Tail
 from segue.attention.memory.pool import Extent, ranges
 from segue.attention.tree.blocks import StepBlocks
-from segue.attention.tree.tree import Node
+from segue.attention.tree.node import Node
 
 QUERY_TILE = 128  # tokens; a kernel's block has as many queries
 KEY_TILE = 2048
@@ -28,7 +29,7 @@ class Sequences:
 
     queries: np.ndarray  # [Q] int64: packed positions
     cu_seq_q: np.ndarray  # [N + 1]
-    starts_k: np.ndarray  # [N + 1]: places in the pool; the last says nothing
+    starts_k: np.ndarray  # [N + 1]: places in the pool; the last has no meaning
     seqused_k: np.ndarray  # [N]
     max_q: int
     max_k: int
@@ -45,12 +46,12 @@ class Sequences:
 
 
 @dataclass(frozen=True, slots=True)
-class VarlenPlan:
-    """Parts are numbered as they come out: first the dense call's, then the causal one's, then one of no weight."""
+class CudaPlan:
+    """Parts are numbered in order: those of the dense call, those of the causal call, and a last number for no part."""
 
     slots: np.ndarray  # [T] int64: the place in the pool of each token's key and value
-    dense: Sequences  # of what is not causal
-    causal: Sequences  # of causal squares
+    dense: Sequences  # blocks that are not causal
+    causal: Sequences  # causal squares
     parts: np.ndarray  # [T, M] int64
 
     @property
@@ -58,7 +59,7 @@ class VarlenPlan:
         return len(self.slots)
 
     @classmethod
-    def of(cls, blocks: StepBlocks, tails: Sequence[Tail]) -> "VarlenPlan":
+    def of(cls, blocks: StepBlocks, tails: Sequence[Tail]) -> "CudaPlan":
         """`tails[i]` is that of the query at `blocks.decode_index[i]`."""
         own = [(block, _extent(block.node)) for block in blocks.self_blocks]
         squares = [(block.start, len(block.node), extent.start) for block, extent in own if block.is_causal]
@@ -67,7 +68,7 @@ class VarlenPlan:
             extent = _extent(block.node)
             others.append((block.start, block.stop - block.start, extent.start, extent.length))
         for index, tail in zip(blocks.decode_index, tails, strict=True):
-            others.append((index, 1, tail.place, tail.length + 1))
+            others.append((index, 1, tail.start, tail.length + 1))
         dense = Sequences.of(_tiled(_array(others, 4)))
         causal = Sequences.of(_tiled_causal(_array(squares, 3)))
         slots = _slots(blocks, [(block.start, extent) for block, extent in own], tails)
@@ -79,7 +80,7 @@ def _slots(blocks: StepBlocks, own: Sequence[tuple[int, Extent]], tails: Sequenc
     slots = np.empty(blocks.num_tokens, dtype=np.int64)
     for start, extent in own:
         slots[start : start + extent.length] = np.arange(extent.start, extent.start + extent.length)
-    slots[list(blocks.decode_index)] = [tail.place + tail.length for tail in tails]
+    slots[list(blocks.decode_index)] = [tail.start + tail.length for tail in tails]
     return slots
 
 

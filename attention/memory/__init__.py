@@ -1,4 +1,4 @@
-"""Memory for keys and values: a budget in bytes, and the places that nodes and generating rows get of it.
+"""Memory for keys and values: a budget in bytes, and what nodes and generating rows get of it.
 
-May import torch and nothing else of Segue.
+Imports torch, and nothing else of Segue.
 """

@@ -1,12 +1,12 @@
-"""Contiguous ranges of a line of places: handed out, given back, joined with free neighbours.
+"""Ranges of consecutive places: allocated, freed, and joined with free neighbours.
 
-Segregated fit: free ranges are kept by powers of two of their length, so that finding one takes a few lookups however
-many there are. Knows integers only.
+Segregated fit: free ranges are sorted into classes by powers of two of their length, so that finding one takes a few
+lookups, however many there are. Knows integers only.
 """
 
 
 class Extents:
-    """Which places of `[0, size)` are free. Ranges in use are known to whoever has them, and may be freed in parts."""
+    """Which places of `[0, size)` are free. Whoever allocates a range remembers it, and may free it in parts."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -17,7 +17,7 @@ class Extents:
         self._add(0, size)
 
     def allocate(self, length: int) -> int | None:
-        """The first place of a range that was free; None if no free range is long enough."""
+        """The first place of the allocated range; None if no free range is long enough."""
         start = self._find(length)
         if start is None:
             return None
@@ -27,7 +27,7 @@ class Extents:
         return start
 
     def free(self, start: int, length: int) -> None:
-        """Give back a range, or a part of one. Raises ValueError if a place of it is free already."""
+        """Free a range, or a part of one. Raises ValueError if a place of it is free already."""
         stop = start + length
         if start < 0 or length < 1 or stop > self.size:
             raise ValueError(f"wanted a range within {self.size} places, got {start} to {stop}")

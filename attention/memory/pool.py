@@ -1,9 +1,9 @@
-"""Keys and values in one pool a layer, for kernels that take many sequences in a call, each named by where its keys
-begin and how many there are.
+"""Keys and values in one pool for each layer, for kernels that take many sequences in a call: a sequence is told by the
+place of its first key and the number of its keys.
 
-A node and a tail are *extents*: consecutive tokens of the pool, exactly as many as they have. Pages would waste most of
-their memory here, since the smallest that torch's bundled kernel takes has 256 tokens and a choice or a question has
-twenty. The price is fragmentation: when no gap is long enough, everything in use moves together. Cutting a node copies
+Each node and each tail is an *extent*: as many consecutive places of the pool as it needs. Pages would waste most of
+their memory here: the smallest page of torch's bundled kernel has 256 tokens, and a choice or a question has twenty.
+The price is fragmentation: when no gap is long enough, everything in use is moved to the front. Cutting a node copies
 nothing.
 
 Shapes: `P` tokens of the pool, `Hkv` key heads, `D` head width. Knows no tree and no scheduler.
@@ -17,7 +17,7 @@ import torch
 
 from segue.attention.memory.budget import KVMemory, KVMemoryExceeded, KVShape, Tail, next_capacity
 from segue.attention.memory.extents import Extents
-from segue.attention.tree.node_memory import NodeMemory
+from segue.attention.memory.node_memory import NodeMemory
 
 MAX_POOL_TOKENS = 2**31 - 1  # kernels count in 32 bits
 
@@ -28,7 +28,7 @@ class Extent:
     __slots__ = ("_pool", "length", "start")
 
     def __init__(self, pool: "KVPool", start: int, length: int) -> None:
-        self._pool = ref(pool)  # nodes are cycles, and must not hold gigabytes until somebody looks for these
+        self._pool = ref(pool)  # nodes form cycles, and must not keep gigabytes until these are collected
         self.start = start
         self.length = length
 
@@ -48,9 +48,9 @@ class Extent:
 
 
 class KVPool(KVMemory):
-    """All layers' pools, allocated at once. `layer_devices`: where each layer computes; by default the shape's.
+    """The pools of all layers, allocated at once. `layer_devices`: of each layer, by default `shape.device`.
 
-    A pool has one place more than it hands out, `scratch`, for what nobody reads.
+    A pool has one place more than it hands out, `scratch`, for tokens that nobody reads.
     """
 
     def __init__(self, shape: KVShape, budget_bytes: int, layer_devices: Sequence[torch.device] | None = None) -> None:
@@ -60,14 +60,14 @@ class KVPool(KVMemory):
         devices = layer_devices or [shape.device] * shape.num_layers
         self.tensors = [torch.empty(size, dtype=shape.dtype, device=device) for device in devices]  # [2, P + 1, Hkv, D]
         self.num_compactions = 0
-        self.generation = 0  # of the tensors: a smaller pool has other ones
+        self.generation = 0  # counts changes of `tensors`: a smaller pool has other tensors
         self._extents = Extents(self.budget_tokens)
         self._nodes: dict[Extent, None] = {}
-        self._tails: dict[int, Tail] = {}  # by id
+        self._tails: dict[Tail, None] = {}
 
     @property
     def scratch(self) -> int:
-        """The place that is nobody's."""
+        """The place that belongs to no node and no tail."""
         return self._extents.size
 
     def allocate_node(self, num_tokens: int) -> Extent:
@@ -82,37 +82,36 @@ class KVPool(KVMemory):
         self._free(kv.start, kv.length)
 
     def split(self, extent: Extent, num_tokens: int) -> tuple[Extent, Extent]:
-        """Two extents for one."""
+        """Two extents instead of one, in the same places."""
         del self._nodes[extent]
         upper = Extent(self, extent.start, num_tokens)
         lower = Extent(self, extent.start + num_tokens, extent.length - num_tokens)
         self._nodes |= {upper: None, lower: None}
         return upper, lower
 
-    def open_tail(self, prompt: Sequence[NodeMemory] = ()) -> Tail:
-        if prompt:
-            raise ValueError("tails of a pool begin empty: a sequence more costs its kernel nothing")
+    def open_tail(self) -> Tail:
         capacity = next_capacity(0)
         tail = Tail(capacity, self._allocate(capacity))
-        self._tails[id(tail)] = tail
+        self._tails[tail] = None
         return tail
 
+    def num_tokens_to_grow(self, tail: Tail) -> int:
+        """The whole new tail's: it is allocated before the old one is copied and freed."""
+        return next_capacity(tail.capacity) if tail.is_full else 0
+
     def grow_tail(self, tail: Tail) -> None:
-        if tail.length < tail.capacity:
+        capacity = self.num_tokens_to_grow(tail)
+        if not capacity:
             return
-        capacity = next_capacity(tail.capacity)
-        place = self._allocate(capacity)  # may move the tail
+        start = self._allocate(capacity)  # may move the tail
         for tensor in self.tensors:
-            tensor[:, place : place + tail.length] = tensor[:, tail.place : tail.place + tail.length]
-        self._free(tail.place, tail.capacity)
-        tail.capacity, tail.place = capacity, place
+            tensor[:, start : start + tail.length] = tensor[:, tail.start : tail.start + tail.length]
+        self._free(tail.start, tail.capacity)
+        tail.capacity, tail.start = capacity, start
 
     def close_tail(self, tail: Tail) -> None:
-        del self._tails[id(tail)]
-        self._free(tail.place, tail.capacity)
-
-    def trim(self) -> None:
-        """Nothing is kept ready."""
+        del self._tails[tail]
+        self._free(tail.start, tail.capacity)
 
     def shrink(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
@@ -136,9 +135,9 @@ class KVPool(KVMemory):
         self.allocated_bytes -= self.bytes_for(length)
 
     def _compact(self, size: int) -> None:
-        """Move all that is in use to the beginning of a pool of `size` tokens; one layer at a time is held twice."""
-        used: list[Extent | Tail] = sorted([*self._nodes, *self._tails.values()], key=_start_of)
-        starts = np.array([_start_of(each) for each in used], dtype=np.int64)
+        """Move all that is in use to the front of a pool of `size` tokens. One layer at a time is held twice."""
+        used: list[Extent | Tail] = sorted([*self._nodes, *self._tails], key=lambda each: each.start)
+        starts = np.array([each.start for each in used], dtype=np.int64)
         lengths = np.array(
             [each.length if isinstance(each, Extent) else each.capacity for each in used], dtype=np.int64
         )
@@ -161,10 +160,7 @@ class KVPool(KVMemory):
             start = self._extents.allocate(length)
             if start is None:
                 raise RuntimeError("an empty pool has one gap")
-            if isinstance(each, Extent):
-                each.start = start
-            else:
-                each.place = start
+            each.start = start
         self.num_compactions += 1
 
 
@@ -174,7 +170,3 @@ def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         return np.empty(0, dtype=np.int64)
     before = np.cumsum(lengths) - lengths
     return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
-
-
-def _start_of(each: Extent | Tail) -> int:
-    return each.start if isinstance(each, Extent) else each.place

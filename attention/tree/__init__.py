@@ -1,4 +1,4 @@
-"""The tree of prompt segments and who owns its keys: nodes, the blocks of a step, what is kept and evicted.
+"""The tree of prompt segments: its nodes, who owns their keys, what is kept and evicted, and the blocks of a step.
 
-May import `attention.segments` and `attention.memory`.
+Only this package writes the fields of a node. May import `attention.memory` and `attention.segments`.
 """

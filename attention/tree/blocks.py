@@ -1,7 +1,7 @@
 """Which tokens of a step attend to which keys, as a list of dense blocks instead of a mask.
 
-Queries are laid out depth-first, so that all queries below a node are one contiguous slice: a block is then
-(slice, node). Every query has exactly one *self* block (its own segment, or its own generated tail) and one
+Queries are laid out depth-first, so that all queries below a node are one contiguous slice. A block is such a slice and
+the node whose keys these queries see. A query has one *self* block, or its row's tail if it was generated, and one
 *cross* block for each node above it.
 
 Knows integers and tree nodes only: no model, no tensor, no Ray.
@@ -10,7 +10,7 @@ Knows integers and tree nodes only: no model, no tensor, no Ray.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from segue.attention.tree.tree import Node
+from segue.attention.tree.node import Node
 
 
 class SegmentTooLong(ValueError):

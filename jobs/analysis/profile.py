@@ -13,9 +13,9 @@ import pyarrow as pa
 from segue.pipeline.ledger.manifest import ForeignOutput, Manifest
 from segue.pipeline.ledger.presence import times_at_work
 from segue.pipeline.ledger.reading import manifest_of, read_columns, sample_rows
-from segue.pipeline.ledger.status import TRAINING, JobStatus, status_of
+from segue.pipeline.ledger.status import JobStatus, status_of
 from segue.pipeline.ledger.totals import committed_footers
-from segue.pipeline.storage.store import open_store
+from segue.pipeline.storage.open import open_store
 
 EXAMPLES = 3  # of each error code
 MAX_ANSWERS = 10_000  # different answers; a job with more has free texts, and counts of those say nothing
@@ -98,7 +98,7 @@ class Profile:
 def profile_of(output: str, num_samples: int) -> Profile:
     """Raises ForeignOutput if this is not an output folder or has no plan yet; ForeignShard; OutputStorageError."""
     manifest, store = manifest_of(output), open_store(output)
-    if manifest.fields.get("task") == TRAINING:
+    if manifest.task == "finetune":
         raise ForeignOutput(
             f"{output} is of a training, for which there is no report: see its loss.png and metrics.jsonl"
         )

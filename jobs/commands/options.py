@@ -42,7 +42,7 @@ RequireAuth = Annotated[
 def overrides_of(
     overrides: list[str] | None, limit: int | None, output: str | None, sample: str | None = None
 ) -> list[str]:
-    """What the short options stand for; a path given on the command line is relative to where one stands."""
+    """What the short options stand for. A path on the command line is relative to the current folder."""
     found = list(overrides or [])
     if limit is not None:
         found.append(f"input.limit={limit}")

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from segue.pipeline.train.metrics import METRICS, read_metrics
+from segue.pipeline.ledger.training_metrics import read_metrics
+from segue.pipeline.storage.folder import LocalStore
 
 FILE_NAME = "loss.png"
 SMOOTHED_STEPS = 20
@@ -10,7 +11,7 @@ SMOOTHED_STEPS = 20
 
 def draw_loss_curve(output: str) -> str | None:
     """Write `loss.png` into a training's folder and return its path; None if there is no step yet."""
-    lines = read_metrics(Path(output) / METRICS)
+    lines = read_metrics(LocalStore(output))
     steps = [line for line in lines if "loss" in line]
     looks = [line for line in lines if "eval_loss" in line]
     if not steps:

@@ -3,7 +3,8 @@
 A block has the columns `src_path` (string), `src_row` (int64, the row's number in its file, from 0) and `input`, a
 struct of the input columns with their types unchanged. Knows nothing of prompts, nor of Ray.
 
-A page that cannot be decoded is the file's fault, a read that fails is the store's: who raised tells the two apart.
+A page that cannot be decoded is the fault of the file, a read that fails is the fault of the store: which of the two
+raised an error tells them apart.
 """
 
 import io
@@ -24,7 +25,7 @@ from segue.pipeline.storage.remote import open_remote
 
 TASK_BYTES = 64 * 2**20
 BLOCK_ROWS = 50_000
-# What is read at once of a column: a whole chunk of one may be larger than memory. Each is a request to a store.
+# Of a column, read at once, each a request to a store: a whole column chunk may be larger than memory.
 LOCAL_READ_BYTES, REMOTE_READ_BYTES = 2**20, 2**24
 
 
@@ -42,7 +43,7 @@ class PageCorrupt(InputUnreadable):
 
 @dataclass(frozen=True, slots=True)
 class RowRange:
-    """Consecutive rows of a file, [start, stop), that begin where a row group does, or the job's rows."""
+    """Consecutive rows of a file, [start, stop). They begin with a row group or with the first row that is read."""
 
     start: int
     stop: int
@@ -88,9 +89,9 @@ def block_of(table: pa.Table, src_path: str, first_row: int) -> pa.Table:
 def read_blocks(
     file: InputFile, start: int, stop: int, columns: pa.Schema, wanted: RowNumbers, batch_rows: int = BLOCK_ROWS
 ) -> Iterator[tuple[int, pa.Table]]:
-    """(number of the row after it, block of those that are wanted) for rows [start, stop), in order.
+    """The rows [start, stop) that are wanted, in order, as pairs (number of the first row after the block, block).
 
-    Blocks are of `batch_rows` rows at most, and empty where none of them is wanted. Raises what `read_rows` does.
+    A block comes from at most `batch_rows` rows, and is empty if none of them is wanted. Raises what `read_rows` does.
     """
     for batch in _batches(file, start, stop, columns, batch_rows):
         block = block_of(pa.Table.from_batches([batch]), file.src_path, start)
@@ -101,7 +102,7 @@ def read_blocks(
 
 
 def group_stop(file: InputFile, row: int) -> int:
-    """The number of the first row behind the row group that has this one."""
+    """The number of the first row after the row group that has this row."""
     group, first = next(_groups_from(file, row))
     return first + file.row_groups[group]
 
@@ -227,7 +228,7 @@ def _groups_from(file: InputFile, start: int) -> Iterator[tuple[int, int]]:
 
 
 def _cast(rows: pa.RecordBatch, columns: pa.Schema, partition: Mapping[str, pa.Scalar]) -> pa.RecordBatch:
-    """The rows with the types that hold for all files; almost always they are that already."""
+    """The rows with the types that hold for all files; almost always they have them already."""
     if not columns.names:
         return rows.select([])
     names = columns.names

@@ -1,7 +1,7 @@
 """A dataset's rows as a Ray Data source.
 
 `ray.data.read_parquet` has no row numbers, so read tasks here are (file, consecutive row groups), planned from footers
-alone. What a block is made of is its reader's: rows as they are here, rows of the plan in `pipeline/prompts/rows.py`.
+alone. A reader makes the blocks: for the plan it is `pipeline/prompts/rows.py`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from ray.data.block import BlockMetadata
 from ray.data.context import DataContext
 from ray.data.datasource import ReadTask
 
-from segue.pipeline.dataset.blocks import RowRange, block_of, read_blocks, row_ranges
+from segue.pipeline.dataset.blocks import RowRange, row_ranges
 from segue.pipeline.dataset.files import InputFile, RowNumbers, rows_between
 
 
@@ -30,27 +30,14 @@ class BlockReader(Protocol):
         ...
 
 
-class RowReader:
-    """Blocks of `pipeline/dataset/blocks.py`, of the columns that it is given with the types they have in all files."""
-
-    def __init__(self, columns: pa.Schema) -> None:
-        self._columns = columns
-
-    def read(self, file: InputFile, start: int, stop: int, wanted: RowNumbers) -> Iterator[pa.Table]:
-        """Raises InputChanged, InputUnreadable."""
-        for _, block in read_blocks(file, start, stop, self._columns, wanted):
-            yield block
-
-    def empty(self) -> pa.Table:
-        return block_of(self._columns.empty_table(), "", 0)
-
-
 class RowSource(Datasource):
     """Rows of `files`, each once, in (src_path, src_row) order.
 
-    The rows and their provenance depend on the files alone, not on row groups, parallelism or blocks. Ray keeps
-    no order of blocks unless told to.
+    The rows and their provenance depend on the files alone, not on row groups, parallelism or blocks. Ray does not keep
+    the order of blocks unless told to.
     """
+
+    pieces: list[tuple[InputFile, RowRange, RowNumbers]]  # what is read by itself, and which of its rows are wanted
 
     def __init__(
         self, files: Sequence[InputFile], reader: BlockReader, rows: Sequence[RowNumbers] | None = None
@@ -58,7 +45,7 @@ class RowSource(Datasource):
         """`rows`: of each file the numbers of those to read; all of them if it is left out."""
         super().__init__()
         self._reader = reader
-        self._pieces = [
+        self.pieces = [
             (file, piece, rows_between(wanted, piece.start, piece.stop))
             for file, wanted in zip(files, rows or [range(file.num_rows) for file in files], strict=True)
             for piece in _pieces(file, wanted)
@@ -66,30 +53,17 @@ class RowSource(Datasource):
 
     @property
     def num_rows(self) -> int:
-        return sum(len(wanted) for *_, wanted in self._pieces)
-
-    @property
-    def num_pieces(self) -> int:
-        """Stretches of files that are read by themselves."""
-        return len(self._pieces)
-
-    def empty(self) -> pa.Table:
-        return self._reader.empty()
-
-    def blocks(self) -> Iterator[pa.Table]:
-        """All rows, read by this process."""
-        for file, piece, wanted in self._pieces:
-            yield from self._reader.read(file, piece.start, piece.stop, wanted)
+        return sum(len(wanted) for *_, wanted in self.pieces)
 
     def estimate_inmemory_data_size(self) -> int:
-        return sum(piece.num_bytes for _, piece, _ in self._pieces)
+        return sum(piece.num_bytes for _, piece, _ in self.pieces)
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
     ) -> list[ReadTask]:
-        """One task a range, whatever parallelism is asked for; for no rows, one that gives an empty block."""
+        """One task for each piece, whatever `parallelism` says; for no rows, one task that gives an empty block."""
         empty = self._reader.empty()
-        if not self._pieces:
+        if not self.pieces:
             return [ReadTask(lambda: [empty], _metadata(0, 0, ()), empty.schema)]
         return [
             ReadTask(
@@ -98,7 +72,7 @@ class RowSource(Datasource):
                 empty.schema,
                 per_task_row_limit,
             )
-            for file, piece, wanted in self._pieces
+            for file, piece, wanted in self.pieces
         ]
 
 

@@ -1,6 +1,6 @@
-"""Which rows of the input a job is about: those that its filters let through, and of these a sample.
+"""Which rows of the input a job takes: those for which its filters hold, and of these a sample.
 
-Filters are read where files may do what they like, in a process with limits; everything else is arithmetic on row
+Filters read files in a child process with limits, as files may be hostile; everything else is arithmetic on row
 numbers. Knows files and conditions; nothing of prompts, models or Ray.
 """
 
@@ -54,8 +54,8 @@ def check_filters(filters: Filters | None, files: Sequence[InputFile]) -> list[P
 def selected_rows(
     files: Sequence[InputFile], config: InputConfig, limits: LimitsConfig, seed: int
 ) -> tuple[RowNumbers, ...]:
-    """Of each file the numbers of the rows that filters and sample take. Of rows to be tried again there is no sample:
-    they are some of one already.
+    """Of each file the numbers of the rows that filters and sample take. A retry takes no sample: its rows are of one
+    already.
 
     Raises JobRefused if a filter's columns cannot be read within the limits, InputChanged, InputUnreadable.
     """
@@ -68,7 +68,7 @@ def selected_rows(
 
 
 def sampled(rows: Sequence[RowNumbers], sample: int | float, seed: int) -> tuple[RowNumbers, ...]:
-    """So many of the rows, or such a part of them: those whose positions hash lowest, whatever the versions."""
+    """`sample` rows, or this part of them: those whose positions have the lowest hashes, the same in all versions."""
     total = sum(map(len, rows))
     wanted = min(total, sample if isinstance(sample, int) else max(1, round(sample * total)))
     keys, kept = np.empty(0, np.uint64), np.empty(0, np.uint64)
@@ -125,7 +125,7 @@ def _filtered(files: Sequence[InputFile], filters: Filters, limits: LimitsConfig
 
 
 def _warm_up() -> None:
-    """In the child: what every filter needs, imports and Arrow's threads among it, is not charged to rows."""
+    """In the child: rows are not charged for what every filter needs, such as imports and Arrow's threads."""
     table = pa.table({"a": [1, 2]})
     _numbers_in(table, 0, ((("a", "==", 1),),))
 
@@ -161,9 +161,9 @@ def _expression(condition: tuple[str, str, Any], schema: pa.Schema) -> pc.Expres
 
 
 def _typed(value: Any, kind: pa.DataType) -> pa.Scalar:
-    """A value of the column's type, so that the column is never converted to the value's; dates are written as texts.
+    """The value in the column's type, so that the column is never converted to the value's. A date is given as text.
 
-    Raises pa.ArrowException, TypeError, ValueError or OverflowError for a value of another.
+    Raises pa.ArrowException, TypeError, ValueError or OverflowError if the value does not fit that type.
     """
     is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
     if isinstance(value, bool) != pa.types.is_boolean(kind) or (is_number and isinstance(value, str)):

@@ -1,7 +1,7 @@
-"""Data in other formats to a Parquet dataset, and an output folder to other formats: whole, or not at all.
+"""Data in other formats to a Parquet dataset, and an output folder to other formats: complete, or not at all.
 
-A line that cannot be read ends the conversion with its file and number, since a dataset that lacks rows looks like one
-that does not. Reads through Arrow, and Hugging Face's datasets through their own library. Knows no model and no job.
+A line that cannot be read ends the conversion and is named by file and number: nobody would notice rows that are
+missing. Reads through Arrow, and Hugging Face datasets through their own library. Knows no model and no job.
 """
 
 import base64
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,17 +28,17 @@ from segue.pipeline.ledger.reading import read_columns
 from segue.pipeline.problems import JobRefused, Problem, shown
 from segue.pipeline.storage.store import OutputStorageError
 
-HUB = "hf:"  # of a dataset on Hugging Face's hub: hf:NAME, hf:NAME:SPLIT
-READ_BYTES = 16 * 2**20  # of JSON and CSV at once; a line of JSON must fit
+HUB = "hf:"  # begins the name of a dataset on Hugging Face's hub: hf:NAME, hf:NAME:SPLIT
+READ_BYTES = 16 * 2**20  # of JSON and CSV that are read at once; a line of JSON must fit
 TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
-SAVED_DATASET = ("dataset_info.json", "state.json", "dataset_dict.json")  # of datasets.save_to_disk
+SAVED_DATASET = ("dataset_info.json", "state.json", "dataset_dict.json")  # files that datasets.save_to_disk writes
 
 _QUOTED_ROW, _QUOTED_VALUE = re.compile(r"(got \d+): .*"), re.compile(r"invalid value '.*")
 
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """What was written."""
+    """The result of a conversion."""
 
     path: str
     num_rows: int
@@ -47,11 +47,11 @@ class Converted:
 
 
 def to_parquet(source: str, folder: str, rows_per_file: int) -> Converted:
-    """A dataset of Parquet files in `folder`, which must be new or empty.
+    """Write a dataset of Parquet files into `folder`, which must be new or empty.
 
-    `source` is a file, folder or glob of JSON lines, CSV (comma) or TSV with a first line of names; a folder that
-    `datasets.save_to_disk` wrote; or `hf:NAME[:SPLIT]`, a dataset on Hugging Face's hub. Raises JobRefused, and
-    OutputStorageError if the folder cannot be written.
+    `source` is a file, folder or glob of JSON lines, or of CSV (comma) or TSV whose first line has the names; or a
+    folder that `datasets.save_to_disk` wrote; or `hf:NAME[:SPLIT]`, a dataset on Hugging Face's hub. Raises JobRefused,
+    and OutputStorageError if the folder cannot be written.
     """
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -69,7 +69,7 @@ def to_parquet(source: str, folder: str, rows_per_file: int) -> Converted:
         with suppress(OSError):
             target.rmdir()
         raise
-    for part in written:  # names that readers take for data, once all is there
+    for part in written:  # only now do the files get names that readers take for data
         part.rename(part.with_name(part.name[1:]))
     return Converted(folder, num_rows, len(written), tuple(schema.names))
 
@@ -83,36 +83,43 @@ def _write(table: pa.Table, part: Path, group_rows: int) -> None:
 
 
 def from_output(output: str, path: str) -> Converted:
-    """Every committed row of an output folder, in plan order, as JSON lines or CSV, by the name of `path`.
+    """Write every committed row of an output folder, in plan order, as CSV if `path` ends in .csv, else as JSON lines.
 
-    In CSV, values that are no scalars are JSON. Times are ISO 8601, decimals text, bytes base64, NaN is null.
+    In CSV, lists and structs are JSON. Times are ISO 8601, decimals are text, bytes are base64, NaN is null. Raises
+    ForeignOutput, OutputStorageError, and JobRefused if `path` cannot be written.
     """
-    part, num_rows, names = f"{path}.part", 0, ()
-    is_csv = path.endswith(".csv")
+    part = f"{path}.part"
     try:
         with open(part, "w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            for table in read_columns(output, lambda schema: schema.names):
-                if not num_rows:
-                    names = tuple(table.column_names)
-                    if is_csv:
-                        writer.writerow(names)
-                num_rows += table.num_rows
-                for row in table.to_pylist():
-                    if is_csv:
-                        writer.writerow(_cell(value) for value in row.values())
-                    else:
-                        print(json.dumps(_plain(row), ensure_ascii=False, allow_nan=False), file=file)
+            num_rows, names = _write_rows(file, output, is_csv=path.endswith(".csv"))
         os.replace(part, path)
     except OSError as error:
         with suppress(OSError):
             os.unlink(part)
-        if isinstance(error, OutputStorageError):  # of what is read
+        if isinstance(error, OutputStorageError):  # the output could not be read
             raise
         raise JobRefused(
             [Problem("TARGET", f"{shown(path)} ({error.strerror})", "a file that can be written")]
         ) from None
     return Converted(path, num_rows, 1, names)
+
+
+def _write_rows(file: TextIO, output: str, *, is_csv: bool) -> tuple[int, tuple[str, ...]]:
+    """(number of rows, names of columns)"""
+    num_rows, names = 0, ()
+    writer = csv.writer(file)
+    for table in read_columns(output, lambda schema: schema.names):
+        if not num_rows:
+            names = tuple(table.column_names)
+            if is_csv:
+                writer.writerow(names)
+        num_rows += table.num_rows
+        for row in table.to_pylist():
+            if is_csv:
+                writer.writerow(_cell(value) for value in row.values())
+            else:
+                print(json.dumps(_plain(row), ensure_ascii=False, allow_nan=False), file=file)
+    return num_rows, names
 
 
 def _batches(source: str) -> Iterator[pa.RecordBatch]:
@@ -143,7 +150,7 @@ def _text_files(source: str) -> list[Path]:
 
 
 def _csv(file: Path) -> Iterator[pa.RecordBatch]:
-    """Types are those of the first 16 MiB; what does not fit them later is an error, not a text."""
+    """Types are found in the first 16 MiB. A later value of another type is an error and does not become text."""
     parse = arrow_csv.ParseOptions(delimiter="\t" if file.suffix == ".tsv" else ",", newlines_in_values=True)
     read = arrow_csv.ReadOptions(block_size=READ_BYTES)
     try:
@@ -154,7 +161,7 @@ def _csv(file: Path) -> Iterator[pa.RecordBatch]:
 
 
 def _json(file: Path) -> Iterator[pa.RecordBatch]:
-    """The same of JSON lines; a key that first comes later is an error as well."""
+    """The same for JSON lines. A key that appears only after the first 16 MiB is an error, too."""
     try:
         with arrow_json.open_json(file, read_options=arrow_json.ReadOptions(block_size=READ_BYTES)) as reader:
             yield from reader
@@ -163,7 +170,7 @@ def _json(file: Path) -> Iterator[pa.RecordBatch]:
 
 
 def _first_line(error: Exception) -> str:
-    """Without the row's own text, which Arrow quotes."""
+    """The first line of Arrow's message, without the row's text that it quotes."""
     line = str(error).splitlines()[0]
     return _QUOTED_VALUE.sub("invalid value", _QUOTED_ROW.sub(r"\1", line))[:200]
 
@@ -187,7 +194,7 @@ def _huggingface(source: str) -> Iterator[pa.RecordBatch]:
 
 
 def _pieces(batches: Iterator[pa.RecordBatch], rows_per_file: int) -> Iterator[pa.Table]:
-    """Tables of so many rows, the last one of what is left; one without rows if there are none."""
+    """Tables of `rows_per_file` rows, the last one with the rest; one empty table if there are no rows."""
     kept: list[pa.Table] = []
     count = num_tables = 0
     for batch in batches:
@@ -214,7 +221,7 @@ def _cell(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it."""
+    """The value as JSON can hold it."""
     if isinstance(value, dict):
         return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

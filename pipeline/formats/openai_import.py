@@ -1,7 +1,7 @@
-"""A batch file of OpenAI's format as a Parquet dataset, a row a line.
+"""A batch file in OpenAI's format as a Parquet dataset with one row for each line.
 
-A line that cannot be answered costs itself: it becomes a row without a prompt that says why. Knows files; what a
-request is, is `pipeline/formats/openai_request.py`'s. No model, no Ray.
+A line that cannot be answered becomes a row without a prompt, which says why. Knows files; no model, no Ray.
+`pipeline/formats/openai_request.py` knows what a request is.
 """
 
 import hashlib
@@ -21,8 +21,8 @@ from segue.pipeline.storage.store import OutputStorageError
 
 MAX_LINE_BYTES = 64 * 2**20
 ROWS_PER_GROUP = 4096
-GROUP_CHARS = 32 * 2**20  # held in memory at once
-SOURCE_KEY = b"segue_source"  # of the Parquet file: sha256 of the file of requests
+GROUP_CHARS = 32 * 2**20  # that are held in memory at once
+SOURCE_KEY = b"segue_source"  # key in the Parquet file's metadata: sha256 of the file of requests
 
 _PART = pa.struct([("type", pa.string()), ("text", pa.string())])
 _MESSAGE = pa.struct([("role", pa.string()), ("content", pa.list_(_PART))])
@@ -47,10 +47,10 @@ class ImportedRequests:
 
 
 def import_requests(path: str, folder: str) -> ImportedRequests:
-    """The Parquet file in `folder` that has the requests of `path`, a row a line; made if it is not there.
+    """The Parquet file in `folder` with the requests of `path`, one row for each line. It is written if it is missing.
 
-    Raises JobRefused if `path` cannot be read or is no file of requests, ForeignOutput if the folder has those of
-    another file.
+    Raises JobRefused if `path` cannot be read or has no requests, ForeignOutput if the folder holds the requests of
+    another file, OutputStorageError.
     """
     target = Path(folder) / "requests.parquet"
     try:
@@ -63,7 +63,7 @@ def import_requests(path: str, folder: str) -> ImportedRequests:
             else:
                 file.seek(0)
                 _write(target, digest, _requests(file, endpoint))
-    except OutputStorageError:  # an OSError as well, and not the file's
+    except OutputStorageError:  # is an OSError, too, but not one of `path`
         raise
     except OSError as error:
         raise JobRefused([Problem("", f"{shown(path)} ({error.strerror})", "a file of requests")]) from None
@@ -71,7 +71,7 @@ def import_requests(path: str, folder: str) -> ImportedRequests:
 
 
 def _endpoint_of(file: BinaryIO, path: str) -> str:
-    """Of the first line that is a request. Raises JobRefused if there is none for which there is an answer."""
+    """The endpoint of the first line that is a request. Raises JobRefused if there is none, or an unknown endpoint."""
     for raw in _lines(file):
         try:
             url = parse_line(raw or b"").url
@@ -85,7 +85,7 @@ def _endpoint_of(file: BinaryIO, path: str) -> str:
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes | None]:
-    """Each that is not empty; None for one that is too long, which is read to its end."""
+    """Each line that is not empty; None for a line that is too long."""
     while line := file.readline(MAX_LINE_BYTES + 1):
         if len(line) <= MAX_LINE_BYTES:
             if line.strip():

@@ -1,6 +1,6 @@
-"""One request of a batch file of OpenAI's format: what it asks for, in this project's terms, or what is wrong with it.
+"""One request of a batch file in OpenAI's format: what it asks for, in Segue's terms, or what is wrong with it.
 
-A request is a stranger's: what is wrong is said without quoting it. Knows the format; no file, no model.
+Requests are private, so messages never quote them. Knows the format; no file, no model.
 """
 
 import json
@@ -10,21 +10,22 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 ENDPOINTS = (CHAT, COMPLETIONS)
-# Of a request, what changes no answer here.
+# Parameters that change no answer here.
 _IGNORED = frozenset(
     {"user", "metadata", "store", "service_tier", "stream_options", "safety_identifier", "prompt_cache_key", "model"}
 )
-# What changes the answer and is not there: named in errors, as other names would be the row's own text.
+# Parameters that would change the answer and are not supported. Errors name them; unknown names are the row's own text.
 _UNSUPPORTED = frozenset(
     {"tools", "tool_choice", "functions", "function_call", "logprobs", "top_logprobs", "logit_bias",
      "best_of", "echo", "suffix", "modalities", "audio", "prediction", "reasoning_effort", "web_search_options",
      "parallel_tool_calls", "verbosity"}
 )  # fmt: skip
+# Values with which they would change nothing.
 _SAYS_NOTHING = {
     "tool_choice": ("none", "auto"), "best_of": (1,), "modalities": (["text"],),
     "parallel_tool_calls": (True, False), "top_logprobs": (0,), "logprobs": (False,),
 }  # fmt: skip
-# OpenAI's defaults where a request says nothing; ours are others.
+# OpenAI's defaults for parameters that a request leaves out; Segue's own differ.
 DEFAULTS = {"temperature": 1.0, "top_p": 1.0}
 
 
@@ -38,7 +39,7 @@ class _Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[_Part]
-    # What the client writes into answers of earlier turns.
+    # OpenAI's client writes these into the answers of earlier turns.
     refusal: None = None
     tool_calls: None = None
     function_call: None = None
@@ -47,7 +48,7 @@ class _Message(BaseModel):
 
     def value(self) -> dict[str, Any]:
         parts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
-        role = "system" if self.role == "developer" else self.role  # the newer name of the same
+        role = "system" if self.role == "developer" else self.role  # the newer name of the same role
         return {"role": role, "content": [{"type": "text", "text": part} for part in parts]}
 
 
@@ -56,7 +57,7 @@ class _Schema(BaseModel):
     name: str
     schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
     description: str | None = None
-    strict: bool | None = None  # here it always is
+    strict: bool | None = None  # here a schema is always strict
 
 
 class _ResponseFormat(BaseModel):
@@ -71,7 +72,7 @@ class _ResponseFormat(BaseModel):
         return self
 
     def form(self) -> dict[str, Any] | None:
-        """In this project's terms."""
+        """The format in Segue's terms, None for plain text."""
         if self.type == "text":
             return None
         schema = self.json_schema.schema_ if self.json_schema else None
@@ -97,7 +98,7 @@ class _Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_what_says_nothing(cls, value: object) -> object:
-        """Nulls are defaults, as the client writes them."""
+        """Without nulls, which the client writes for defaults, and without parameters that change nothing."""
         if not isinstance(value, dict):
             return value
         kept = {key: each for key, each in value.items() if key not in _IGNORED and each is not None}
@@ -107,16 +108,16 @@ class _Body(BaseModel):
         return {key: each for key, each in kept.items() if key not in _UNSUPPORTED}
 
     def params(self) -> dict[str, Any]:
-        """Under our names, with OpenAI's defaults."""
+        """The sampling parameters under Segue's names, with OpenAI's defaults."""
         names = ("temperature", "top_p", "n", "seed", "presence_penalty", "frequency_penalty")
-        told = {name: value for name in names if (value := getattr(self, name)) is not None}
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.stop:
-            told["stop"] = self.stop
+            given["stop"] = self.stop
         if (limit := self.max_completion_tokens or self.max_tokens) is not None:
-            told["max_tokens"] = limit
+            given["max_tokens"] = limit
         if self.response_format is not None and (form := self.response_format.form()):
-            told["structured_outputs"] = form
-        return DEFAULTS | told
+            given["structured_outputs"] = form
+        return DEFAULTS | given
 
 
 class RequestLine(BaseModel):
@@ -132,21 +133,21 @@ class BadRequest(ValueError):
 
 
 def parse_line(raw: bytes) -> RequestLine:
-    """Raises BadRequest."""
+    """The request in a line of the file. Raises BadRequest."""
     try:
         return RequestLine.model_validate_json(raw)
     except ValidationError as error:
-        raise BadRequest(_told(error)) from None
+        raise BadRequest(_message_of(error)) from None
 
 
 def asked_by(line: RequestLine, endpoint: str) -> dict[str, Any]:
-    """Its messages or prompt, and its sampling parameters as JSON. Raises BadRequest."""
+    """The request's messages or prompt, and its sampling parameters as JSON. Raises BadRequest."""
     if line.url != endpoint:
         raise BadRequest(f"url: wanted {endpoint}, as in the first line of the file")
     try:
         body = _Body.model_validate(line.body)
     except ValidationError as error:
-        raise BadRequest(_told(error)) from None
+        raise BadRequest(_message_of(error)) from None
     params = json.dumps(body.params())
     if endpoint == CHAT:
         if body.messages is None:
@@ -157,8 +158,8 @@ def asked_by(line: RequestLine, endpoint: str) -> dict[str, Any]:
     return {"prompt": body.prompt, "sampling_params": params}
 
 
-def _told(error: ValidationError) -> str:
-    """The first thing that is wrong, in words that are not the row's."""
+def _message_of(error: ValidationError) -> str:
+    """The first thing that is wrong, without any text of the row."""
     first = error.errors(include_input=False, include_url=False)[0]
     if first["type"] == "extra_forbidden":
         return "a parameter that is not known"
@@ -166,6 +167,6 @@ def _told(error: ValidationError) -> str:
              *_ResponseFormat.model_fields, *_Schema.model_fields, "schema"}  # fmt: skip
     place = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part in known)
     if first["type"] == "json_invalid":
-        return "the line is not JSON in UTF-8"  # a lone surrogate neither
+        return "the line is not JSON in UTF-8"  # or has half a surrogate pair
     message = first["msg"].removeprefix("Value error, ")
     return f"{place}: {message}" if place else message

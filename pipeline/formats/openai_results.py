@@ -1,4 +1,4 @@
-"""The output of a batch as OpenAI's client reads it: a file of results, a file of errors, and a `Batch`.
+"""The output of a batch in the form that OpenAI's client reads: a file of results, a file of errors, and a `Batch`.
 
 Knows output folders and the format; no request, no model, no Ray.
 """
@@ -13,7 +13,8 @@ from segue.pipeline.formats.openai_request import CHAT
 from segue.pipeline.ledger.manifest import SUCCESS
 from segue.pipeline.ledger.reading import read_columns
 from segue.pipeline.problems import JobRefused, Problem, shown
-from segue.pipeline.storage.store import OutputStorageError, open_store
+from segue.pipeline.storage.open import open_store
+from segue.pipeline.storage.store import OutputStorageError
 
 BAD_REQUEST = "invalid_request"
 
@@ -28,9 +29,9 @@ class RequestCounts:
 
 
 def export_results(output: str, results: str, errors: str, *, endpoint: str, model: str, created: int) -> RequestCounts:
-    """A finished output as two files of lines, each whole or not there; what the two have in common is `custom_id`.
+    """Write a finished output as two files of JSON lines, one with answers and one with errors, keyed by `custom_id`.
 
-    Raises OutputStorageError, ForeignOutput.
+    Each file is complete or missing. Raises OutputStorageError, ForeignOutput.
     """
     try:
         return _export(output, results, errors, endpoint=endpoint, model=model, created=created)
@@ -63,21 +64,21 @@ def _export(output: str, results: str, errors: str, *, endpoint: str, model: str
 
 
 def is_complete(output: str) -> bool:
-    """Whether every request has its row."""
+    """Whether the output has a row for every request."""
     return open_store(output).exists(SUCCESS)
 
 
 def check_writable(*paths: str) -> None:
-    """Before the work whose results go there. Raises JobRefused."""
+    """Check the folders of results before the work starts. Raises JobRefused."""
     folders = {os.path.dirname(os.path.abspath(path)) for path in paths}
     if missing := [folder for folder in sorted(folders) if not os.access(folder, os.W_OK)]:
         raise JobRefused([Problem("--output", shown(missing[0]), "a folder that is there and can be written to")])
 
 
-def batch_object(endpoint: str, counts: RequestCounts, **told: Any) -> dict[str, Any]:
-    """OpenAI's `Batch`, as far as it means something here; `told` are its ids and times."""
+def batch_object(endpoint: str, counts: RequestCounts, **ids_and_times: Any) -> dict[str, Any]:
+    """OpenAI's `Batch`, with the fields that mean something here. `ids_and_times` are further ones."""
     constant = {"object": "batch", "completion_window": "24h", "status": "completed"}
-    return constant | {"endpoint": endpoint, "request_counts": asdict(counts), **told}
+    return constant | {"endpoint": endpoint, "request_counts": asdict(counts), **ids_and_times}
 
 
 def _error(row: dict[str, Any]) -> dict[str, str]:

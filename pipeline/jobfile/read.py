@@ -1,4 +1,4 @@
-"""A job file, with `--set` overrides, to a JobConfig: every mistake found, all at once, each on one line.
+"""A job file, with `--set` overrides, to a JobDraft: what is right in it and every mistake, each on one line.
 
 Relative paths in `input.path`, `input.retry_of`, `output.path`, `model.source`, `model.adapter` and `content_file` are
 relative to the job file's folder, also when they come from an override; absolute paths and URLs stay as they are. Knows
@@ -8,7 +8,7 @@ nothing of data, models or Ray: it opens the job file and the content files it n
 import os
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar, get_args
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from segue.pipeline.jobfile.mistakes import JobPath, Where, problems_of
 from segue.pipeline.jobfile.schema import InputConfig, JobConfig, ModelConfig, OutputConfig, scheme_of
+from segue.pipeline.jobfile.training import FinetuneConfig
 from segue.pipeline.jobfile.yaml_text import MAX_YAML_BYTES, YamlDocument, key_of, read_yaml
 from segue.pipeline.problems import JobRefused, Problem, shown
 from segue.workers.prompts.template import PromptTemplate
@@ -31,33 +32,30 @@ ECHO = "echo"  # the model without weights, never a folder
 class JobDraft:
     """A job file as far as it could be understood; sections that are refused are None."""
 
-    config: JobConfig | None  # None unless the whole file is right
+    config: JobConfig | None  # None if any section is refused
     input: InputConfig | None
     prompt: PromptTemplate | None
     output: OutputConfig | None
     task: Task | None
     scoring: ScoringTemplate | None
     problems: tuple[Problem, ...]
-    where: Where = lambda path: ""  # the place in the file that a key comes from
+    where: Where  # the place in the file that a key comes from
 
+    def refused(self, others: Sequence[Problem] = ()) -> JobRefused:
+        """For all that is wrong with the file, and `others`; problems without a place get the lines of their keys."""
+        return JobRefused(map(self._placed, [*self.problems, *others]))
 
-def load_job(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> JobConfig:
-    """The job in the YAML file `path`, with overrides such as "sampling_params.max_tokens=64" on top.
-
-    Raises JobRefused with every problem of the file and of the overrides.
-    """
-    draft = read_job(path, overrides)
-    if draft.config is None:
-        raise JobRefused(draft.problems)
-    return draft.config
+    def _placed(self, problem: Problem) -> Problem:
+        return problem if problem.where else replace(problem, where=self.where(tuple(problem.key.split("."))))
 
 
 def read_job(
     path: str | os.PathLike[str], overrides: Sequence[str] = (), schema: type[JobConfig] = JobConfig
 ) -> JobDraft:
-    """Like `load_job`, but with what is right beside what is wrong, so that the data can be checked as well.
+    """The job in the YAML file `path`, with overrides such as "sampling_params.max_tokens=64" on top.
 
-    `schema` is the kind of job. Raises JobRefused only if the file cannot be read as a mapping at all.
+    What is right comes beside what is wrong, so that the data can be checked as well. `schema` is the kind of job.
+    Raises JobRefused only if the file cannot be read as a mapping at all.
     """
     file = Path(path)
     document = _document_of(file)
@@ -74,10 +72,11 @@ def read_job(
     return _draft(values, schema, folder, where, [*document.problems, *problems])
 
 
-def keys_of(path: str | os.PathLike[str]) -> set[str]:
-    """The keys at the top of a job file. Raises JobRefused if it cannot be read."""
+def is_training(path: str | os.PathLike[str]) -> bool:
+    """Whether a job file has sections that only a training has. Raises JobRefused if it cannot be read."""
     values = _document_of(Path(path)).value
-    return set(values) if isinstance(values, dict) else set()
+    keys = values.keys() if isinstance(values, dict) else set()
+    return bool(keys & (FinetuneConfig.model_fields.keys() - JobConfig.model_fields.keys()))
 
 
 def _document_of(file: Path) -> YamlDocument:
@@ -109,7 +108,7 @@ def _where(path: JobPath, document: YamlDocument, overridden: Collection[JobPath
 
 
 def _override(values: dict[str, object], overrides: Sequence[str]) -> tuple[set[JobPath], list[Problem]]:
-    """Put each "a.b=value" into `values`; whether the key exists is for the schema to say."""
+    """Put each "a.b=value" into `values`. The schema decides whether such a key exists."""
     overridden: set[JobPath] = set()
     problems: list[Problem] = []
     for override in overrides:
@@ -128,7 +127,7 @@ def _override(values: dict[str, object], overrides: Sequence[str]) -> tuple[set[
 
 
 def _set(values: dict[str, object], key: str, value: object) -> JobPath:
-    """Set the value at a dotted key, making sections on the way; raises ValueError where the way is barred."""
+    """Set the value at a dotted key, making sections on the way. Raises ValueError if a part is no section."""
     *parents, last = key.split(".")
     node: object = values
     path: JobPath = ()

@@ -32,8 +32,8 @@ class YamlDocument:
 
 
 def as_yaml(value: object) -> str:
-    """A value of JSON's kinds as text that `read_yaml` reads back unchanged: JSON is YAML, but for what YAML takes for
-    line breaks or refuses."""
+    """A value of JSON's kinds as text that `read_yaml` reads back unchanged. JSON is YAML, except for characters that
+    YAML refuses or takes for line breaks."""
     text = json.dumps(value, indent=1, ensure_ascii=False)
     return _NOT_IN_YAML.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 

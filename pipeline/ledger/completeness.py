@@ -1,4 +1,4 @@
-"""What an output folder lacks to be complete, and the last write that says it is.
+"""What an output folder still lacks, and the last write, which says that it is complete.
 
 What is missing is always the plan minus the listing, never a count of receipts. Knows the plan and the store; no Ray.
 """
@@ -17,7 +17,7 @@ READERS = 4  # shards read at once
 
 
 def check_unused(store: Store) -> None:
-    """Raises ForeignOutput if a folder without a manifest holds data: it is somebody's.
+    """For a folder without a manifest. Raises ForeignOutput if it holds data, which belongs to somebody else.
 
     Raises JobRefused for a store in which two writers could both win.
     """
@@ -33,7 +33,7 @@ def check_unused(store: Store) -> None:
 
 
 def check_complete(store: Store, manifest: Manifest) -> None:
-    """Raises OutputStorageError if shards, or parts of the plan, are gone that `_SUCCESS` says were there."""
+    """For a folder with `_SUCCESS`. Raises OutputStorageError if shards or parts of the plan are gone since then."""
     if not manifest.is_complete:
         raise OutputStorageError(
             f"{store.path(window_name(manifest.num_planned))} is gone although {store.path(SUCCESS)} says that the "
@@ -48,11 +48,11 @@ def check_complete(store: Store, manifest: Manifest) -> None:
 
 
 def missing_units(store: Store, manifest: Manifest) -> list[UnitSpec]:
-    """Plan minus listing. Raises ForeignOutput for a file that looks like data and is not in the plan."""
+    """The plan minus the listing. Raises ForeignOutput for a file that looks like data and is not in the plan."""
     present = set(store.data_names())
     strangers = present - _shard_names(manifest)
     if strangers and not manifest.is_complete:
-        strangers -= _shard_names(load_windows(store, manifest))  # another run may be at a later window
+        strangers -= _shard_names(load_windows(store, manifest))  # another run may have planned more
     if strangers:
         raise ForeignOutput(f"output.path: {store.path(min(strangers))} is not a shard of this job; move it away")
     return [unit for unit in manifest.units if unit.shard_name not in present]
@@ -63,7 +63,7 @@ def _shard_names(manifest: Manifest) -> set[str]:
 
 
 def write_success(store: Store, manifest: Manifest) -> None:
-    """The last write: every shard read and checked against the plan, with its size and checksum."""
+    """The last write: it lists every shard with size and checksum, after each was read and checked against the plan."""
 
     def entry(unit: UnitSpec) -> dict[str, object]:
         footer, content = read_shard(store, unit, manifest.fingerprint)

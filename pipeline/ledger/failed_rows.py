@@ -1,4 +1,4 @@
-"""Which rows of a finished output have an error, for a job that answers those again.
+"""Which rows of a finished output have an error, for a job that answers these rows again.
 
 Knows outputs and their manifests; nothing of models or Ray.
 """
@@ -17,16 +17,16 @@ from segue.pipeline.ledger.reading import finished_manifest, read_columns
 
 @dataclass(frozen=True)
 class FailedRows:
-    """Of one output."""
+    """The rows of one output that have an error."""
 
     output: str
-    fingerprint: str  # of its job
-    input_files: str  # identity of what that job read
-    rows: Mapping[str, np.ndarray]  # by src_path: src_row, int64, ascending
+    fingerprint: str  # of the job that wrote the output
+    input_files: str  # identity of the files that the job read
+    rows: Mapping[str, np.ndarray]  # src_path -> src_row of each failed row, int64, ascending
 
     @cached_property
     def identity(self) -> str:
-        """sha256 over which rows they are, 16 hex digits."""
+        """sha256 of which rows they are, 16 hex digits."""
         digest = hashlib.sha256()
         for path, rows in sorted(self.rows.items()):
             digest.update(repr((path, len(rows))).encode() + rows.astype("<i8").tobytes())
@@ -46,7 +46,7 @@ def failed_rows(output: str) -> FailedRows:
 
 
 def retry_job(output: str, into: str) -> dict[str, object]:
-    """The job file of a finished output, as data, made to answer its failed rows into another folder.
+    """The job of a finished output as data, changed so that it answers the failed rows into another folder.
 
     Raises ForeignOutput.
     """

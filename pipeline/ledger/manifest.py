@@ -1,9 +1,9 @@
-"""What an output folder belongs to: the job's fingerprint and the list of its units. Written once, never changed.
+"""Which job an output folder belongs to: the job's fingerprint and the list of its units. Written once, never changed.
 
-A plan of several windows grows by files: the manifest has the first window, each other has a file of its own.
+A plan of several windows grows by files: the manifest holds the first window, each later window has a file of its own.
 
-The fingerprint is a mapping of everything that changes results, kept readable so that a refusal can name what differs.
-Parallelism, batch sizes, paths of logs and credentials are not in it.
+The fingerprint is a mapping of everything that changes results. It is kept readable, so that a refusal can name what
+differs. Parallelism, batch sizes, paths of logs and credentials are not in it.
 """
 
 import hashlib
@@ -15,11 +15,13 @@ from typing import Any
 
 from segue.pipeline.ledger.shards import PROTOCOL
 from segue.pipeline.ledger.units import UnitSpec
-from segue.pipeline.plan.tree import merge_stats
 from segue.pipeline.storage.store import Store
+from segue.workers.scoring.template import Task
 
 MANIFEST = "_job/manifest.json"
 SUCCESS = "_SUCCESS"
+TOP_NODES = 20  # of shared segments that a plan's statistics name
+LONGEST_ROWS = 10  # that they name
 
 
 class ForeignOutput(ValueError):
@@ -28,22 +30,26 @@ class ForeignOutput(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The plan, as far as it is there."""
+    """The plan, as far as it exists."""
 
     protocol: int
     name: str
-    date: str  # shown by templates that print today's; frozen at the first run
-    fields: dict[str, Any]  # the fingerprint's
+    date: str  # what templates print as today's date; frozen at the first run
+    fields: dict[str, Any]  # of the fingerprint
     stats: dict[str, Any]  # tokens requested and distinct, top shared segments: what `segue plan` prints
-    units: tuple[UnitSpec, ...]  # of the windows that are planned, in their order
-    versions: dict[str, str]  # of what computed the plan; told, not compared
-    job: dict[str, Any] = field(default_factory=dict)  # the job file as it was understood; told, not compared
+    units: tuple[UnitSpec, ...]  # of all planned windows, in order
+    versions: dict[str, str]  # of the packages that computed the plan; for people, never compared
+    job: dict[str, Any] = field(default_factory=dict)  # the job file as it was understood; for people, never compared
     num_windows: int = 1  # of the whole dataset
-    num_planned: int = 1  # of these, so far
+    num_planned: int = 1  # windows that are planned so far
 
     @property
     def fingerprint(self) -> str:
         return fingerprint(self.fields)
+
+    @property
+    def task(self) -> Task:
+        return self.fields.get("task", "generate")
 
     @property
     def num_rows(self) -> int:
@@ -56,11 +62,11 @@ class Manifest:
 
     def with_window(self, units: tuple[UnitSpec, ...], stats: Mapping[str, Any]) -> "Manifest":
         """The plan with its next window."""
-        merged = merge_stats(self.stats, stats)
+        merged = _merge_stats(self.stats, stats)
         return replace(self, units=self.units + units, stats=merged, num_planned=self.num_planned + 1)
 
     def to_bytes(self) -> bytes:
-        """Of a plan that has its first window, and no other."""
+        """The manifest's file. Only for a plan that has its first window and no other."""
         values = asdict(self)
         del values["num_planned"]
         return json.dumps(values, indent=1, sort_keys=True).encode()
@@ -72,12 +78,12 @@ class Manifest:
 
 
 def fingerprint(fields: Mapping[str, Any]) -> str:
-    """sha256 over the fields, 16 hex digits."""
+    """sha256 of the fields, 16 hex digits."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load_manifest(store: Store) -> Manifest | None:
-    """The folder's manifest with all windows that are there, None if it has none yet. Raises ForeignOutput."""
+    """The folder's manifest with all planned windows; None if there is no manifest yet. Raises ForeignOutput."""
     try:
         manifest = Manifest.from_bytes(store.read(MANIFEST))
     except FileNotFoundError:
@@ -91,18 +97,18 @@ def load_manifest(store: Store) -> Manifest | None:
 
 
 def window_name(number: int) -> str:
-    """Where a window of the plan is, but the first."""
+    """The file of a window, other than the first."""
     return f"_job/windows/window-{number:06d}.json"
 
 
 def window_to_bytes(manifest: Manifest, units: tuple[UnitSpec, ...], stats: Mapping[str, Any]) -> bytes:
-    """The next window of a plan, as a file."""
+    """The file of a plan's next window."""
     values = {"fingerprint": manifest.fingerprint, "units": [asdict(unit) for unit in units], "stats": stats}
     return json.dumps(values, indent=1, sort_keys=True).encode()
 
 
 def load_windows(store: Store, manifest: Manifest) -> Manifest:
-    """A plan with the windows that were added to it since. Raises ForeignOutput."""
+    """The plan with all windows that were added to it meanwhile. Raises ForeignOutput."""
     while not manifest.is_complete:
         name = window_name(manifest.num_planned)
         try:
@@ -119,12 +125,12 @@ def load_windows(store: Store, manifest: Manifest) -> Manifest:
 
 
 def check_same_job(found: Manifest, fields: Mapping[str, Any], where: str) -> None:
-    """Raises ForeignOutput naming each field in which the folder's job differs from this one."""
+    """Raises ForeignOutput, which names each field in which the folder's job differs from this one."""
     check_same_fields(found.fields, fields, where)
 
 
 def check_same_fields(found: Mapping[str, Any], fields: Mapping[str, Any], where: str) -> None:
-    """`check_same_job` for any record of a folder."""
+    """The same for any record that a folder keeps."""
     names = sorted({*found, *fields})
     differing = [name for name in names if found.get(name) != fields.get(name)]
     if differing:
@@ -137,13 +143,29 @@ def check_same_fields(found: Mapping[str, Any], fields: Mapping[str, Any], where
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what computes."""
+    """The installed versions of the packages that change results."""
     return {name: version(name) for name in ("segue", "torch", "transformers", "ray", "pyarrow")}
 
 
 def code_version() -> str:
-    """major.minor: a patch never changes results."""
+    """The version as major.minor: a patch release never changes results."""
     return ".".join(version("segue").split(".")[:2])
+
+
+def _merge_stats(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Statistics of two windows, which share no tokens; the requests of the second follow those of the first."""
+    after = int(one["num_requests"])
+    moved = [node | {"first_request": node["first_request"] + after} for node in other["top_shared"]]
+    other = {**other, "top_shared": moved}
+    kept = {
+        "top_shared": (TOP_NODES, lambda node: node["tokens_saved"]),
+        "undeclared": (TOP_NODES, lambda prefix: prefix["tokens_lost"]),
+        "longest": (LONGEST_ROWS, lambda pair: pair[0]),
+    }
+    merged: dict[str, Any] = {name: value + other[name] for name, value in one.items() if name not in kept}
+    for name, (size, key) in kept.items():
+        merged[name] = sorted([*one[name], *other[name]], key=key, reverse=True)[:size]
+    return merged
 
 
 def _units(values: list[dict[str, Any]]) -> tuple[UnitSpec, ...]:

@@ -1,6 +1,6 @@
-"""Who else is at work on an output folder: a note for each run in `_job/runs/`, renewed while it lasts.
+"""Which runs are at work on an output folder: each run keeps a note in `_job/runs/` and renews it while it lasts.
 
-For people. Nothing depends on it: runs that never heard of each other are as safe.
+The notes are for people. Nothing depends on them: two runs that know nothing of each other are just as safe.
 """
 
 import json
@@ -9,23 +9,22 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 
 import psutil
 
-from segue.pipeline.processes.progress import Say
 from segue.pipeline.storage.store import OutputStorageError, Store
 
 FOLDER = "_job/runs"
 RENEW_SECONDS = 10.0
-FRESH_SECONDS = 45.0  # a note older than that is of a run that died
+FRESH_SECONDS = 45.0  # a run whose note is older has died
 
 
 @dataclass(frozen=True, slots=True)
 class RunNote:
-    """What a run says of itself. Times are seconds since 1970, by its own clock."""
+    """What a run says of itself. Times are seconds since 1970, by the run's own clock."""
 
     host: str
     pid: int
@@ -41,19 +40,19 @@ class RunNote:
 
 
 def runs_at_work(store: Store) -> dict[str, RunNote]:
-    """By file name. Raises OutputStorageError."""
+    """The notes of runs that are at work now, by file name. Raises OutputStorageError."""
     return {name: note for name, note in _notes(store) if note.is_at_work}
 
 
 def times_at_work(store: Store) -> list[tuple[float, float]]:
-    """(begin, end so far) of every run, by its own clock, in order. Raises OutputStorageError."""
+    """(begin, end so far) of every run, in order, each by its own clock. Raises OutputStorageError."""
     return sorted((note.started, max(note.started, note.renewed)) for _, note in _notes(store))
 
 
 class Presence:
-    """Says for the time of the block that this run is at work, and tells `say` once of every other that is."""
+    """Within the block this run's note says that it is at work. `say` is told once of every other run at work."""
 
-    def __init__(self, store: Store, say: Say) -> None:
+    def __init__(self, store: Store, say: Callable[[str], object]) -> None:
         self._store = store
         self._say = say
         self._name = f"{uuid.uuid4().hex}.json"
@@ -85,20 +84,21 @@ class Presence:
             others = runs_at_work(self._store)
             for name in others.keys() - {self._name} - self._told:
                 self._told.add(name)
-                self._say(_told_of(others[name]))
+                self._say(_sentence_of(others[name]))
 
     def _write(self) -> None:
-        with suppress(OutputStorageError, FileNotFoundError):  # the latter if a run that finishes cleans up
+        # FileNotFoundError: a run that has just finished cleans up, and removes our temporary file.
+        with suppress(OutputStorageError, FileNotFoundError):
             self._store.overwrite(f"{FOLDER}/{self._name}", json.dumps(asdict(self._note)).encode())
 
 
 def _notes(store: Store) -> Iterator[tuple[str, RunNote]]:
     for name in store.names(FOLDER):
-        with suppress(ValueError, TypeError, FileNotFoundError):  # not a note, or just being written
+        with suppress(ValueError, TypeError, FileNotFoundError):  # not a note, or one that is being written now
             yield name, RunNote(**json.loads(store.read(f"{FOLDER}/{name}")))
 
 
-def _told_of(note: RunNote) -> str:
+def _sentence_of(note: RunNote) -> str:
     started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(note.started))
     return (
         f"another run is at work on this output: process {note.pid} on {note.host}, since {started}; "

@@ -1,4 +1,4 @@
-"""Reading an output folder back: its rows, its errors. Works on a folder that is finished or not, without the job file.
+"""An output folder read back: its rows and its errors. The folder may be finished or not; no job file is needed.
 
 Knows Parquet and the names of shards; no Ray, no model.
 """
@@ -13,27 +13,27 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from segue.pipeline.dataset.columns import is_text
 from segue.pipeline.ledger.columns import ANY_RESULT_COLUMN
 from segue.pipeline.ledger.manifest import SUCCESS, ForeignOutput, Manifest, load_manifest
-from segue.pipeline.storage.store import OutputStorageError, Store, open_store
+from segue.pipeline.storage.open import open_store
+from segue.pipeline.storage.store import OutputStorageError, Store
 from segue.workers.scoring.template import Task
 
 
 def _shards(output: str) -> Iterator["_Shard"]:
-    """Committed shards in plan order. Raises ForeignOutput if the folder is no output of Segue."""
+    """Committed shards in plan order. Raises ForeignOutput if it is not an output folder of Segue."""
     store, manifest = open_store(output), manifest_of(output)
     present = set(store.names())
     yield from (_Shard(store, unit.shard_name) for unit in manifest.units if unit.shard_name in present)
 
 
 def task_of(output: str) -> Task:
-    """What the folder's job does. Raises ForeignOutput."""
-    return manifest_of(output).fields.get("task", "generate")
+    """The task of the folder's job. Raises ForeignOutput."""
+    return manifest_of(output).task
 
 
 def manifest_of(output: str) -> Manifest:
-    """What a folder belongs to, finished or not. Raises ForeignOutput if it is none of Segue's."""
+    """The manifest of a folder, finished or not. Raises ForeignOutput if it is not an output folder of Segue."""
     manifest = load_manifest(open_store(output))
     if manifest is None:
         raise ForeignOutput(f"{output} is not an output folder of Segue: it has no _job/manifest.json")
@@ -41,7 +41,7 @@ def manifest_of(output: str) -> Manifest:
 
 
 def finished_manifest(output: str) -> Manifest:
-    """What a complete output folder belongs to. Raises ForeignOutput if it is not complete, or none of Segue's."""
+    """The manifest of a complete output folder. Raises ForeignOutput if it is not complete, or not one of Segue."""
     manifest = manifest_of(output)
     if not (manifest.is_complete and open_store(output).exists(SUCCESS)):
         raise ForeignOutput(
@@ -51,16 +51,17 @@ def finished_manifest(output: str) -> Manifest:
 
 
 def read_columns(output: str, choose: Callable[[pa.Schema], Sequence[str]]) -> Iterator[pa.Table]:
-    """Each shard's columns among those that `choose` names, given the shard's schema; in plan order."""
+    """The chosen columns of each shard, in plan order. `choose` gets the shard's schema and names the columns that it
+    wants; a name that the shard lacks is left out."""
     for shard in _shards(output):
         schema = shard.schema
         yield shard.read([name for name in dict.fromkeys(choose(schema)) if name in schema.names])
 
 
 def sample_rows(output: str, count: int, seed: int) -> list[dict[str, Any]]:
-    """`count` rows chosen at random, in plan order: their text columns and results. Reads only shards that have one.
+    """`count` rows chosen at random, in plan order: their text columns and results. Reads only shards that hold one.
 
-    Bytes that are not UTF-8 become U+FFFD: a row with BAD_UTF8 passes them through as they are.
+    Bytes that are not UTF-8 become U+FFFD: a row with BAD_UTF8 holds them as they were in the input.
     """
     shards = list(_shards(output))
     sizes = [shard.num_rows for shard in shards]
@@ -79,7 +80,7 @@ def _shown_rows(table: pa.Table) -> list[dict[str, Any]]:
     columns: dict[str, list[Any]] = {}
     for field in table.schema:
         column = table[field.name]
-        if is_text(field.type) and not pa.types.is_null(field.type):
+        if _is_text(field.type):
             texts = column.cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
             columns[field.name] = [None if text is None else text.decode("utf-8", "replace") for text in texts]
         elif field.name in ANY_RESULT_COLUMN:
@@ -87,8 +88,15 @@ def _shown_rows(table: pa.Table) -> list[dict[str, Any]]:
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
+def _is_text(kind: pa.DataType) -> bool:
+    """Whether values are strings, directly or in a dictionary."""
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
 def error_rows(output: str, limit: int) -> list[dict[str, Any]]:
-    """The first `limit` rows that have an error: src_path, src_row, code, message."""
+    """The first `limit` rows with an error: src_path, src_row, code, message."""
     found: list[dict[str, Any]] = []
     for shard in _shards(output):
         table = shard.read(["src_path", "src_row", "error"])
@@ -100,7 +108,7 @@ def error_rows(output: str, limit: int) -> list[dict[str, Any]]:
 
 
 def error_counts(output: str) -> dict[str, int]:
-    """Rows by error code."""
+    """The number of rows with each error code."""
     counts: Counter[str] = Counter()
     for shard in _shards(output):
         column = shard.read(["error"])["error"]
@@ -110,7 +118,7 @@ def error_counts(output: str) -> dict[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class _Shard:
-    """A committed file. Raises OutputStorageError if it cannot be read."""
+    """A committed shard. Every method raises OutputStorageError if it cannot be read."""
 
     store: Store
     name: str

@@ -1,4 +1,4 @@
-"""A shard of the output: made in memory, checked, published once. Its appearance is the commit of its unit.
+"""A shard of the output: made in memory, checked, published once. Publishing the shard commits its unit.
 
 Knows Parquet and the store; no model, no Ray.
 """
@@ -18,11 +18,11 @@ FOOTER_KEY = b"segue"
 
 
 class ForeignShard(ValueError):
-    """A file stands where a shard belongs, and it is not that shard."""
+    """A file has the name of a shard and is not that shard."""
 
 
 class ShardDamaged(OutputStorageError):
-    """A shard is not what was written."""
+    """A shard does not hold what was written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +35,16 @@ class ShardFooter:
     num_rows: int
     errors: dict[str, int]  # rows by error code
     num_input_tokens: int  # prompt tokens of answered rows, as requested
-    num_computed_tokens: int  # of these, what went through the model
+    num_computed_tokens: int  # those of them that went through the model
     num_generated_tokens: int
-    finished: float = 0.0  # seconds since 1970, by its worker's clock; 0 if it was not told
+    finished: float = 0.0  # seconds since 1970, by the worker's clock; 0 if unknown
 
 
 def serialize_shard(table: pa.Table, footer: ShardFooter) -> bytes:
-    """The whole file, read back and checked: a shard that is short or has another schema is never published."""
+    """The whole file. It is read back and checked: a shard with missing rows or another schema is never published.
+
+    Raises ValueError.
+    """
     text = json.dumps({name: getattr(footer, name) for name in ShardFooter.__slots__})
     sink = io.BytesIO()
     stamped = table.replace_schema_metadata({FOOTER_KEY: text})
@@ -54,7 +57,7 @@ def serialize_shard(table: pa.Table, footer: ShardFooter) -> bytes:
 
 
 def commit_shard(store: Store, unit: UnitSpec, content: bytes, fingerprint: str) -> bool:
-    """Publish; False if another attempt was first. Raises ForeignShard if what is there is neither."""
+    """Publish a shard; False if another attempt has published it before. Raises ForeignShard, OutputStorageError."""
     if store.create(unit.shard_name, content):
         return True
     read_footer(store, unit, fingerprint)
@@ -62,7 +65,10 @@ def commit_shard(store: Store, unit: UnitSpec, content: bytes, fingerprint: str)
 
 
 def read_footer(store: Store, unit: UnitSpec, fingerprint: str) -> ShardFooter:
-    """The footer of a committed shard. Raises ForeignShard if it is not this job's shard of this unit, whole."""
+    """The footer of a committed shard. Raises ForeignShard if it is not the whole shard of this job and unit.
+
+    Raises OutputStorageError.
+    """
     path = store.path(unit.shard_name)
     try:
         with store.open(unit.shard_name) as file:
@@ -75,9 +81,10 @@ def read_footer(store: Store, unit: UnitSpec, fingerprint: str) -> ShardFooter:
 
 
 def read_shard(store: Store, unit: UnitSpec, fingerprint: str) -> tuple[ShardFooter, bytes]:
-    """`read_footer`, and the content it is of, every page checked.
+    """The footer and the content of a committed shard, with every page checked.
 
-    Read again if it is not as it should be, since a byte may have flipped on the way.
+    A shard that looks damaged is read again, since a byte may have flipped on the way. Raises ForeignShard,
+    ShardDamaged, OutputStorageError.
     """
     path = store.path(unit.shard_name)
     found: Exception = ShardDamaged(f"{path} was not read")
@@ -91,15 +98,15 @@ def read_shard(store: Store, unit: UnitSpec, fingerprint: str) -> tuple[ShardFoo
 
 
 def check_shard(content: bytes, unit: UnitSpec, fingerprint: str, path: str) -> ShardFooter:
-    """The footer of a shard whose pages are all as they were written; `path` is what it is called in errors.
+    """The footer of a shard, after every page was checked. `path` is its name in errors.
 
-    Raises ForeignShard if it is a shard of another job or unit, ShardDamaged if it is no whole Parquet file.
+    Raises ForeignShard if it is a shard of another job or unit, ShardDamaged if it is not a whole Parquet file.
     """
     try:
         with pq.ParquetFile(io.BytesIO(content), page_checksum_verification=True) as file:
             footer = parse_footer(file.metadata, unit, fingerprint, path)
             for _ in file.iter_batches():
-                pass  # what is read is checked; nothing else is wanted of it
+                pass  # reading checks each page
     except ForeignShard:
         raise
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -108,7 +115,7 @@ def check_shard(content: bytes, unit: UnitSpec, fingerprint: str, path: str) -> 
 
 
 def parse_footer(metadata: pq.FileMetaData, unit: UnitSpec, fingerprint: str, path: str) -> ShardFooter:
-    """`read_footer` of what was read; `path` is what the file is called in errors."""
+    """The footer in a file's metadata. `path` is the file's name in errors. Raises ForeignShard."""
     try:
         footer = ShardFooter(**json.loads((metadata.metadata or {})[FOOTER_KEY]))
     except (KeyError, TypeError, ValueError) as error:

@@ -1,83 +1,107 @@
-"""A run in numbers, from the footers of what is committed, whoever committed it.
+"""How much of a job is done, in numbers: the sum over the footers of the committed shards, whichever run wrote them.
 
 Knows the plan and the store; no Ray.
 """
 
 from collections import Counter
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from segue.pipeline.jobfile.schema import MIN_ROWS_FOR_ERROR_RATE
 from segue.pipeline.ledger.manifest import Manifest
 from segue.pipeline.ledger.shards import ShardFooter, read_footer
-from segue.pipeline.ready.job import ReadyJob
+from segue.pipeline.storage.open import open_store
 from segue.pipeline.storage.store import Store
 
-READERS = 8  # of footers: latency, not work
+READERS = 8  # footers read at once: a small read is latency, not work
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Sums over the committed shards of one output."""
+
+    shards: int = 0
+    rows: int = 0
+    errors: dict[str, int] = field(default_factory=dict)  # rows by error code
+    num_input_tokens: int = 0  # prompt tokens of answered rows, as requested
+    num_computed_tokens: int = 0  # those of them that went through the model
+    num_generated_tokens: int = 0
+
+    @property
+    def num_errors(self) -> int:
+        return sum(self.errors.values())
+
+
+@dataclass(frozen=True, slots=True)
 class RunSummary:
-    """Totals are of the whole output, `seconds` and what has `this_run` in its name of this call."""
+    """The result of one run. Totals are of the whole output; `seconds` and names with `this_run` are of this run."""
 
     status: str  # done | already_complete | interrupted | incomplete | too_many_errors
     output: str
     exit_code: int = 0  # 0 done, 3 incomplete or too many errors, 130 or 143 interrupted
     rows: int = 0
-    errors: dict[str, int] = field(default_factory=dict)  # rows by code
+    errors: dict[str, int] = field(default_factory=dict)  # rows by error code
     num_errors: int = 0
     shards: int = 0
     tokens_requested: int = 0  # prompt tokens of all planned rows
-    tokens_distinct: int = 0  # what one worker has to compute of them
+    tokens_distinct: int = 0  # those of them that one worker has to compute
     tokens_computed: int = 0
     tokens_generated: int = 0
     share_reused: float = 0.0  # of the requested prompt tokens
     rows_this_run: int = 0
     tokens_computed_this_run: int = 0
-    seconds: float = 0.0  # from the first window's plan on, model loading included
+    seconds: float = 0.0  # from the plan of the first window on; includes loading the model
     rows_per_second: float = 0.0
 
 
-def summary_of(job: ReadyJob, manifest: Manifest, status: str) -> RunSummary:
-    """The output as it is now; over the error limit, `status` and exit code say so."""
-    footers = committed_footers(job.store, manifest)
-    errors: Counter[str] = Counter()
-    for footer in footers:
-        errors.update(footer.errors)
-    requested = sum(footer.num_input_tokens for footer in footers)
-    computed = sum(footer.num_computed_tokens for footer in footers)
-    rows, num_errors = count_rows(footers)
-    is_over = is_over_limit(rows, num_errors, job.config.limits.max_error_rate)
+def summary_of(output: str, manifest: Manifest, status: str, max_error_rate: float) -> RunSummary:
+    """The output as it is now. Over the error limit, the status is `too_many_errors` and the exit code 3.
+
+    Raises ForeignShard, OutputStorageError.
+    """
+    totals = totals_of(open_store(output), manifest)
+    is_over = is_over_limit(totals.rows, totals.num_errors, max_error_rate)
+    requested, computed = totals.num_input_tokens, totals.num_computed_tokens
     return RunSummary(
         status="too_many_errors" if is_over else status,
-        output=job.config.output.path,
+        output=output,
         exit_code=3 if is_over else 0,
-        rows=rows,
-        errors=dict(sorted(errors.items())),
-        num_errors=num_errors,
-        shards=len(footers),
+        rows=totals.rows,
+        errors=totals.errors,
+        num_errors=totals.num_errors,
+        shards=totals.shards,
         tokens_requested=manifest.stats["tokens_requested"],
         tokens_distinct=manifest.stats["tokens_distinct"],
         tokens_computed=computed,
-        tokens_generated=sum(footer.num_generated_tokens for footer in footers),
+        tokens_generated=totals.num_generated_tokens,
         share_reused=round(1 - computed / requested, 4) if requested else 0.0,
     )
 
 
+def totals_of(store: Store, manifest: Manifest) -> Totals:
+    """The sums over what is committed now. Raises ForeignShard, OutputStorageError."""
+    footers = committed_footers(store, manifest)
+    errors: Counter[str] = Counter()
+    for footer in footers:
+        errors.update(footer.errors)
+    return Totals(
+        shards=len(footers),
+        rows=sum(footer.num_rows for footer in footers),
+        errors=dict(sorted(errors.items())),
+        num_input_tokens=sum(footer.num_input_tokens for footer in footers),
+        num_computed_tokens=sum(footer.num_computed_tokens for footer in footers),
+        num_generated_tokens=sum(footer.num_generated_tokens for footer in footers),
+    )
+
+
 def committed_footers(store: Store, manifest: Manifest) -> list[ShardFooter]:
-    """In plan order. Raises ForeignShard."""
+    """The footers of all committed shards, in plan order. Raises ForeignShard, OutputStorageError."""
     present = set(store.names())
     units = [unit for unit in manifest.units if unit.shard_name in present]
     with ThreadPoolExecutor(READERS) as pool:
         return list(pool.map(lambda unit: read_footer(store, unit, manifest.fingerprint), units))
 
 
-def count_rows(footers: Sequence[ShardFooter]) -> tuple[int, int]:
-    """(rows, rows with an error)"""
-    return sum(footer.num_rows for footer in footers), sum(sum(footer.errors.values()) for footer in footers)
-
-
 def is_over_limit(rows: int, num_errors: int, max_error_rate: float) -> bool:
-    """Whether a run should stop: only once there are enough rows to tell."""
+    """Whether a run should stop. Never before there are enough rows to judge by."""
     return rows >= MIN_ROWS_FOR_ERROR_RATE and num_errors > max_error_rate * rows

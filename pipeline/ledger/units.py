@@ -1,7 +1,7 @@
 """A unit of work: one file of the plan, which becomes exactly one shard of the output.
 
-It holds all that a worker needs: token ids, segments, provenance, the columns passed through, and the rows that already
-have an error. Knows Parquet; no model, no Ray.
+It holds all that a worker needs: segments of token ids, provenance, the passed-through columns, and the rows that
+already have an error. Knows Parquet; no model, no Ray.
 """
 
 import hashlib
@@ -22,18 +22,18 @@ from segue.workers.errors import RowError, RowErrorCode
 from segue.workers.rows.params import SamplingParams
 from segue.workers.scoring.rows import ScoreRow
 
-MAX_READS = 3  # of a unit whose checksum is wrong: a byte may have flipped on the way
+MAX_READS = 3  # of a file whose checksum is wrong: a byte may have flipped on the way
 _WAY_OUT = "restore the file, or plan again into another output.path"
 FINGERPRINT = "segue.fingerprint"  # key in a unit's metadata
-PASSED = "in:"  # prefix of passed-through columns inside the plan, so that none can collide
+PASSED = "in:"  # prefix of passed-through columns inside a unit, so that no name can collide
 PLANNED_FIELDS = [
-    pa.field("chain", pa.large_binary()),  # segue.pipeline.ledger.chains; empty for a row with an error
+    pa.field("chain", pa.large_binary()),  # see `pipeline/ledger/chains.py`; empty for a row with an error
     pa.field("src_path", pa.string()),
     pa.field("src_row", pa.int64()),
-    pa.field("sampling_params", pa.string()),  # JSON, the row's own; null for the job's
+    pa.field("sampling_params", pa.string()),  # JSON: the row's own; null: the job's
     pa.field("error", ERROR_TYPE),
 ]
-# Of a scoring task's rows: `chain` is then the smallest that the row feeds, and begins with the context.
+# Only for scoring tasks. There `chain` is the smallest of the chains that the row feeds, and begins with the context.
 SCORE_FIELD = pa.field(
     "score",
     pa.struct(
@@ -48,18 +48,18 @@ SCORE_FIELD = pa.field(
 
 
 class UnitDamaged(OutputStorageError):
-    """A file of the plan is gone, or is not what was planned."""
+    """The file of a unit is gone or differs from what was planned."""
 
 
 @dataclass(frozen=True, slots=True)
 class UnitSpec:
-    """A unit as the manifest lists it. Names follow from these fields alone, never from an attempt."""
+    """A unit as the manifest lists it. The names of its files depend on these fields alone, never on the attempt."""
 
     ordinal: int
-    unit_id: str  # sha256 of its file, 16 hex digits
+    unit_id: str  # sha256 of the unit's file, 16 hex digits
     num_rows: int
-    num_requests: int  # to the engine: a row of a scoring task has several, one with an error none
-    num_tokens: int  # sum of what its rows feed: prompts, and continuations without their last token
+    num_requests: int  # to the engine: a row of a scoring task has several, a row with an error has none
+    num_tokens: int  # that its rows feed: prompts, and continuations without their last token
 
     @property
     def unit_name(self) -> str:
@@ -81,23 +81,23 @@ class UnitSpec:
 class PlannedRow:
     """One row of a unit."""
 
-    segments: tuple[Segment, ...]  # of a prompt to answer
+    segments: tuple[Segment, ...]  # of the prompt
     src_path: str
     src_row: int
     params: SamplingParams
     error: RowError | None
-    score: ScoreRow | None = None  # of a scoring task
+    score: ScoreRow | None = None  # only for scoring tasks
 
     @property
     def random_key(self) -> bytes:
-        """Names the row for its draws: the same in every unit, batch and attempt."""
+        """Seeds the row's random numbers: the same in every unit, batch and attempt."""
         return f"{self.src_path}:{self.src_row}".encode()
 
 
 def serialize_unit(table: pa.Table, fingerprint: str) -> tuple[str, bytes]:
     """(unit id, file content) of a table with PLANNED_FIELDS and passed-through columns.
 
-    With the job's fingerprint, so that two jobs never have a file in common, whatever their rows are.
+    The file holds the job's fingerprint, so two jobs never have equal files, even if their rows are equal.
     """
     sink = io.BytesIO()
     pq.write_table(
@@ -108,7 +108,7 @@ def serialize_unit(table: pa.Table, fingerprint: str) -> tuple[str, bytes]:
 
 
 def load_unit(store: Store, unit: UnitSpec) -> pa.Table:
-    """The unit's table. Raises UnitDamaged if its file is not the one that was planned, however often it is read."""
+    """The unit's table. Raises UnitDamaged if its file is gone, or not the planned one even when it is read again."""
     path = store.path(unit.unit_name)
     for _ in range(MAX_READS):
         try:
@@ -122,7 +122,7 @@ def load_unit(store: Store, unit: UnitSpec) -> pa.Table:
 
 
 def score_value(row: ScoreRow) -> dict[str, object]:
-    """As the `score` column holds it."""
+    """A row as the `score` column holds it."""
     return {
         "num_context_tokens": num_tokens(row.context),
         "continuations": row.continuations,
@@ -132,13 +132,13 @@ def score_value(row: ScoreRow) -> dict[str, object]:
 
 
 def score_row(chain: Sequence[Segment], value: dict[str, Any]) -> ScoreRow:
-    """The inverse, given the row's chain."""
+    """The inverse of `score_value`, given the row's chain."""
     context = first_tokens(chain, value["num_context_tokens"])
     return ScoreRow(context, tuple(map(tuple, value["continuations"])), tuple(value["sizes"]), value["label"])
 
 
 def planned_rows(table: pa.Table, params: SamplingParams) -> Iterator[PlannedRow]:
-    """The rows of a unit, `params` being the job's."""
+    """The rows of a unit. `params` are the job's, for rows without their own."""
     columns = [table[field.name].to_pylist() for field in PLANNED_FIELDS]
     scores = table[SCORE_FIELD.name].to_pylist() if SCORE_FIELD.name in table.column_names else [None] * len(table)
     for chain, src_path, src_row, own, error, score in zip(*columns, scores, strict=True):

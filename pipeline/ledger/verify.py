@@ -1,4 +1,4 @@
-"""Whether an output folder still holds what its job wrote: every shard against the plan and `_SUCCESS`, byte by byte.
+"""Whether an output folder still holds what its job wrote: every byte of every shard, against the plan and `_SUCCESS`.
 
 Writes nothing, and reads one shard at a time. Knows Parquet and the store; no model, no Ray.
 """
@@ -13,14 +13,15 @@ from segue.pipeline.ledger.manifest import SUCCESS, ForeignOutput, Manifest, win
 from segue.pipeline.ledger.reading import manifest_of
 from segue.pipeline.ledger.shards import ForeignShard, ShardDamaged, check_shard
 from segue.pipeline.ledger.units import MAX_READS, UnitDamaged, UnitSpec, load_unit
-from segue.pipeline.storage.store import Store, open_store
+from segue.pipeline.storage.open import open_store
+from segue.pipeline.storage.store import Store
 
 Kind = Literal["missing", "truncated", "changed", "of another job", "foreign", "plan"]
 
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """One file that is not as it should be."""
+    """One file that is missing, foreign, or not as it was written."""
 
     kind: Kind
     path: str
@@ -29,13 +30,13 @@ class Damage:
 
 @dataclass(slots=True)
 class Verification:
-    """Of one output folder."""
+    """The state of one output folder."""
 
     output: str
     status: str = "sound"  # sound | incomplete | damaged
-    rows: int = 0  # in shards that are in order
-    shards: int = 0
-    missing: int = 0  # shards that the job has still to write
+    rows: int = 0  # in sound shards
+    shards: int = 0  # sound ones
+    missing: int = 0  # shards that the job has not written yet
     damages: list[Damage] = field(default_factory=list)
 
     @property
@@ -45,19 +46,19 @@ class Verification:
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """What `_SUCCESS` says of a shard."""
+    """A shard's entry in `_SUCCESS`."""
 
     num_bytes: int
     sha256: str
 
 
 def verify(output: str) -> Verification:
-    """Raises ForeignOutput for what is no output of `segue run`, OutputStorageError for what cannot be read."""
+    """Raises ForeignOutput if it is not an output of `segue run`, OutputStorageError if it cannot be read."""
     store = open_store(output)
-    # In the reverse of the order in which a run that is at work writes them.
+    # A run at work writes the plan, then shards, then _SUCCESS. They are read in reverse, so none seems to be missing.
     was_done, present = store.exists(SUCCESS), set(store.data_names())
     manifest = manifest_of(output)
-    if manifest.fields.get("task") == "finetune":
+    if manifest.task == "finetune":
         raise ForeignOutput(f"{output} is a training's folder; wanted an output of segue run")
     found = Verification(output)
     recorded = _recorded(store, manifest, found) if was_done else None
@@ -70,24 +71,35 @@ def verify(output: str) -> Verification:
         found.damages.append(Damage("plan", path, f"gone, although {SUCCESS} says that the job was done"))
     for unit in manifest.units:
         if unit.shard_name in present:
-            damage = _damage_of(store, manifest, unit, (recorded or {}).get(unit.shard_name))
-            if damage is None:
-                found.rows += unit.num_rows
-                found.shards += 1
-            else:
-                found.damages.append(damage)
-        elif recorded is not None:
-            detail = f"gone, although {SUCCESS} says that it was there"
-            found.damages.append(Damage("missing", store.path(unit.shard_name), detail))
+            _check_present(found, store, manifest, unit, (recorded or {}).get(unit.shard_name))
         else:
-            found.missing += 1
-            found.damages += _plan_damages(store, unit)
+            _check_absent(found, store, unit, was_done=recorded is not None)
     found.status = "damaged" if found.damages else "sound" if recorded is not None else "incomplete"
     return found
 
 
+def _check_present(
+    found: Verification, store: Store, manifest: Manifest, unit: UnitSpec, record: _Record | None
+) -> None:
+    damage = _damage_of(store, manifest, unit, record)
+    if damage is None:
+        found.rows += unit.num_rows
+        found.shards += 1
+    else:
+        found.damages.append(damage)
+
+
+def _check_absent(found: Verification, store: Store, unit: UnitSpec, *, was_done: bool) -> None:
+    if was_done:
+        detail = f"gone, although {SUCCESS} says that it was there"
+        found.damages.append(Damage("missing", store.path(unit.shard_name), detail))
+        return
+    found.missing += 1
+    found.damages += _plan_damages(store, unit)
+
+
 def _recorded(store: Store, manifest: Manifest, found: Verification) -> dict[str, _Record] | None:
-    """What `_SUCCESS` says of each shard; None if it cannot be read."""
+    """The entries of `_SUCCESS` by shard name; None if it cannot be parsed."""
     path = store.path(SUCCESS)
     try:
         success = json.loads(store.read(SUCCESS))
@@ -105,7 +117,7 @@ def _recorded(store: Store, manifest: Manifest, found: Verification) -> dict[str
 
 
 def _damage_of(store: Store, manifest: Manifest, unit: UnitSpec, record: _Record | None) -> Damage | None:
-    """Of a shard. What looks damaged is read again, since a byte may have flipped on the way."""
+    """What is wrong with a shard. If it looks damaged it is read again: a byte may have flipped on the way."""
     damage = None
     for _ in range(MAX_READS):
         damage = _damage_in(store.read(unit.shard_name), store.path(unit.shard_name), manifest, unit, record)
@@ -129,7 +141,7 @@ def _damage_in(content: bytes, path: str, manifest: Manifest, unit: UnitSpec, re
 
 
 def _plan_damages(store: Store, unit: UnitSpec) -> Iterator[Damage]:
-    """Of a unit that is still to be answered."""
+    """What is wrong with the file of a unit that is not answered yet."""
     try:
         load_unit(store, unit)
     except UnitDamaged as error:

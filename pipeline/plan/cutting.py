@@ -1,7 +1,8 @@
 """A dataset, or a window of it, to a persisted plan: rows rendered and tokenised, ordered depth-first, cut into units.
 
 The rows come ordered (`pipeline/plan/order.py`) and stream through this one process, which counts the tree and cuts
-units. The plan is content-addressed; a window of it is there when its manifest, or its own file, is.
+units. Units are named by their content. A window belongs to the plan once its file exists: the manifest of the first
+window, a file of its own for each other. Knows no Ray.
 """
 
 from collections.abc import Iterable, Iterator
@@ -27,13 +28,14 @@ from segue.pipeline.ledger.manifest import (
 )
 from segue.pipeline.ledger.shards import PROTOCOL
 from segue.pipeline.ledger.units import SCORE_FIELD, UnitSpec, score_row, serialize_unit
-from segue.pipeline.plan.order import ORDER
 from segue.pipeline.plan.requests import RequestCounter
 from segue.pipeline.plan.tree import TreeCounter
 from segue.pipeline.prompts.render import RenderSpec
 from segue.pipeline.ready.checks import CheckedJob
 from segue.pipeline.storage.store import Store
 from segue.workers.scoring.rows import requests_of
+
+ORDER = ["chain", "src_path", "src_row"]  # of a plan's rows: equal prompts stay in the order of the input
 
 
 def plan_window(
@@ -71,7 +73,8 @@ def _publish_first(
     units: tuple[UnitSpec, ...],
     stats: dict[str, Any],
 ) -> Manifest:
-    """What is there then, by whomever. Raises ForeignOutput if another job was first."""
+    """The manifest that the folder has afterwards, ours or another planner's of the same job. Raises ForeignOutput if
+    another job was first."""
     manifest = Manifest(
         protocol=PROTOCOL,
         name=job.config.name,
@@ -115,7 +118,7 @@ class _UnitCutter:
     def add(self, batch: pa.Table) -> None:
         """Rows in depth-first order."""
         if not batch.num_rows:
-            return  # Ray sorts no rows into a table without columns
+            return  # of no rows Ray's sort makes a table without columns
         row_bytes = max(1, batch.nbytes // batch.num_rows)
         start = 0
         for index, (requests, tokens) in enumerate(self._count(batch)):
@@ -134,7 +137,8 @@ class _UnitCutter:
         return self._units
 
     def _count(self, batch: pa.Table) -> Iterator[tuple[int, int]]:
-        """Each row's requests and the tokens that they feed, counted into the tree when the row's unit is known."""
+        """Of each row how many requests it has and how many tokens they feed. A row is counted into the tree when the
+        next one is asked for: its unit is known then."""
         columns = [batch[name].to_pylist() for name in ORDER]
         # One by one: as Python numbers, a batch of long texts would need gigabytes.
         scores = repeat(None, len(batch)) if self._task == "generate" else (v.as_py() for v in batch[SCORE_FIELD.name])

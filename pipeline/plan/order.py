@@ -1,7 +1,7 @@
 """The rows of a window read, rendered, and in the plan's order: few in this process, more by Ray Data.
 
-Starting Ray's tasks takes ten seconds, a few thousand rows take one. Either way it is a child of whoever works that
-looks into the rows, and the order is total, so the plan is the same.
+Starting Ray's tasks takes ten seconds, a few thousand rows take one. Either way a child process looks into the rows,
+and the order is total, so the plan is the same.
 """
 
 import signal
@@ -15,27 +15,33 @@ import ray.exceptions
 
 from segue.pipeline.dataset.blocks import InputChanged, InputUnreadable
 from segue.pipeline.dataset.ray_source import RowSource
-from segue.pipeline.problems import WorkersFailed
+from segue.pipeline.plan.cutting import ORDER
+from segue.pipeline.problems import WorkersFailed, first_and_last_line
 from segue.pipeline.processes import ray_session
 from segue.pipeline.processes.interrupt import SIGNALS
-from segue.pipeline.processes.limited import ChildUnready
+from segue.pipeline.processes.limited import ChildUnready, LimitedProcess
 from segue.pipeline.prompts.render import RenderSpec
 from segue.pipeline.prompts.rows import PlannedRowReader, RowLimits
 from segue.pipeline.ready.checks import CheckedJob
 
-ORDER = ["chain", "src_path", "src_row"]  # equal prompts stay in the order of the input
 STREAM_ROWS = 4096
 FEW_ROWS = 8192
 FEW_BYTES = 8 * 2**20  # decompressed, as footers say, which may lie:
 FEW_PIECES = 64  # of files, which are read one after the other
-HELD_BYTES = 128 * 2**20  # rows that turn out to be larger are Ray's, which keeps on disk what does not fit
+HELD_BYTES = 128 * 2**20  # rows that turn out to be larger go to Ray, which keeps on disk what does not fit
 
 
-def sorted_rows(job: CheckedJob, spec: RenderSpec, window: int) -> Generator[pa.Table]:
-    """A window of the input. Raises InputChanged, InputUnreadable, WorkersFailed, ChildUnready, and if Ray is needed
-    and none is there, ClusterUnavailable."""
-    source = _source(job, spec, window)
-    table = _sorted_here(source) if _are_few(source) else None
+def sorted_rows(
+    job: CheckedJob, spec: RenderSpec, window: int, child: LimitedProcess | None = None
+) -> Generator[pa.Table]:
+    """A window of the input. Rows that are few are prepared in `child`, if there is one.
+
+    Raises InputChanged, InputUnreadable, WorkersFailed, ChildUnready, and if Ray is needed and cannot be had,
+    ClusterUnavailable.
+    """
+    reader = _reader(job, spec)
+    source = RowSource(job.inputs, reader, job.window(window))
+    table = _sorted_here(source, reader, child) if _are_few(source) else None
     if table is not None:
         yield from (table.slice(start, STREAM_ROWS) for start in range(0, len(table), STREAM_ROWS))
     else:
@@ -43,34 +49,37 @@ def sorted_rows(job: CheckedJob, spec: RenderSpec, window: int) -> Generator[pa.
 
 
 def needs_ray(job: CheckedJob, spec: RenderSpec) -> bool:
-    """Whether a plan of the whole input does, as far as its footers say."""
-    return not all(_are_few(_source(job, spec, window)) for window in range(job.num_windows))
+    """Whether a plan of the whole input needs Ray, as far as its footers say."""
+    reader = _reader(job, spec)
+    return not all(_are_few(RowSource(job.inputs, reader, job.window(each))) for each in range(job.num_windows))
 
 
-def _source(job: CheckedJob, spec: RenderSpec, window: int) -> RowSource:
+def _reader(job: CheckedJob, spec: RenderSpec) -> PlannedRowReader:
     limits = job.config.limits
-    reader = PlannedRowReader(job.columns.schema, spec, RowLimits(limits.row_cpu_s, limits.row_memory_bytes))
-    return RowSource(job.inputs, reader, job.window(window))
+    return PlannedRowReader(job.columns.schema, spec, RowLimits(limits.row_cpu_s, limits.row_memory_bytes))
 
 
 def _are_few(source: RowSource) -> bool:
     is_small = source.num_rows <= FEW_ROWS and source.estimate_inmemory_data_size() <= FEW_BYTES
-    return is_small and source.num_pieces <= FEW_PIECES
+    return is_small and len(source.pieces) <= FEW_PIECES
 
 
-def _sorted_here(source: RowSource) -> pa.Table | None:
-    """None if there is more of it than was said."""
-    blocks, size = [source.empty()], 0
+def _sorted_here(source: RowSource, reader: PlannedRowReader, child: LimitedProcess | None) -> pa.Table | None:
+    """None if there is more of it than footers say."""
+    blocks, size = [reader.empty()], 0
     try:
-        for block in source.blocks():
-            blocks.append(block)
-            size += block.nbytes
-            if size > HELD_BYTES:
-                return None
+        if child is not None:
+            reader.settle(child)
+        for file, piece, wanted in source.pieces:
+            for block in reader.read(file, piece.start, piece.stop, wanted, child):
+                blocks.append(block)
+                size += block.nbytes
+                if size > HELD_BYTES:
+                    return None
     except (InputChanged, InputUnreadable, ChildUnready):
         raise
-    except Exception as error:  # what a task of Ray's would have failed with
-        raise WorkersFailed(ray_session.one_line(f"{type(error).__name__}: {error}")) from error
+    except Exception as error:  # a task of Ray's would have failed with it
+        raise WorkersFailed(first_and_last_line(f"{type(error).__name__}: {error}")) from error
     return pa.concat_tables(blocks).sort_by([(name, "ascending") for name in ORDER])
 
 

@@ -1,7 +1,7 @@
 """The requests of a plan's rows in depth-first order, for the counter of its tree.
 
-A row of a scoring task has several requests. Rows come in the order of each one's smallest, so a later request waits
-until no row can come before it; for ordinary data that is until the next row. Knows token ids; no text, no Ray.
+A row of a scoring task has several requests, and rows come in the order of their smallest ones. So a request waits
+until no row can come before it: for ordinary data until the next row. Knows token ids; no text, no Ray.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from segue.pipeline.ledger.chains import decode_chain, shared_chains
 from segue.pipeline.plan.tree import TreeCounter, TreeStats
 from segue.workers.rows.request import ScoringRequest
 
-MAX_WAITING_BYTES = 1 << 28  # beyond this requests are counted before their turn, and tokens they share as new ones
+MAX_WAITING_BYTES = 1 << 28  # beyond, requests are counted before their turn, and tokens they share as new
 
 
 class RequestCounter:

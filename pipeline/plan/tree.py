@@ -5,16 +5,14 @@ Holds one path of the tree at a time, so memory does not grow with the rows. Kno
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from segue.attention.segments import Segment, num_tokens
+from segue.pipeline.ledger.manifest import LONGEST_ROWS, TOP_NODES
 from segue.pipeline.plan.undeclared import UndeclaredPrefix, UndeclaredPrefixes, common_prefix
 
-TOP_NODES = 20
-LONGEST_ROWS = 10
-MIN_UNDECLARED_TOKENS = 64  # a shorter beginning in common is not worth telling
+MIN_UNDECLARED_TOKENS = 64  # a shorter common beginning is not worth telling
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -34,11 +32,11 @@ class SharedNode:
 class TreeStats:
     """Totals of a plan."""
 
-    num_rows: int = 0  # of the dataset; known to who feeds the counter
+    num_rows: int = 0  # of the dataset; set by the caller of the counter
     num_requests: int = 0  # a row of a scoring task has one for each choice, or for each window of its text
     tokens_requested: int = 0  # what computing every request alone would feed
     tokens_distinct: int = 0  # what one worker computes
-    extra_tokens_bound: int = 0  # what `num_workers` may compute beside that, if units land anywhere
+    extra_tokens_bound: int = 0  # what `num_workers` workers may compute beyond that, wherever units land
     top_shared: list[SharedNode] = field(default_factory=list)
     undeclared: list[UndeclaredPrefix] = field(default_factory=list)
     longest: list[tuple[int, str]] = field(default_factory=list)  # tokens, row
@@ -131,22 +129,6 @@ class TreeCounter:
             if part.start < common:
                 self._open.append(replace(part, stop=common))
                 return
-
-
-def merge_stats(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Totals of two plans that share nothing, as JSON has them; the other's requests come after the first's."""
-    after = int(one["num_requests"])
-    moved = [node | {"first_request": node["first_request"] + after} for node in other["top_shared"]]
-    other = {**other, "top_shared": moved}
-    kept = {
-        "top_shared": (TOP_NODES, lambda node: node["tokens_saved"]),
-        "undeclared": (TOP_NODES, lambda prefix: prefix["tokens_lost"]),
-        "longest": (LONGEST_ROWS, lambda pair: pair[0]),
-    }
-    merged: dict[str, Any] = {name: value + other[name] for name, value in one.items() if name not in kept}
-    for name, (size, key) in kept.items():
-        merged[name] = sorted([*one[name], *other[name]], key=key, reverse=True)[:size]
-    return merged
 
 
 def common_tokens(one: Sequence[Segment], other: Sequence[Segment]) -> int:

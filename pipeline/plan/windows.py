@@ -1,7 +1,7 @@
 """A job's plan, window by window: the first in this process, the others ahead of the run, in an actor of Ray's.
 
 A window is planned while those before it are run, so that a dataset is never ordered as a whole. Knows Ray; what a plan
-is made of is for `pipeline/plan/cutting.py`.
+is made of is the business of `pipeline/plan/cutting.py`.
 """
 
 from collections.abc import Generator
@@ -17,41 +17,42 @@ from segue.pipeline.plan.cutting import plan_window
 from segue.pipeline.plan.order import sorted_rows
 from segue.pipeline.processes import ray_session
 from segue.pipeline.processes.interrupt import Interrupt
+from segue.pipeline.processes.limited import LimitedProcess
 from segue.pipeline.processes.progress import Say
 from segue.pipeline.ready.job import ReadyJob, today
 from segue.pipeline.storage.store import OutputStorageError
 
 POLL_SECONDS = 0.5
-MAX_DEATHS = 3  # of the process that plans ahead; what it began is begun again
+MAX_DEATHS = 3  # of the process that plans ahead; the next one begins the window anew
 
 
-def plan_next(job: ReadyJob, before: Manifest | None) -> Manifest:
-    """The plan with one window more than it had `before`, or the first.
+def plan_next(job: ReadyJob, before: Manifest | None, child: LimitedProcess | None = None) -> Manifest:
+    """The plan with one window more than it had `before`, or the first. `child`: the one that checked the job.
 
     Raises ForeignOutput, InputChanged, InputUnreadable, WorkersFailed, OutputStorageError.
     """
     spec = job.render_spec(before.date if before else today())
     number = before.num_planned if before else 0
-    with closing(sorted_rows(job.checked, spec, number)) as rows:
+    with closing(sorted_rows(job.checked, spec, number, child)) as rows:
         return plan_window(job.checked, job.fields, spec, job.store, rows, before)
 
 
-def plan_all(job: ReadyJob, manifest: Manifest | None, say: Say) -> Manifest:
-    """The whole plan, in this process; `manifest` is what there is of it."""
+def plan_all(job: ReadyJob, manifest: Manifest | None, say: Say, child: LimitedProcess | None = None) -> Manifest:
+    """The whole plan, in this process; `manifest` is what there is of it. `child`: the one that checked the job."""
     if manifest is None:
-        manifest = plan_first(job, say)
+        manifest = plan_first(job, say, child)
     while not manifest.is_complete:
-        manifest = plan_next(job, manifest)
+        manifest = plan_next(job, manifest, child)
         _say_planned(manifest, say)
     return manifest
 
 
-def plan_first(job: ReadyJob, say: Say) -> Manifest:
-    """The plan's first window, mostly its only one."""
+def plan_first(job: ReadyJob, say: Say, child: LimitedProcess | None = None) -> Manifest:
+    """The plan's first window, which is often its only one. `child`: the one that checked the job."""
     num_windows = job.checked.num_windows
     windows = f" in {num_windows} windows (plan.window_rows)" if num_windows > 1 else ""
     say(f"planning {job.checked.num_rows:,} rows of {len(job.checked.inputs)} files{windows}")
-    manifest = plan_next(job, None)
+    manifest = plan_next(job, None, child)
     _say_planned(manifest, say)
     return manifest
 
@@ -74,7 +75,7 @@ def growing_plans(job: ReadyJob, manifest: Manifest, interrupt: Interrupt, say: 
 class PlannerAhead:
     """`plan_next` in an actor of Ray's. To be closed.
 
-    An actor, not a task: Ray (2.60) ends the driver if a task that is done is cancelled.
+    It is no task, since Ray (2.60) ends the driver if a task that is done is cancelled.
     """
 
     def __init__(self, job: ReadyJob, before: Manifest) -> None:
@@ -102,7 +103,7 @@ class PlannerAhead:
         raise failure  # without Ray's traceback
 
     def close(self) -> None:
-        """End what it is at."""
+        """End the actor, whatever it does."""
         ray.kill(self._actor)
 
 
@@ -113,7 +114,7 @@ class _Planner:
         ray_session.quieten()
 
     def plan_next(self, before: Manifest) -> None:
-        """Unless the window is there already, by another run or by this process before it died."""
+        """Plan a window, unless another run or an actor that died has done so."""
         if load_windows(self._job.store, before) == before:
             plan_next(self._job, before)
 

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a request to drain: the first lets units in flight finish, the second ends at once.
+"""SIGINT and SIGTERM as a request to drain: after the first, units in flight may finish; the second ends at once.
 
 Knows signals; nothing of Ray or jobs.
 """
@@ -13,11 +13,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupt:
-    """Installed for the time of the block; in threads other than the main one it does nothing."""
+    """Handles the signals within its block. In threads other than the main one it does nothing."""
 
     def __init__(self) -> None:
         self.signum: int | None = None
-        self.on_set: Callable[[], object] | None = None  # told once, at the first signal
+        self.on_set: Callable[[], object] | None = None  # called at the first signal; None: the first ends, too
         self._previous: dict[int, Any] = {}
 
     @property
@@ -26,7 +26,7 @@ class Interrupt:
 
     @property
     def exit_code(self) -> int:
-        """As a shell reports a process ended by the signal."""
+        """The exit code that a shell reports for a process ended by the signal."""
         return 128 + (self.signum or 0)
 
     def __enter__(self) -> "Interrupt":
@@ -35,7 +35,7 @@ class Interrupt:
         return self
 
     def install(self) -> None:
-        """Take the signals over; again after a library took them."""
+        """Handle the signals from now on. Call it again after a library has taken them."""
         for signum in SIGNALS:
             previous = signal.signal(signum, self._handle)
             self._previous.setdefault(signum, previous)

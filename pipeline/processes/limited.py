@@ -1,8 +1,8 @@
-"""Work on strangers' data in a child process with limits of time and memory; when it dies, its parent goes on.
+"""Work on other people's data in a child process with limits of time and memory. If it dies, its parent goes on.
 
-A page may decode to gigabytes, a template loop for ever, a text end the tokenizer: none of that can be stopped from
-within a process. Knows processes; nothing of rows. A child ends with its parent, or when it has been idle for a minute;
-it writes no core file, and what it prints is lost, since rows are private.
+A page may decode to gigabytes, a template may loop for ever, a text may crash the tokenizer. A process cannot stop any
+of that from within. A child ends with its parent, and after a minute without work. It writes no core file, and its
+output is discarded, since rows are private. Knows processes; nothing of rows.
 """
 
 import ctypes
@@ -25,11 +25,11 @@ import psutil
 
 TICK_SECONDS = 0.5
 LOOK_SECONDS = 0.1
-IDLE_FACTOR = 20  # so many times its CPU time a child may take by the clock
-START_SECONDS = 300.0  # imports on a busy machine
-PREPARE_BYTES = 2**30  # what a child may take for them, and for what else it loads
+IDLE_FACTOR = 20  # a child may take this many times its CPU time by the clock
+START_SECONDS = 300.0  # CPU time for imports, on a busy machine
+PREPARE_BYTES = 2**30  # memory for imports and for all else that `prepare` loads
 ORPHAN_SECONDS = 1.0
-IDLE_SECONDS = 60.0  # a child without work ends
+IDLE_SECONDS = 60.0  # a child without work ends after that
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 _SERVE = "from segue.pipeline.processes.limited import serve; serve({descriptor})"
 
@@ -38,7 +38,7 @@ _to_parent: "_ToParent | None" = None  # in a child only
 
 
 class ChildDied(Exception):
-    """The child ended before its work: it crashed, or passed a limit."""
+    """The child ended before its work was done: it crashed, or exceeded a limit."""
 
     def __init__(self, death: Death) -> None:
         super().__init__(death)
@@ -46,18 +46,19 @@ class ChildDied(Exception):
 
 
 class ChildUnready(RuntimeError):
-    """No child could be made ready for work: that is nobody's data's fault."""
+    """No child could be made ready for work, which is not the fault of any data."""
 
 
 class LimitedProcess:
-    """A child that runs one generator function at a time. To be closed.
+    """A child process that runs one generator function at a time. Close it at the end.
 
-    `seconds`: CPU time that it may take from one `tick` or value to the next. `memory_bytes`: what it may take beyond
-    what it holds when it starts to work. After a ChildDied the next call starts another child.
+    `seconds`: CPU time that it may take from one `tick` or value to the next. `memory_bytes`: memory that it may take
+    beyond what it holds when it starts to work. After ChildDied the next call starts another child.
     """
 
     def __init__(self, seconds: float, memory_bytes: int, prepare: Callable[[], object] | None = None) -> None:
-        """`prepare` is called first in every child, for what all calls need, within START_SECONDS and PREPARE_BYTES."""
+        """`prepare` is called first in every child and loads what all calls need, within START_SECONDS and
+        PREPARE_BYTES."""
         self._seconds = seconds
         self._memory_bytes = memory_bytes
         self._prepare = prepare
@@ -69,11 +70,11 @@ class LimitedProcess:
     def stream(
         self, function: Callable[..., Iterator[Any]], *arguments: Any, seconds: float | None = None
     ) -> Iterator[Any]:
-        """What the generator `function(*arguments)` yields, in the child. Function, arguments and values are pickled.
-        `seconds`: instead of the child's own.
+        """The values that the generator `function(*arguments)` yields in the child. Function, arguments and values are
+        pickled. `seconds` replaces the child's own limit.
 
-        Raises ChildDied, ChildUnready, what `prepare` raises and what `function` does. Whoever stops in the middle, or
-        begins another stream, ends the child: no values of one can be taken for another's.
+        Raises ChildDied, ChildUnready, and what `prepare` and `function` raise. A caller that stops in the middle, or
+        begins another stream, ends the child, so that values of one stream are never taken for another's.
         """
         if self._is_streaming:
             self.close()
@@ -81,7 +82,7 @@ class LimitedProcess:
         return self._values(child, connection, seconds or self._seconds, (function, arguments))
 
     def begin(self) -> None:
-        """Start a child that will be needed soon, if there is none."""
+        """Start a child that will be needed soon, unless there is one."""
         if self._child is not None and self._child.poll() is None:
             return
         self.close()
@@ -94,11 +95,11 @@ class LimitedProcess:
             raise ChildUnready(f"a child process could not be started: {error}") from error
         self._connection = Connection(ours.detach())
         self._end = weakref.finalize(self, _end, self._child, self._connection)
-        with suppress(OSError):  # it is gone, which the first call will find out
+        with suppress(OSError):  # it is gone; the first call reports that
             self._connection.send((os.getpid(), self._memory_bytes, self._prepare))
 
     def settle(self, seconds: float, memory_bytes: int, prepare: Callable[[], object]) -> None:
-        """Other work from now on. A child that is idle goes on with it, and has no more memory for it than another.
+        """Take other work from now on. An idle child is kept for it, with the memory limit that a new one would have.
 
         Raises what `prepare` raises.
         """
@@ -110,7 +111,7 @@ class LimitedProcess:
             list(self.stream(_settled, prepare, memory_bytes, seconds=START_SECONDS))
 
     def close(self) -> None:
-        """End the child, whatever it is at."""
+        """End the child, whatever it is doing."""
         self._end()
         self._child = self._connection = None
         self._is_ready = self._is_streaming = False
@@ -122,7 +123,7 @@ class LimitedProcess:
         self.close()
 
     def _ready(self) -> tuple["subprocess.Popen[bytes]", Connection]:
-        """A child that is prepared."""
+        """A prepared child."""
         self.begin()
         child, connection = self._child, self._connection
         if child is None or connection is None:
@@ -141,7 +142,7 @@ class LimitedProcess:
     def _values(
         self, child: "subprocess.Popen[bytes]", connection: Connection, seconds: float, request: object = None
     ) -> Iterator[Any]:
-        """What it answers, to what it was sent before if there is no `request`."""
+        """The values of a request; without one, those of the request that was sent before."""
         is_idle = False
         clock = _Clock(child.pid, seconds)
         self._is_streaming = True
@@ -157,7 +158,7 @@ class LimitedProcess:
         except (EOFError, OSError):
             raise ChildDied("crash") from None
         finally:
-            if self._child is child:  # not another stream's
+            if self._child is child:  # and not that of a later stream
                 self._is_streaming = False
                 if not is_idle:
                     self.close()
@@ -168,8 +169,8 @@ class LimitedProcess:
 
 
 class _Clock:
-    """What a process has used since its last sign of life. CPU time: on a busy machine it may have to wait for its
-    turn, and a Ray worker's children are the last to get one."""
+    """What a process has used since its last sign of life. CPU time counts, since on a busy machine a process waits for
+    its turn, and children of a Ray worker wait longest."""
 
     def __init__(self, pid: int, seconds: float) -> None:
         self._process = psutil.Process(pid)
@@ -183,7 +184,7 @@ class _Clock:
     def is_over(self) -> bool:
         try:
             used = self._cpu()
-        except psutil.Error:  # it is gone, which its connection will tell
+        except psutil.Error:  # it is gone; its connection reports that
             return False
         if self._cpu_before is None:
             self._cpu_before = used
@@ -196,7 +197,7 @@ class _Clock:
 
 
 def _next_message(connection: Connection, clock: _Clock) -> tuple[str, Any]:
-    """The next one that is no sign of life. Raises ChildDied if none comes in time."""
+    """The next message that is not a sign of life. Raises ChildDied if none comes in time."""
     clock.begin()
     is_paused = False
     while True:
@@ -218,12 +219,12 @@ def _end(child: "subprocess.Popen[bytes]", connection: Connection) -> None:
 
 
 def _start(descriptor: int) -> "subprocess.Popen[bytes]":
-    """With the parent's modules, whatever the folder it stands in."""
+    """Start a child that finds the parent's modules, whatever its working directory."""
     path = os.pathsep.join(each for each in sys.path if each)
     return subprocess.Popen(
         [sys.executable, "-P", "-c", _SERVE.format(descriptor=descriptor)],
         pass_fds=[descriptor],
-        env=os.environ | {"PYTHONPATH": path, "ARROW_DEFAULT_MEMORY_POOL": "system"},  # others keep what is freed
+        env=os.environ | {"PYTHONPATH": path, "ARROW_DEFAULT_MEMORY_POOL": "system"},  # other pools keep freed memory
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -231,14 +232,14 @@ def _start(descriptor: int) -> "subprocess.Popen[bytes]":
 
 
 def tick() -> None:
-    """A sign of life: the clock begins anew. Does nothing outside a child."""
+    """Give a sign of life: the clock starts again. Does nothing outside a child."""
     if _to_parent is not None:
         _to_parent.tick()
 
 
 @contextmanager
 def clock_paused() -> Iterator[None]:
-    """For what has time limits of its own, such as a store's answers."""
+    """Stop the clock for work that has time limits of its own, such as requests to a store."""
     if _to_parent is None:
         yield
         return
@@ -250,7 +251,7 @@ def clock_paused() -> Iterator[None]:
 
 
 class _ToParent:
-    """What a child says; from any thread."""
+    """A child's connection to its parent; may be used from any thread."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -268,7 +269,7 @@ class _ToParent:
 
 
 def serve(descriptor: int) -> None:
-    """The child's whole life: calls from its parent, one after the other."""
+    """The child's main function: runs the calls of its parent one after the other."""
     global _to_parent
     connection = Connection(descriptor)
     _to_parent = _ToParent(connection)
@@ -311,28 +312,28 @@ def _answer(to_parent: _ToParent, function: Callable[..., Iterator[Any]], argume
 
 
 def _ask_to_end_with_parent() -> None:
-    """Of the kernel, which a computation in C cannot hold up as it holds up a thread. Only Linux has it."""
+    """Ask the kernel, which works while a computation in C blocks all threads. Linux only."""
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _end_with(parent: int) -> None:
-    """Also if it ended before the kernel was asked."""
+    """Watch the parent from a thread, as it may have ended before the kernel was asked."""
     while os.getppid() == parent:
         time.sleep(ORPHAN_SECONDS)
     os._exit(1)
 
 
 def _limit_memory(more: int) -> None:
-    """RLIMIT_DATA counts mappings that are private and writable; address space would count files and reserves, too."""
+    """Set RLIMIT_DATA, which counts private writable mappings; a limit of the address space would count files, too."""
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     limit = _data_bytes() + more
     resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
 def _data_bytes() -> int:
-    """What counts towards RLIMIT_DATA now; elsewhere than on Linux, 0."""
+    """Memory that counts towards RLIMIT_DATA now; 0 if the system is not Linux."""
     with suppress(OSError), open("/proc/self/status") as status:
         for line in status:
             if line.startswith("VmData:"):
@@ -341,7 +342,7 @@ def _data_bytes() -> int:
 
 
 def _portable(error: Exception) -> Exception:
-    """An exception that arrives: not all can be pickled, and none with what it refers to."""
+    """The exception in a form that survives pickling: some cannot be pickled, and none keeps its traceback."""
     try:
         copy = pickle.loads(pickle.dumps(error))
     except Exception:

@@ -1,8 +1,7 @@
-"""What Prometheus is told of a run, through Ray: what is committed, by the driver, and each engine's state, by its
-worker.
+"""Metrics of a run for Prometheus, through Ray: the driver reports what is committed, each worker its engine's state.
 
-Told, never asked: nothing depends on it, and a process that dies takes only its own numbers along. Ray puts `ray_`
-before a name and `_total` behind a counter's. Knows Ray's metrics; nothing of units or rows.
+Nothing depends on them, and a process that dies loses only its own numbers. Ray exports a name as `ray_NAME`, and a
+counter as `ray_NAME_total`. Knows Ray's metrics; nothing of units or rows.
 """
 
 from collections.abc import Mapping
@@ -18,17 +17,12 @@ TAG = "job_name"
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One name, with what it counts or measures; each has the tag `job_name` besides: `job` is Prometheus' own."""
+    """One metric. Each also has the tag `job_name`; the name `job` is taken by Prometheus."""
 
     name: str
     kind: Literal["counter", "gauge"]
     description: str
     tags: tuple[str, ...] = ()
-
-    @property
-    def exported(self) -> str:
-        """Its name in Prometheus."""
-        return f"ray_{self.name}" + ("_total" if self.kind == "counter" else "")
 
 
 ROWS = Metric("segue_rows", "counter", "rows committed by this run, those with an error included")
@@ -55,11 +49,11 @@ OF_ENGINES = (RUNNING, WAITING, KV_BYTES, KV_CAPACITY, STEPS, STEP_SECONDS, ENGI
 
 
 def label_of(name: str, fingerprint: str) -> str:
-    """What tells a job from others of its name on the same cluster, whose last numbers Ray goes on to export."""
+    """A label that differs for jobs of the same name on one cluster: Ray keeps exporting the last numbers of each."""
     return f"{name}-{fingerprint[:8]}"
 
 
-class _Told:
+class _Exported:
     """Ray's objects for some metrics of one job."""
 
     def __init__(self, job: str, metrics: tuple[Metric, ...]) -> None:
@@ -70,7 +64,7 @@ class _Told:
         self._gauges = {each: Gauge(each.name, each.description, (TAG,)) for each in metrics if each.kind == "gauge"}
 
     def add(self, metric: Metric, amount: float, **tags: str) -> None:
-        if amount > 0:  # Ray refuses to add nothing
+        if amount > 0:  # Ray refuses 0
             self._counters[metric].inc(amount, {TAG: self._job, **tags})
 
     def set(self, metric: Metric, value: float) -> None:
@@ -78,55 +72,55 @@ class _Told:
 
 
 class RunMetrics:
-    """Of the driver: counts of this run, and how large the plan is."""
+    """The driver's metrics: counts of this run, and the size of the plan."""
 
     def __init__(self, job: str) -> None:
-        self._told = _Told(job, OF_RUNS)
+        self._exported = _Exported(job, OF_RUNS)
         self._requested = self._computed = 0
 
     def planned(self, *, rows: int, units: int, tokens: int) -> None:
-        self._told.set(PLANNED_ROWS, rows)
-        self._told.set(PLANNED_UNITS, units)
-        self._told.set(PLANNED_TOKENS, tokens)
+        self._exported.set(PLANNED_ROWS, rows)
+        self._exported.set(PLANNED_UNITS, units)
+        self._exported.set(PLANNED_TOKENS, tokens)
 
     def done(self, rows: int) -> None:
-        self._told.set(DONE_ROWS, rows)
+        self._exported.set(DONE_ROWS, rows)
 
     def unit(
         self, status: str, *, rows: int, errors: Mapping[str, int], requested: int, computed: int, generated: int
     ) -> None:
-        """A unit has come back; only what this attempt committed is counted."""
-        self._told.add(UNITS, 1, status=status)
+        """Count a unit that has come back. Rows and tokens count only if this attempt committed them."""
+        self._exported.add(UNITS, 1, status=status)
         if status != "committed":
             return
-        self._told.add(ROWS, rows)
+        self._exported.add(ROWS, rows)
         for code, count in errors.items():
-            self._told.add(ERRORS, count, code=code)
+            self._exported.add(ERRORS, count, code=code)
         for kind, count in (("requested", requested), ("computed", computed), ("generated", generated)):
-            self._told.add(TOKENS, count, kind=kind)
+            self._exported.add(TOKENS, count, kind=kind)
         self._requested += requested
         self._computed += computed
         if self._requested:
-            self._told.set(REUSE_SHARE, 1 - self._computed / self._requested)
+            self._exported.set(REUSE_SHARE, 1 - self._computed / self._requested)
 
 
 class EngineMetrics:
-    """Of a worker: its engine's counters, as they grow, and its state."""
+    """A worker's metrics: its engine's counters and state."""
 
     def __init__(self, job: str) -> None:
-        self._told = _Told(job, OF_ENGINES)
+        self._exported = _Exported(job, OF_ENGINES)
         self._before: dict[str, float] = {}
 
     def __call__(self, stats: EngineStats) -> None:
         now = asdict(stats)
         grown = {name: value - self._before.get(name, 0) for name, value in now.items()}
         self._before = now
-        self._told.add(STEPS, grown["num_steps"])
-        self._told.add(STEP_SECONDS, grown["step_seconds"])
-        self._told.add(ENGINE_TOKENS, grown["num_computed_tokens"], kind="computed")
-        self._told.add(ENGINE_TOKENS, grown["num_generated_tokens"], kind="generated")
-        self._told.add(PREEMPTIONS, grown["num_preemptions"])
-        self._told.set(RUNNING, stats.num_running)
-        self._told.set(WAITING, stats.num_waiting)
-        self._told.set(KV_BYTES, stats.kv_bytes)
-        self._told.set(KV_CAPACITY, stats.kv_capacity_bytes)
+        self._exported.add(STEPS, grown["num_steps"])
+        self._exported.add(STEP_SECONDS, grown["step_seconds"])
+        self._exported.add(ENGINE_TOKENS, grown["num_computed_tokens"], kind="computed")
+        self._exported.add(ENGINE_TOKENS, grown["num_generated_tokens"], kind="generated")
+        self._exported.add(PREEMPTIONS, grown["num_preemptions"])
+        self._exported.set(RUNNING, stats.num_running)
+        self._exported.set(WAITING, stats.num_waiting)
+        self._exported.set(KV_BYTES, stats.kv_bytes)
+        self._exported.set(KV_CAPACITY, stats.kv_capacity_bytes)

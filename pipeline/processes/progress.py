@@ -1,4 +1,7 @@
-"""How far a run is, in tokens: lines or a live bar on stderr, from what workers tell the roster."""
+"""How far a run is, in tokens: plain lines or one live line on stderr, from the roster's totals.
+
+Knows the roster by its method `totals`, and the terminal; nothing of units or rows.
+"""
 
 import sys
 import threading
@@ -11,20 +14,20 @@ import ray
 import ray.exceptions
 
 PLAIN_LINE_SECONDS = 10.0
-Say = Callable[[str], None]  # is told what happens, a line at a time
+Say = Callable[[str], None]  # gets one line for each event
 
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """What the run has to do, from the plan and the listing."""
+    """The work of a pass."""
 
     num_rows: int
-    num_tokens: int  # requested prompt tokens of missing units
-    num_requests: int | None = None  # where rows have several, what is counted instead of them
+    num_tokens: int  # requested prompt tokens of the missing units
+    num_requests: int | None = None  # counted instead of rows, if rows have several requests
 
 
 class ProgressDisplay:
-    """A thread that shows the roster's totals: a live line on a terminal, else a plain line every ten seconds."""
+    """A thread that shows the roster's totals: on a terminal one live line, else a plain line every ten seconds."""
 
     def __init__(self, roster: Any, totals: Totals, *, quiet: bool = False) -> None:
         self._roster = roster
@@ -58,7 +61,7 @@ class ProgressDisplay:
 
 
 def progress_line(totals: dict[str, float], wanted: Totals) -> str:
-    """One line: rows, share of tokens, rate, time left, reuse, errors. Rates are since the first model was loaded."""
+    """One line: rows, share of tokens, rate, time left, reuse, errors. Rates count from the first loaded model on."""
     rows, tokens, seconds = (totals.get(name, 0) for name in ("num_finished_rows", "num_finished_tokens", "seconds"))
     total = f"{wanted.num_rows:,} rows" if wanted.num_requests is None else f"{wanted.num_requests:,} requests"
     if not totals:

@@ -1,7 +1,7 @@
-"""Starts a local Ray, or joins the cluster it is told of; never one that happens to be recorded on the machine.
+"""Starts a local Ray, or joins the cluster in RAY_ADDRESS; never one that a file on this machine happens to name.
 
-A Ray started here needs a token, kept in a private file for as long as it lives: without one, whoever reaches a Ray
-port runs code. Knows Ray; nothing of jobs.
+A Ray started here requires a token, which is kept in a private file while Ray runs. Without a token, anyone who reaches
+a port of Ray can run code. Knows Ray; nothing of jobs.
 """
 
 import atexit
@@ -11,36 +11,32 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
-from urllib.parse import urlsplit
 
 import psutil
 import ray
 import ray.exceptions
 from ray.data import DataContext, Dataset
 
-from segue.pipeline.problems import ClusterUnavailable, Problem, WorkersFailed
+from segue.pipeline.problems import ClusterUnavailable, WorkersFailed, first_and_last_line
+from segue.pipeline.processes.address import check_reachable
 
 REQUIRE_AUTH = "SEGUE_REQUIRE_AUTH"  # environment variable
-CLIENT_PORT = 10001  # of an address without one, as in Ray
-CONNECT_SECONDS = 10.0
 LOCAL_STARTS = 3
 QUIET_LOGGERS = ("ray", "ray.data", "ray.serve")
 
-_RAY_ADVICE = "\nFailed to apply UDF transform"  # what Ray Data appends to the message of an error in a task
-MAX_MESSAGE_CHARS = 600
+_RAY_ADVICE = "\nFailed to apply UDF transform"  # Ray Data appends this to the message of an error in a task
 
 
 @contextmanager
 def ray_session(num_cpus: int | None = None) -> Iterator[None]:
-    """Ray for the time of the block: RAY_ADDRESS if set, else a local one with token auth and no dashboard.
+    """Ray within the block: the cluster in RAY_ADDRESS if set, else a local Ray with token auth and no dashboard.
 
-    Leaves a Ray that is already initialised in this process as it is. What Ray has to say goes to stderr: it reports
-    dead workers on stdout, which is for results.
+    A Ray that is already initialised in this process is used and left running. Ray's output goes to stderr: it reports
+    dead workers on stdout, which is for results. Raises ClusterUnavailable.
     """
     with redirect_stdout(sys.stderr):
         if ray.is_initialized():
@@ -55,11 +51,11 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
 
 
 def _start(num_cpus: int | None) -> None:
-    """Ray puts the driver's working directory on its workers' path, where a folder of the user's named `workers` or
-    `jobs` would shadow ours: so it is started from an empty one."""
+    """Start or join Ray from an empty folder: Ray puts the driver's working directory on its workers' path, where a
+    module of the user could shadow one of ours or of our libraries."""
     address = os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # what is run here is nobody else's business
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # what runs here is private
     if address and address != "local":
         _check_authentication(address)
         for problem in check_reachable():
@@ -72,19 +68,18 @@ def _start(num_cpus: int | None) -> None:
             return
         os.environ["RAY_AUTH_TOKEN_PATH"] = _private_token(scratch)
         _start_here(num_cpus)
-    except Exception as error:  # Ray has bare ones, too: a node that starts too slowly
+    except Exception as error:  # Ray raises a bare Exception for a node that starts too slowly
         raise ClusterUnavailable(f"Ray at {address or 'a local address'} cannot be used: {error}") from error
     except SystemExit as ended:
-        # Ray's own handler of SIGTERM, in place while it starts, exits with the bare number of the signal.
+        # While Ray starts, its own handler of SIGTERM is in place. It exits with the signal's bare number.
         raise SystemExit(ended.code if ended.code == 128 + signal.SIGINT else 128 + signal.SIGTERM) from None
     finally:
-        with suppress(FileNotFoundError):  # Ray (2.60) may unpack a submitted job's folder again, in another's place
+        with suppress(FileNotFoundError):  # Ray (2.60) may have unpacked a submitted job's folder again, elsewhere
             os.chdir(here)
 
 
 def _start_here(num_cpus: int | None) -> None:
-    """On a busy machine a node may miss the thirty seconds that Ray (2.60) gives it to start; the next one gets them
-    anew."""
+    """Try several times: on a busy machine a node may need more than the 30 seconds that Ray (2.60) gives it."""
     for left in reversed(range(LOCAL_STARTS)):
         before = {child.pid for child in psutil.Process().children()}
         try:
@@ -104,37 +99,17 @@ def _start_here(num_cpus: int | None) -> None:
 
 
 def _end(processes: Sequence[psutil.Process]) -> None:
-    """With what they started. A node that came too late is nobody's, and Ray leaves it running."""
+    """End processes and their children. Ray leaves a node running that came too late."""
     for process in processes:
         with suppress(psutil.Error):
             for each in [*process.children(recursive=True), process]:
                 each.kill()
 
 
-def is_local() -> bool:
-    """Whether `ray_session` would use this machine alone."""
-    return os.environ.get("RAY_ADDRESS", "") in ("", "local")
-
-
-def check_reachable() -> list[Problem]:
-    """Whether something answers where RAY_ADDRESS says, if that is a host and port: Ray (2.60) tries for minutes, and
-    may then end the process without a word."""
-    address = os.environ.get("RAY_ADDRESS", "")
-    if ":" not in address:  # none, auto, local
-        return []
-    try:
-        parts = urlsplit(address if "://" in address else f"ray://{address}")
-        socket.create_connection((parts.hostname or "", parts.port or CLIENT_PORT), CONNECT_SECONDS).close()
-    except (OSError, ValueError) as error:
-        got = f"{address}, where nothing answers ({error})"
-        return [Problem("RAY_ADDRESS", got, "HOST:PORT of a Ray head node", where="environment")]
-    return []
-
-
 def _check_authentication(address: str) -> None:
-    """Whether we bring a token: who reaches a port of a Ray that wants none runs code there, as us.
+    """Warn if we join without a token: anyone who reaches a port of a cluster without tokens can run code as we do.
 
-    Raises ClusterUnavailable if one is required.
+    Raises ClusterUnavailable if a token is required.
     """
     if os.environ.get("RAY_AUTH_MODE") == "token":
         return
@@ -150,15 +125,15 @@ def _check_authentication(address: str) -> None:
 
 @functools.cache
 def _scratch_folder() -> str:
-    """Private, empty, and there until the process ends; Ray keeps the token it read first for as long."""
+    """A private empty folder that exists until the process ends; Ray keeps the token that it read first as long."""
     folder = tempfile.mkdtemp(prefix="segue-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
 def _private_token(folder: str) -> str:
-    """The path of a token file of mode 0600. A local Ray (2.60) turns token auth on when it finds one; its own default
-    would be world-readable."""
+    """The path of a token file of mode 0600. A local Ray (2.60) turns token auth on if it finds one; the file that it
+    would make itself is readable by everybody."""
     path = os.path.join(folder, "ray-token")
     with suppress(FileExistsError):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -168,9 +143,9 @@ def _private_token(folder: str) -> str:
 
 
 def quieten() -> None:
-    """For this process: our progress is in tokens; Ray's bars and plans would drown it.
+    """Turn off Ray's progress bars and logs in this process: they would hide our own progress, which is in tokens.
 
-    Its errors reach us as exceptions; its log files stay as they are.
+    Ray's errors still arrive as exceptions, and its log files stay as they are.
     """
     context = DataContext.get_current()
     context.enable_progress_bars = False
@@ -184,13 +159,13 @@ def quieten() -> None:
 
 
 def wait_for_ever(dataset: Dataset) -> None:
-    """Ray (2.60) ends an execution in which no block moves for half an hour. A unit may take longer, and so may a plan
-    to get its CPUs; who stands still is for the watchdog to tell."""
+    """Ray (2.60) ends an execution in which no block moves for half an hour. A unit may take longer, and a plan may
+    wait longer for its CPUs. The watchdog finds workers that hang."""
     dataset.context.execution_no_progress_timeout_s = -1
 
 
 def num_cluster_cpus() -> int:
-    """CPUs of the whole cluster, at least one."""
+    """CPUs of the whole cluster, at least 1."""
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
@@ -200,17 +175,17 @@ def num_cluster_gpus() -> float:
 
 
 def max_node_gpus() -> float:
-    """GPUs of the node that has most."""
+    """GPUs of the node that has the most."""
     return max([0.0, *(float(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"])])
 
 
 def max_node_cpus() -> int:
-    """CPUs of the largest node: what a single worker can get. 0 while a head without work is all there is."""
+    """CPUs of the largest node, which a single worker can get. 0 while the only node is a head that takes no work."""
     return max([0, *(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])])
 
 
 def cause_of(error: ray.exceptions.RayError, *expected: type[Exception]) -> Exception:
-    """What went wrong in a task: an exception of an `expected` type as that type, all else as WorkersFailed."""
+    """Why a task failed: an exception of an `expected` type as that type, any other as WorkersFailed."""
     inner: BaseException = error
     while isinstance(inner, ray.exceptions.RayTaskError) and isinstance(inner.cause, BaseException):
         inner = inner.cause
@@ -218,11 +193,4 @@ def cause_of(error: ray.exceptions.RayError, *expected: type[Exception]) -> Exce
     for kind in expected:
         if isinstance(inner, kind):
             return kind(message)
-    return WorkersFailed(one_line(f"{type(inner).__name__}: {message}"))
-
-
-def one_line(message: str) -> str:
-    """What a log can show of an error: its first line and its last."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()] or ["no message"]
-    line = lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}"
-    return line[:MAX_MESSAGE_CHARS]
+    return WorkersFailed(first_and_last_line(f"{type(inner).__name__}: {message}"))

@@ -1,7 +1,7 @@
-"""Whether a model and a job's prompts can be used at all, as it is looked at in a child process.
+"""Whether a model and a job's prompts can be used at all: the functions that run in the checking child process.
 
-Apart from `pipeline/ready/job.py`, which imports Ray: a child that unpickles a function imports its module, and a run
-waits for the child before it plans anything.
+They are not in `pipeline/ready/job.py`, which imports Ray: a child that unpickles a function imports its module, and a
+run waits for the child before it plans anything.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from segue.workers.scoring.pairs import PairEncoder
 
 
 def import_all() -> None:
-    """What takes seconds of all that is below."""
+    """Import the libraries that the functions below need and that take seconds."""
     from segue.workers.models.inspect import import_models
 
     import_tokenizers()
@@ -24,7 +24,7 @@ def import_all() -> None:
 
 
 def checked_encoder(spec: RenderSpec) -> PromptEncoder:
-    """Raises ValueError for what would fail in every row."""
+    """The encoder of a job's prompts. Raises ValueError for anything that would fail in every row."""
     encoder = encoder_of(spec)
     if spec.task != "generate":
         _ = PairEncoder(encoder, encoder.tokenizer).prefix_token_id
@@ -32,12 +32,12 @@ def checked_encoder(spec: RenderSpec) -> PromptEncoder:
 
 
 def config_facts(directory: Path, wanted: dict[str, Any]) -> Iterator[ConfigFacts]:
-    """`segue.workers.models.inspect.config_facts`, one value. For a stream of a LimitedProcess."""
+    """One value: that of `segue.workers.models.inspect.config_facts`. For a stream of a LimitedProcess."""
     from segue.workers.models import inspect
 
     yield inspect.config_facts(directory, **wanted)
 
 
 def adapter_record(spec: RenderSpec, base_identity: str) -> Iterator[AdapterRecord]:
-    """What an adapter trained with these prompts would say of them: one value. For a stream of a LimitedProcess."""
+    """One value: the record that an adapter trained with these prompts would have. For a stream of a LimitedProcess."""
     yield checked_encoder(spec).record(spec.mask, base_identity=base_identity)

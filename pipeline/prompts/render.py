@@ -1,7 +1,7 @@
-"""The plan's map tasks: rows of the dataset to rows of the plan, with prompts as token ids or an error.
+"""Rows of the dataset to rows of the plan: each prompt becomes token ids, or an error.
 
-Everything that can go wrong with one row ends here as a value in its `error`. Runs inside Ray Data tasks, but knows
-Arrow tables and the prompt encoder only.
+Whatever goes wrong with one row ends here as a value in its `error`. Knows Arrow tables and the prompt encoder; no Ray,
+and not the process that it runs in.
 """
 
 import datetime
@@ -40,7 +40,7 @@ from segue.workers.scoring.template import ScoringTemplate, Task
 
 @dataclass(frozen=True)
 class RenderSpec:
-    """What a task must know; small, and the same for every task of a job."""
+    """What a task must know: small, and the same for every task of a job."""
 
     source: str  # of the model, or echo
     revision: str | None
@@ -48,7 +48,7 @@ class RenderSpec:
     date: str  # ISO; templates that print today's date print this one
     mask: str
     max_model_len: int
-    window: int | None  # the sliding window, if that is what limits the length
+    window: int | None  # the model's sliding window, if it limits the length
     max_prompt_bytes: int
     prompt_columns: tuple[str, ...]
     passed_columns: tuple[str, ...]
@@ -58,12 +58,12 @@ class RenderSpec:
 
     @property
     def limit_name(self) -> str:
-        """What `max_model_len` comes from."""
+        """What sets `max_model_len`, for messages."""
         return f"sliding window of {self.window}" if self.window == self.max_model_len else "limits.max_model_len"
 
 
 def render_block(block: pa.Table, spec: RenderSpec) -> pa.Table:
-    """A block of `pipeline/dataset/blocks.py` -> the same rows as `planned_schema` has them."""
+    """The rows of a block of `pipeline/dataset/blocks.py`, in the columns of `planned_schema`."""
     encoder = encoder_of(spec)
     plan = _planned if spec.task == "generate" else partial(_scored, scorer=scorer_of(spec, encoder))
     inputs = _fields(block["input"])
@@ -76,7 +76,8 @@ def render_block(block: pa.Table, spec: RenderSpec) -> pa.Table:
 
 
 def unplanned(src_path: str, numbers: RowNumbers, error: RowError, columns: pa.Schema, spec: RenderSpec) -> pa.Table:
-    """Rows of one file that could not be read or rendered, as `planned_schema` has them: nothing is passed through."""
+    """Rows of one file that could not be read or rendered, in the columns of `planned_schema`. Passed columns are
+    null."""
     rows = pa.array(numbers, pa.int64())
     paths = pa.repeat(pa.scalar(src_path, pa.string()), len(rows))
     passed = {PASSED + name: pa.nulls(len(rows), columns.field(name).type) for name in spec.passed_columns}
@@ -84,7 +85,7 @@ def unplanned(src_path: str, numbers: RowNumbers, error: RowError, columns: pa.S
 
 
 def planned_schema(columns: pa.Schema, spec: RenderSpec) -> pa.Schema:
-    """The plan's own columns, then those passed through; `columns` is what is read, with the types in all files."""
+    """The plan's own columns, then the passed ones. `columns` are those that are read, with one type for all files."""
     passed = [pa.field(PASSED + name, columns.field(name).type) for name in spec.passed_columns]
     return pa.schema([*planned_fields(spec.task), *passed])
 
@@ -106,12 +107,12 @@ def _table(
 
 
 def planned_fields(task: Task) -> list[pa.Field]:
-    """The plan's own columns."""
+    """The plan's own columns for a task."""
     return PLANNED_FIELDS if task == "generate" else [*PLANNED_FIELDS, SCORE_FIELD]
 
 
 def _planned(row: Mapping[str, object] | RowError, *, encoder: PromptEncoder, spec: RenderSpec) -> dict[str, Any]:
-    """chain, and the row's parameters as JSON; or error"""
+    """The row's chain, and its own parameters as JSON; or its error."""
     if isinstance(row, RowError):
         return _failed(row)
     try:
@@ -126,13 +127,13 @@ def _planned(row: Mapping[str, object] | RowError, *, encoder: PromptEncoder, sp
 def _scored(
     row: Mapping[str, object] | RowError, *, encoder: PromptEncoder, spec: RenderSpec, scorer: RowScorer
 ) -> dict[str, Any]:
-    """chain, and what is scored; or error"""
+    """The row's chain and what is scored; or its error."""
     if isinstance(row, RowError):
         return _failed(row)
     try:
         found = scorer.read(row, spec.mask)
         requests = requests_of(found, spec.task, spec.max_model_len)
-        # What is learned ends with a token more than the answer, which is not fed either.
+        # A training example has one token more, the end of the answer. Its last token is not fed either.
         limit = spec.max_model_len - 1 if spec.task == "finetune" else spec.max_model_len
         for request in requests:
             check_fits(request, limit, spec.limit_name)
@@ -154,7 +155,7 @@ def _check_length(length: int, spec: RenderSpec) -> None:
 
 
 def _row_params(value: object, params: SamplingParams) -> str | None:
-    """A row's own parameters, checked, as JSON. They come as a struct or as a JSON object."""
+    """A row's own parameters, checked, as JSON. The value is a struct or a text with a JSON object. Raises RowError."""
     if value is None:
         return None
     if isinstance(value, str):
@@ -175,7 +176,7 @@ def _row_params(value: object, params: SamplingParams) -> str | None:
 def _rows(
     inputs: Mapping[str, pa.ChunkedArray], num_rows: int, spec: RenderSpec
 ) -> Iterator[Mapping[str, object] | RowError]:
-    """What the prompt reads of each row, or why it cannot be read."""
+    """Of each row the values that the prompt needs, or the error why they cannot be read."""
     own = {ROW_PARAMS_COLUMN} if spec.task == "generate" and ROW_PARAMS_COLUMN in inputs else set()
     names = {*spec.prompt_columns, *own}
     limits = dict.fromkeys(names, spec.max_prompt_bytes) | {ROW_PARAMS_COLUMN: sys.maxsize}
@@ -187,15 +188,15 @@ def _rows(
 
 
 def _values(column: pa.ChunkedArray, max_bytes: int) -> list[object]:
-    """Python values; text that is not UTF-8, or larger than a prompt may be, costs its own row, not the block."""
+    """Python values. Text that is not UTF-8, or larger than a prompt may be, is an error of its own row."""
     if _max_bytes(column) <= max_bytes:
-        with suppress(UnicodeDecodeError):  # which then is looked for row by row
+        with suppress(UnicodeDecodeError):  # the row that has it is found below
             return column.to_pylist()
     return [_value(scalar, max_bytes) for scalar in column]
 
 
 def _value(scalar: pa.Scalar, max_bytes: int) -> object:
-    """A text that is too large never becomes one of Python's, which may be four times its size."""
+    """A text that is too large never becomes a Python string, which may take four times its size."""
     if isinstance(scalar, pa.DictionaryScalar):
         scalar = scalar.value
     if _is_text(scalar.type) and scalar.is_valid:
@@ -209,12 +210,12 @@ def _value(scalar: pa.Scalar, max_bytes: int) -> object:
 
 
 def _max_bytes(column: pa.ChunkedArray) -> int:
-    """Of a column of texts the largest; 0 for others."""
+    """The size of the largest text in a column; 0 if the column has no texts."""
     kind = column.type
     texts = [chunk.dictionary for chunk in column.chunks] if pa.types.is_dictionary(kind) else column.chunks
     if not texts or not _is_text(texts[0].type):
         return 0
-    # Views have no function for their lengths.
+    # Arrow has no function for the lengths of views.
     plain = (each.cast(pa.large_string()) if each.type == pa.string_view() else each for each in texts)
     lengths = (pc.call_function("binary_length", [each]) for each in plain)
     return max(pc.call_function("max", [each]).as_py() or 0 for each in lengths)
@@ -235,7 +236,7 @@ def _fields(structs: pa.ChunkedArray) -> dict[str, pa.ChunkedArray]:
 
 
 def encoder_of(spec: RenderSpec) -> PromptEncoder:
-    """Kept between blocks: Ray runs many tasks in one process, and a tokenizer takes a second to load.
+    """The encoder of a job's prompts, kept between blocks: a tokenizer takes a second to load.
 
     Raises ValueError if tokenizer or template cannot be used safely.
     """
@@ -244,7 +245,7 @@ def encoder_of(spec: RenderSpec) -> PromptEncoder:
 
 
 def scorer_of(spec: RenderSpec, encoder: PromptEncoder) -> RowScorer:
-    """For a scoring task's rows."""
+    """Reads the rows of a scoring task."""
     delimiter = spec.scoring.delimiter(spec.template.format)
     pairs = PairEncoder(encoder, encoder.tokenizer)
     return RowScorer(

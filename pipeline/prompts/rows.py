@@ -1,12 +1,12 @@
-"""Rows of files as rows of the plan: made in a child process, so that a hostile one costs itself.
+"""Rows of files as rows of the plan, made in a child process, so that a hostile row costs only itself.
 
-Rows go many at a time. Where that ends the child, they go one by one, and a row that ends it alone is convicted. Behind
-a page that cannot be read, because it is corrupt or too large, nothing more of a row group can be: its rows up to there
-are planned and the others are errors. Knows rows and limits; which rows there are is for the caller.
+Many rows are made at a time. If that ends the child, they are made one by one, and a row that ends it alone is
+convicted. After a page that cannot be read, because it is corrupt or too large, nothing more of its row group can be
+read: the rows before it are planned, the rows after it become errors. Knows rows and limits; not which rows to make.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,27 +18,27 @@ from segue.pipeline.processes.limited import ChildDied, Death, LimitedProcess
 from segue.pipeline.prompts.render import RenderSpec, encoder_of, planned_schema, render_block, unplanned
 from segue.workers.errors import RowError, RowErrorCode
 
-MANY_ROWS, FEW_ROWS = 4096, 64  # a batch; the second where the first needed too much memory
-MAX_CONVICTED_IN_A_ROW = 50  # then it is not the rows
-MAX_CONVICTED = 1000  # of one task's, each of which may take limits.row_cpu_s several times
-DEATHS = 2  # of processes in which a row is alone, until it is to blame
-CRASHES = 3  # the same, of those that died without a reason
+MANY_ROWS, FEW_ROWS = 4096, 64  # rows of a batch; few if many needed too much memory
+MAX_CONVICTED_IN_A_ROW = 50  # after that the rows are not to blame
+MAX_CONVICTED = 1000  # of one task, since each may take limits.row_cpu_s several times
+DEATHS = 2  # of processes in which a row was alone, until the row is convicted
+CRASHES = 3  # the same for processes that died without a known reason
 CRASH_PAUSE_SECONDS = 2.0
 
 
 class PreparationFailed(RuntimeError):
-    """Every row ends the process that prepares it: the template, the tokenizer or the limits are to blame."""
+    """Too many rows end the process that prepares them: the template, the tokenizer or the limits are to blame."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowLimits:
-    """What one row may take until it is planned (`limits` of a job)."""
+    """What it may take to plan one row (`limits` of a job)."""
 
     seconds: float
     memory_bytes: int  # beyond what the process needs for itself
 
     def error(self, death: Death) -> RowError:
-        """Of a row that ended its process when it was alone in it."""
+        """The error of a row that ended its process when it was alone in it."""
         took = "reading, rendering and tokenising this row alone took more than"
         if death == "time":
             return RowError(RowErrorCode.ROW_TIMEOUT, f"{took} limits.row_cpu_s, {self.seconds:g} s of CPU time")
@@ -52,7 +52,7 @@ class PlannedRowReader:
     """Blocks of the plan's own columns and those passed through (`segue.pipeline.prompts.render.planned_schema`)."""
 
     def __init__(self, columns: pa.Schema, spec: RenderSpec, limits: RowLimits) -> None:
-        """`columns`: what is read, with the types that hold in all files."""
+        """`columns` are those that are read, with one type for all files."""
         self._columns = columns
         self._spec = spec
         self._limits = limits
@@ -60,9 +60,18 @@ class PlannedRowReader:
     def empty(self) -> pa.Table:
         return planned_schema(self._columns, self._spec).empty_table()
 
-    def read(self, file: InputFile, start: int, stop: int, wanted: RowNumbers) -> Iterator[pa.Table]:
-        """Raises InputChanged, InputUnreadable, PreparationFailed."""
-        child = _child_for(self._spec, self._limits)
+    def settle(self, child: LimitedProcess) -> None:
+        """Make a child ready for `read` that did other work before. Raises what loading the tokenizer raises."""
+        child.settle(self._limits.seconds, self._limits.memory_bytes, partial(encoder_of, self._spec))
+
+    def read(
+        self, file: InputFile, start: int, stop: int, wanted: RowNumbers, child: LimitedProcess | None = None
+    ) -> Iterator[pa.Table]:
+        """Rows are made in `child`, or in one that this process keeps: Ray runs many tasks in one process.
+
+        Raises InputChanged, InputUnreadable, PreparationFailed.
+        """
+        child = child or _child_for(self._spec, self._limits)
         return _gathered(_Range(self._columns, self._spec, self._limits, child, file, stop, wanted).blocks(start))
 
 
@@ -81,13 +90,13 @@ class _Range:
     ) -> None:
         self._columns, self._spec, self._limits, self._child = columns, spec, limits, child
         self._file, self._stop, self._wanted = file, stop, wanted
-        self._position = 0  # of the next row
-        self._is_read = False  # and whether it was read when its process died, alone in it
-        self._deaths = 0  # of processes in which it was alone
+        self._position = 0  # number of the next row
+        self._is_read = False  # whether that row had been read when its process died
+        self._deaths = 0  # of processes in which that row was alone
         self._convictions = self._in_a_row = 0
 
     def blocks(self, position: int) -> Iterator[pa.Table]:
-        thrifty_until = alone_until = single_until = self._position = position  # see _Way; up to these rows
+        thrifty_until = alone_until = single_until = self._position = position  # each _Way holds up to this row
         while self._position < self._stop:
             way = _Way(min(_batch_rows(self._file), MANY_ROWS), self._stop)
             if self._position < single_until:
@@ -112,7 +121,7 @@ class _Range:
                 yield from self._given_up(failure, self._position + 1 if self._is_read else behind)
 
     def _planned(self, way: "_Way") -> Iterator[pa.Table]:
-        """Blocks, as far as they come. Raises ChildDied, PageCorrupt."""
+        """The blocks that come before the child fails. Raises ChildDied, PageCorrupt."""
         self._is_read = False
         request = (self._file, self._position, way.stop, self._columns, self._wanted, self._spec)
         for after, block in self._child.stream(_planned_blocks, *request, way.rows, way.is_alone):
@@ -124,8 +133,9 @@ class _Range:
             self._position = after
 
     def _is_proven(self, failure: ChildDied | PageCorrupt) -> bool:
-        """Whether the next row has ended enough processes: memory may have been short for once, a byte may have been
-        flipped on its way. Others' kills come in showers."""
+        """Whether the next row has ended enough processes. One death proves nothing: memory may have been short, or a
+        byte may have flipped on the way. Before a crash is tried again there is a pause, since kills from outside come
+        several at a time."""
         self._deaths += 1
         is_crash = isinstance(failure, ChildDied) and failure.death == "crash"
         if is_crash and self._deaths < CRASHES:
@@ -133,8 +143,8 @@ class _Range:
         return self._deaths >= (CRASHES if is_crash else DEATHS)
 
     def _given_up(self, failure: ChildDied | PageCorrupt, stop: int) -> Iterator[pa.Table]:
-        """The rows from the next one up to `stop`, as far as they are wanted, with an error instead of a prompt: what
-        is behind a page that cannot be read cannot be reached."""
+        """The wanted rows from the next one up to `stop`, with an error instead of a prompt: rows after a page that
+        cannot be read are out of reach."""
         error = self._error(failure)
         if isinstance(failure, ChildDied):
             self._count()
@@ -161,10 +171,11 @@ class _Range:
 
 @dataclass(frozen=True, slots=True)
 class _Way:
-    """How rows are made ready: many at a time; few, where many need too much memory; few read at a time and each
-    rendered alone; or each read alone, too, which costs as many batches before it in its row group."""
+    """How rows are made. From the quickest way to the safest: many at a time; few at a time, if many need too much
+    memory; few read at a time and each rendered alone; each read alone, too. The last way decodes for each row all
+    rows before it in its row group."""
 
-    rows: int  # read at once
+    rows: int  # that are read at once
     stop: int
     is_alone: bool = False
 
@@ -174,7 +185,7 @@ def _is_of_memory(failure: ChildDied | PageCorrupt) -> bool:
 
 
 def _batch_rows(file: InputFile) -> int:
-    """Of ordinary rows, some 64 MiB at a time; the footer says how large they are, and may lie."""
+    """Rows of about 64 MiB. The footer says how large rows are, and may be wrong."""
     row_bytes = sum(file.row_group_bytes) // max(1, file.num_rows)
     return max(FEW_ROWS, min(MANY_ROWS, TASK_BYTES // max(1, row_bytes)))
 
@@ -189,8 +200,8 @@ def _planned_blocks(
     batch_rows: int,
     is_alone: bool,
 ) -> Iterator[tuple[int, pa.Table | None]]:
-    """In the child. (number of the next row, block). Where rows are alone, (its own number, None) before each block of
-    one, which says that it was read, and an empty block at the end of what was."""
+    """Runs in the child. Yields (number of the next row, block). If rows are alone, it yields (number of the row, None)
+    once the row is read, then its block of one row, and at the end an empty block."""
     for after, block in read_blocks(file, start, stop, columns, wanted, batch_rows):
         if is_alone:
             for index, number in enumerate(block["src_row"].to_pylist()):
@@ -200,7 +211,7 @@ def _planned_blocks(
 
 
 def _gathered(blocks: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """In pieces that are worth a block of Ray's."""
+    """Blocks joined into pieces that are large enough for a block of Ray Data."""
     pieces: list[pa.Table] = []
     num_rows = num_bytes = 0
     for block in blocks:
@@ -217,26 +228,11 @@ def _gathered(blocks: Iterator[pa.Table]) -> Iterator[pa.Table]:
 _kept: list[tuple[RenderSpec, RowLimits, LimitedProcess]] = []  # at most one
 
 
-_offered: list[tuple[RenderSpec, Callable[[], LimitedProcess]]] = []  # at most one
-
-
-def offer_child(spec: RenderSpec, take: Callable[[], LimitedProcess]) -> None:
-    """One that has loaded the tokenizer of `spec`, for another purpose which it no longer has once it is taken."""
-    _offered[:] = [(spec, take)]
-
-
 def _child_for(spec: RenderSpec, limits: RowLimits) -> LimitedProcess:
     """Kept between tasks: Ray runs many in one process, and a tokenizer takes a second to load."""
-    is_offered = bool(_offered) and _offered[0][0] == spec
-    if is_offered or not _kept or _kept[0][:2] != (spec, limits):
+    if not _kept or _kept[0][:2] != (spec, limits):
         for *_, child in _kept:
             child.close()
-        _kept.clear()
-        prepare = partial(encoder_of, spec)
-        if is_offered:
-            child = _offered.pop()[1]()
-            child.settle(limits.seconds, limits.memory_bytes, prepare)
-        else:
-            child = LimitedProcess(limits.seconds, limits.memory_bytes, prepare)
+        child = LimitedProcess(limits.seconds, limits.memory_bytes, partial(encoder_of, spec))
         _kept[:] = [(spec, limits, child)]
     return _kept[0][2]

@@ -1,28 +1,24 @@
-"""Everything a job is refused for before any work: its input, its columns, its output folder, its options.
+"""What a job's data is checked for before any work: its input, columns, options and output folder.
 
-Reads footers and looks at folders; loads no model, starts no Ray. Problems found elsewhere, such as the model's, are
-put beside its own, so that a person sees all of them at once.
+Reads footers and lists folders; loads no model, starts no Ray. Sections of the job file that are right are checked even
+if others are wrong, so that a person sees all problems at once.
 """
 
 import hashlib
-import os
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
-
-from fsspec.utils import glob_translate
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 from segue.pipeline.dataset.columns import JobColumns, check_columns, columns_read
 from segue.pipeline.dataset.files import InputFile, RowNumbers, cut_rows, discover
-from segue.pipeline.dataset.listing import glob_root, has_magic, is_local
-from segue.pipeline.dataset.selection import check_filters, common_rows, selected_rows
-from segue.pipeline.jobfile.read import JobDraft, read_job
-from segue.pipeline.jobfile.schema import InputConfig, JobConfig, scheme_of, scoring_over, template_over
+from segue.pipeline.dataset.selection import check_filters, common_rows
+from segue.pipeline.jobfile.read import JobDraft
+from segue.pipeline.jobfile.schema import InputConfig, JobConfig, scoring_over, template_over
 from segue.pipeline.ledger.failed_rows import FailedRows, failed_rows
 from segue.pipeline.ledger.manifest import ForeignOutput
 from segue.pipeline.problems import JobRefused, Problem, nearest, shown
-from segue.pipeline.storage.store import OutputStorageError, open_store
+from segue.pipeline.ready.output import check_output
+from segue.pipeline.storage.store import OutputStorageError
 from segue.workers.engine.echo import is_echo
 from segue.workers.prompts.template import PromptTemplate
 from segue.workers.rows.forms import problem_of
@@ -30,8 +26,18 @@ from segue.workers.scoring.template import ScoringTemplate
 
 
 @dataclass(frozen=True)
+class CheckedData:
+    """What was found of a job's data, and what is wrong with it beside the job file itself."""
+
+    inputs: tuple[InputFile, ...]  # in the order of src_path
+    columns: JobColumns | None  # None if there is a problem with them
+    failed: FailedRows | None  # the only rows to be read, if input.retry_of names an output
+    problems: tuple[Problem, ...]
+
+
+@dataclass(frozen=True)
 class CheckedJob:
-    """A job that may start."""
+    """A job whose rows are known."""
 
     config: JobConfig
     template: PromptTemplate  # `config.prompt` with the names of `config.input.columns` in it
@@ -45,7 +51,7 @@ class CheckedJob:
         """Of each input the numbers of the rows that are read."""
         if self.failed is None:
             return cut_rows(self.selected, 0, self.config.input.limit)
-        # The limit of a sample was one of rows that this job, which takes no sample, does not count.
+        # A limit with a sample counted rows of that sample. This job takes no sample, so it cannot count them again.
         limit = self.config.input.limit if self.config.input.sample is None else None
         limited = cut_rows(self.selected, 0, limit)
         failed = [self.failed.rows.get(file.src_path, range(0)) for file in self.inputs]
@@ -58,7 +64,7 @@ class CheckedJob:
 
     @property
     def num_windows(self) -> int:
-        """How many parts the rows are planned in, one after the other; one if there are no rows."""
+        """How many windows the rows are planned in, one after the other; one if there are no rows."""
         return max(1, -(-self.num_rows // self.config.plan.window_rows))
 
     def window(self, number: int) -> tuple[RowNumbers, ...]:
@@ -67,61 +73,17 @@ class CheckedJob:
         return cut_rows(self.rows, number * size, (number + 1) * size)
 
 
-def check_job(config: JobConfig, *, has_gpu: bool = False, others: Sequence[Problem] = ()) -> CheckedJob:
-    """The job with its inputs and columns. `has_gpu`: whether a worker with `num_gpus: auto` will get a GPU.
-
-    Raises JobRefused with `others`, which the caller found, and every problem found here.
-    """
-    draft = JobDraft(config, config.input, config.prompt, config.output, config.task, config.scoring, ())
-    return check_draft(draft, has_gpu=has_gpu, others=others)
-
-
-def check_job_file(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, has_gpu: bool = False) -> CheckedJob:
-    """`check_job` for a job file: mistakes of the file and of the data at once."""
-    return check_draft(read_job(path, overrides), has_gpu=has_gpu)
-
-
-def check_draft(draft: JobDraft, *, has_gpu: bool = False, others: Sequence[Problem] = ()) -> CheckedJob:
-    """`check_job` for a job file as read."""
-    select, problems = look_over(draft, has_gpu=has_gpu)
-    if select is None or others:
-        raise refused(draft, [*others, *problems])
-    return select()
-
-
-def look_over(draft: JobDraft, *, has_gpu: bool) -> tuple[Callable[[], CheckedJob] | None, list[Problem]]:
-    """What makes the job, reading what its filters need, or what is wrong with it beside `draft.problems`: sections
-    that are right are looked at even if others are wrong."""
-    problems: list[Problem] = []
-    inputs: tuple[InputFile, ...] = ()
-    if draft.config is not None:
-        problems += [*_check_dtype(draft.config, has_gpu), *_check_task(draft.config), *_check_form(draft.config)]
-    if draft.input is not None:
-        inputs, found = _check_input(draft.input)
-        problems += found
-    columns, found = _check_columns(draft, inputs)
-    problems += found
-    if draft.input is not None:
-        problems += check_filters(draft.input.filters, inputs)
-    failed, found = _check_retry(draft.input, inputs)
-    problems += found
+def check_data(draft: JobDraft, *, has_gpu: bool) -> CheckedData:
+    """Look at the data of a job file. `has_gpu`: whether a worker with `num_gpus: auto` will get a GPU."""
+    inputs, of_input = _check_input(draft.input)
+    columns, of_columns = _check_columns(draft, inputs)
+    failed, of_retry = _check_retry(draft.input, inputs)
+    problems = [*_check_options(draft.config, has_gpu), *of_input, *of_columns]
+    problems += check_filters(draft.input.filters, inputs) if draft.input else []
+    problems += of_retry
     if draft.output is not None:
         problems += check_output(draft.output.path, draft.input.path if draft.input else (), inputs)
-    if draft.problems or problems or draft.config is None or columns is None:
-        return None, problems
-    return partial(_selected, draft.config, inputs, columns, failed), []
-
-
-def _selected(
-    config: JobConfig, inputs: tuple[InputFile, ...], columns: JobColumns, failed: FailedRows | None
-) -> CheckedJob:
-    selected = selected_rows(inputs, config.input, config.limits, config.seed)
-    return CheckedJob(config, config.prompt_template(), inputs, columns, selected, failed)
-
-
-def refused(draft: JobDraft, problems: Sequence[Problem]) -> JobRefused:
-    """For all that is wrong with the file and these problems, with the lines of their keys."""
-    return JobRefused(_placed(problem, draft) for problem in [*draft.problems, *problems])
+    return CheckedData(inputs, columns, failed, tuple(problems))
 
 
 def input_identity(inputs: Sequence[InputFile]) -> str:
@@ -132,9 +94,10 @@ def input_identity(inputs: Sequence[InputFile]) -> str:
     return f"{len(inputs)} files, sha256 {total.hexdigest()[:16]}"
 
 
-def _placed(problem: Problem, draft: JobDraft) -> Problem:
-    """The problem with the line of its key, if it does not have a place already."""
-    return problem if problem.where else replace(problem, where=draft.where(tuple(problem.key.split("."))))
+def _check_options(config: JobConfig | None, has_gpu: bool) -> list[Problem]:
+    if config is None:
+        return []
+    return [*_check_dtype(config, has_gpu), *_check_task(config), *_check_form(config)]
 
 
 def _check_dtype(config: JobConfig, has_gpu: bool) -> list[Problem]:
@@ -145,7 +108,7 @@ def _check_dtype(config: JobConfig, has_gpu: bool) -> list[Problem]:
 
 
 def _check_task(config: JobConfig) -> list[Problem]:
-    """Sections that the task has no use for, and a format that it cannot have."""
+    """Sections that mean nothing to the task, and a format that it cannot have."""
     foreign = [f"scoring.{name}" for name in config.scoring.foreign_keys(config.task)]
     if config.task != "generate" and "sampling_params" in config.model_fields_set:
         foreign.append("sampling_params")
@@ -170,7 +133,9 @@ def _check_form(config: JobConfig) -> list[Problem]:
     return [Problem(f"{key}.{outputs.kind}", problem, "a form that can be enforced as a whole")] if problem else []
 
 
-def _check_input(config: InputConfig) -> tuple[tuple[InputFile, ...], list[Problem]]:
+def _check_input(config: InputConfig | None) -> tuple[tuple[InputFile, ...], list[Problem]]:
+    if config is None:
+        return (), []
     try:
         return discover(config.path), []
     except JobRefused as refused:
@@ -205,79 +170,3 @@ def _check_columns(draft: JobDraft, inputs: Sequence[InputFile]) -> tuple[JobCol
             wanted = f"a column that the job reads ({', '.join(sorted(read)) or 'it reads none'})"
             problems.append(Problem(f"input.columns.{part}", shown(column), wanted, nearest(column, names)))
     return (None if problems else columns), problems
-
-
-def check_output(output: str, input_paths: Sequence[str], inputs: Sequence[InputFile]) -> list[Problem]:
-    """Whether results can go into the folder `output`, and no later run would read them as input."""
-    scheme = scheme_of(output)
-    if scheme == "s3":
-        return _check_bucket(output) or _check_remote_overlap(output, input_paths, inputs)
-    if scheme:
-        return [Problem("output.path", shown(output), "a local folder, or s3://BUCKET/PREFIX")]
-    return _check_folder(output) or _check_overlap(output, input_paths, inputs)
-
-
-def _check_bucket(output: str) -> list[Problem]:
-    """Whether the place can be listed. Writes nothing."""
-    try:
-        open_store(output).names()
-    except OutputStorageError as error:
-        wanted = "a bucket that can be listed and written to with the credentials at hand"
-        return [Problem("output.path", str(error), wanted)]
-    return []
-
-
-def _check_remote_overlap(output: str, input_paths: Sequence[str], inputs: Sequence[InputFile]) -> list[Problem]:
-    """The same for URLs, which have no links."""
-    folder = output.rstrip("/") + "/"
-    for path in input_paths:
-        is_inside = folder.startswith(path.rstrip("/") + "/")
-        if is_inside or (has_magic(path) and re.match(glob_translate(path), f"{folder}part-000000-0.parquet")):
-            got = f"{shown(output)}, where input.path {shown(path)} would read the results"
-            return [Problem("output.path", got, "a prefix outside the input")]
-    for file in inputs:
-        if file.path.startswith(folder):
-            got = f"{shown(output)}, which holds the input file {shown(file.path)}"
-            return [Problem("output.path", got, "a prefix without input files")]
-    return []
-
-
-def _check_folder(output: str) -> list[Problem]:
-    """A folder that is there and writable, or that can be made."""
-    above = output
-    while not os.path.lexists(above):
-        above = os.path.dirname(above)
-    if not os.path.isdir(above):
-        return [Problem("output.path", f"{shown(above)}, which is a file", "a folder, existing or new")]
-    # The effective user is the one who will write.
-    if not os.access(above, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
-        return [Problem("output.path", f"{shown(above)}, which is not writable", "a folder that can be written to")]
-    return []
-
-
-def _check_overlap(output: str, input_paths: Sequence[str], inputs: Sequence[InputFile]) -> list[Problem]:
-    real = os.path.realpath(output)
-    problems: list[Problem] = []
-    for path in filter(is_local, input_paths):
-        if _reads(os.path.abspath(path), real):
-            got = f"{shown(output)}, where input.path {shown(path)} would read the results"
-            problems.append(Problem("output.path", got, "a folder outside the input"))
-    for file in inputs:
-        if is_local(file.path) and os.path.realpath(file.path).startswith(real.rstrip("/") + "/"):
-            got = f"{shown(output)}, which holds the input file {shown(file.path)}"
-            return problems or [Problem("output.path", got, "a folder without input files")]
-    return problems
-
-
-def _reads(path: str, output: str) -> bool:
-    """Whether an input folder or glob takes in files of the (real) folder `output`."""
-    if os.path.isdir(path):
-        return output == os.path.realpath(path) or output.startswith(os.path.realpath(path).rstrip("/") + "/")
-    if os.path.lexists(path) or not has_magic(path):
-        return False
-    root = glob_root(path)
-    relative = os.path.relpath(output, os.path.realpath(root))
-    if relative.startswith(".."):
-        return False
-    shard = os.path.normpath(os.path.join(root, relative, "part-000000-0.parquet"))
-    return re.match(glob_translate(path), shard) is not None

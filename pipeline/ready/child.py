@@ -1,11 +1,9 @@
 """The child process in which a job's model and prompts are looked at, before anything of theirs is trusted.
 
-Kept for who checks several jobs, since starting one takes longer than a check, as long as the environment says the same
-of where files and models are, and of who asks.
+A command has one, from the check of its job to the plan of its first rows: starting another takes longer than a check.
+Knows processes and job files; nothing of rows.
 """
 
-import functools
-import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -17,39 +15,30 @@ from segue.workers.engine.echo import is_echo
 from segue.workers.prompts.encoder import import_tokenizers
 
 CHECK_SECONDS = 120.0  # for loading a configuration or tokenizer, and for rendering a message with it
-PLACES = ("AWS_", "FSSPEC_", "HF_", "SEGUE_")  # beginnings of names in the environment
 
 Found = TypeVar("Found")
 
 
-def checking_process(config: JobConfig) -> LimitedProcess:
-    """The one that there is, or a new one. `begin` it early: for a model it imports torch and transformers."""
-    names = sorted(name for name in os.environ if name.startswith(PLACES))
-    environment = tuple((name, os.environ[name]) for name in names)
-    return _process_for(config.limits.row_memory_bytes, environment, not is_echo(config.model.source))
+def checking_child() -> LimitedProcess:
+    """A child for `ready_job` and the plan after it. It starts when a job file has been read. To be closed."""
+    return LimitedProcess(CHECK_SECONDS, PREPARE_BYTES)
 
 
-def found_in_child(config: JobConfig, look: Callable[..., Iterator[Found]], *arguments: Any) -> Found:
+def begin_check(child: LimitedProcess, config: JobConfig) -> None:
+    """Start the child for this job. It imports what the check needs: for a model torch and transformers, which takes
+    seconds."""
+    prepare = import_tokenizers if is_echo(config.model.source) else import_all
+    child.settle(CHECK_SECONDS, PREPARE_BYTES + config.limits.row_memory_bytes, prepare)
+    child.begin()
+
+
+def found_in_child(child: LimitedProcess, look: Callable[..., Iterator[Found]], *arguments: Any) -> Found:
     """The one value that `look(*arguments)` yields there. Tried twice: something else may have ended the process.
 
-    Raises ChildDied, ChildUnready, what `look` does.
+    Raises ChildDied, ChildUnready, and what `look` raises.
     """
-    child = checking_process(config)
     with suppress(ChildDied):
         (found,) = child.stream(look, *arguments)
         return found
     (found,) = child.stream(look, *arguments)
     return found
-
-
-def handed_over(config: JobConfig) -> LimitedProcess:
-    """The checking process, which the next check will not find any more."""
-    child = checking_process(config)
-    _process_for.cache_clear()
-    return child
-
-
-@functools.lru_cache(maxsize=1)
-def _process_for(memory_bytes: int, _: tuple[tuple[str, str], ...], has_model: bool) -> LimitedProcess:
-    prepare = import_all if has_model else import_tokenizers
-    return LimitedProcess(CHECK_SECONDS, PREPARE_BYTES + memory_bytes, prepare)

@@ -1,42 +1,36 @@
-"""A checked job made ready to plan or run: model looked at, mask and precision resolved, fingerprint computed.
+"""From a job file to a job that can be planned and run: one function, every check, all problems at once.
 
-Everything that can be refused before work is refused here, all problems at once. Starts no Ray.
+Everything that can be refused before work is refused here. Starts nothing but the checking child; knows no Ray.
 """
 
 import datetime
-import functools
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from segue.pipeline.dataset.columns import ROW_PARAMS_COLUMN
+from segue.pipeline.dataset.selection import selected_rows
 from segue.pipeline.jobfile.read import JobDraft, read_job
 from segue.pipeline.jobfile.schema import JobConfig
-from segue.pipeline.ledger.manifest import Manifest, check_same_job, code_version, fingerprint, load_manifest
-from segue.pipeline.ledger.shards import PROTOCOL
-from segue.pipeline.problems import JobRefused, Problem
-from segue.pipeline.processes import ray_session
-from segue.pipeline.processes.limited import ChildDied
-from segue.pipeline.prompts.check import adapter_record, config_facts
+from segue.pipeline.ledger.manifest import Manifest, check_same_job, fingerprint, load_manifest
+from segue.pipeline.problems import Problem
+from segue.pipeline.processes.address import is_local
+from segue.pipeline.processes.limited import LimitedProcess
 from segue.pipeline.prompts.render import RenderSpec
-from segue.pipeline.prompts.rows import offer_child
-from segue.pipeline.ready.checks import CheckedJob, input_identity, look_over, refused
-from segue.pipeline.ready.child import CHECK_SECONDS, checking_process, found_in_child, handed_over
-from segue.pipeline.ready.trial import Sample, check_sample, sample_of
-from segue.pipeline.run.worker import WorkerSpec
-from segue.pipeline.storage.models import local_source
-from segue.pipeline.storage.store import Store, open_store
+from segue.pipeline.ready.checks import CheckedJob, check_data
+from segue.pipeline.ready.child import begin_check, checking_child
+from segue.pipeline.ready.fingerprint import fingerprint_fields
+from segue.pipeline.ready.model import check_model, check_prompts, search_model
+from segue.pipeline.ready.trial import Trial, try_rows
+from segue.pipeline.ready.worker_spec import WorkerSpec
+from segue.pipeline.storage.open import open_store
+from segue.pipeline.storage.store import Store
 from segue.workers.devices.gpus import num_gpus_here
-from segue.workers.devices.memory import GPU_KV_SHARE, KV_SHARE, free_memory_bytes
+from segue.workers.devices.memory import GPU_KV_SHARE, KV_SHARE
 from segue.workers.engine.echo import is_echo
-from segue.workers.models.adapter_record import AdapterRecord
-from segue.workers.models.facts import ConfigFacts, FoundModel, ModelFacts, find_model, inspect_model
-from segue.workers.models.source import ModelRefused
-
-IDENTITY_DIGITS = 16  # of a model, in an adapter's record
-GIB = 2**30
+from segue.workers.models.facts import ModelFacts
 
 
 @dataclass(frozen=True)
@@ -47,7 +41,7 @@ class ReadyJob:
     facts: ModelFacts
     mask: str  # resolved: segment or causal
     fields: dict[str, Any]  # the fingerprint's
-    sample: Sample = field(default_factory=Sample)
+    trial: Trial = field(default_factory=Trial)
 
     @property
     def config(self) -> JobConfig:
@@ -117,86 +111,52 @@ class ReadyJob:
         )
 
 
-def prepare(
+class ReadJob(Protocol):
+    """How a job file is read: `read_job`, or what reads another kind of job."""
+
+    def __call__(self, path: str | os.PathLike[str], overrides: Sequence[str]) -> JobDraft: ...
+
+
+def ready_job(
     path: str | os.PathLike[str],
     overrides: Sequence[str] = (),
-    others: Sequence[Problem] = (),
     *,
+    read: ReadJob = read_job,
+    others: Sequence[Problem] = (),
+    child: LimitedProcess | None = None,
     runs_here: bool = False,
     meanwhile: Callable[[JobConfig], object] | None = None,
 ) -> ReadyJob:
-    """Read and check a job file. `runs_here`: also whether its workers fit into this machine. `meanwhile` is called
-    when all that is left is done in a child process, which is getting ready for it; not before data is filtered.
+    """Read a job file and check all of it.
 
-    Raises JobRefused with `others`, which the caller found, and every problem of file, data, output and model.
+    `others`: problems that the caller found. `child`: the caller's `checking_child`, which has the tokenizer loaded
+    afterwards; without one, a child is started and ended. `runs_here`: whether the workers must fit into this machine.
+    `meanwhile` is called when only the model's configuration, the prompts and the rows can still be refused.
+
+    Raises JobRefused with `others` and every problem of file, data, output and model; InputChanged, InputUnreadable.
     """
-    return prepared(read_job(path, overrides), others, runs_here=runs_here, meanwhile=meanwhile)
-
-
-def prepared(
-    draft: JobDraft,
-    others: Sequence[Problem] = (),
-    *,
-    runs_here: bool = False,
-    meanwhile: Callable[[JobConfig], object] | None = None,
-) -> ReadyJob:
-    """`prepare` for a job file as read. Raises JobRefused with `others`, which the caller found, and every other."""
-    config = draft.config
-    if config:
-        checking_process(config).begin()  # it loads while the data is looked at
-    select, of_data = look_over(draft, has_gpu=num_gpus_here() > 0)
-    found, of_model = _find_model(config) if config else (None, [])
-    of_gpus = _check_gpus(config) if config and ray_session.is_local() else []
-    free_bytes = free_memory_bytes() if runs_here else None  # before anything else is started here
-    if select and config and not config.input.filters and not (others or of_model or of_gpus) and meanwhile:
-        meanwhile(config)
-    facts: ModelFacts | None = None
-    if config and found:
-        facts, of_config = _look_at_model(config, found)
-        of_model += of_config
-    if config and facts and free_bytes is not None:
-        of_gpus += _check_fits(config, facts, free_bytes)
-    if select is None or facts is None or others or of_model or of_gpus:
-        raise refused(draft, [*others, *of_model, *of_gpus, *of_data])
-    checked = select()
-    mask = facts.adapter_mask or "causal" if checked.config.mask == "auto" else checked.config.mask
-    ready = ReadyJob(checked, facts, mask, fingerprint_fields(checked, facts, mask))
-    spec = ready.render_spec(today())
-    _check_adapter(ready, _checked_record(ready, spec))
-    sample = sample_of(checked, spec, checking_process(checked.config))
-    if problems := check_sample(checked, sample):
-        raise JobRefused(problems)
-    offer_child(spec, functools.partial(handed_over, checked.config))
-    return replace(ready, sample=sample)
-
-
-def _checked_record(job: ReadyJob, spec: RenderSpec) -> AdapterRecord:
-    """What an adapter trained with the job's prompts would say of them. Raises JobRefused if they cannot be rendered.
-
-    A chat template is a program, and a model's is a stranger's: it is first run where it can be ended.
-    """
-    memory = job.config.limits.row_memory_bytes
-    try:
-        return found_in_child(job.config, adapter_record, spec, job.facts.identity[:IDENTITY_DIGITS])
-    except (ValueError, OSError) as error:
-        raise JobRefused([Problem("prompt", "", str(error))]) from error
-    except ChildDied as died:
-        got = {
-            "time": f"a chat template that takes longer than {CHECK_SECONDS:g} s for one message",
-            "memory": f"a chat template that takes more than limits.row_memory_bytes, {memory:,}, for one message",
-            "crash": "a tokenizer or chat template that ends its process",
-        }[died.death]
-        raise JobRefused([Problem("prompt", got, "one that renders")]) from None
-
-
-def _check_adapter(job: ReadyJob, own: AdapterRecord) -> None:
-    """Raises JobRefused if the adapter says that it was trained with another mask or other prompts."""
-    record = job.facts.adapter_record
-    differing = record.differences(own) if record and job.config.model.check_adapter else []
-    if differing:
-        wanted = "what the adapter was trained with (its segue.json)"
-        hint = "change the job, or set model.check_adapter: false to run it all the same"
-        raise JobRefused([Problem("model.adapter", each, wanted, hint) for each in differing])
+    with nullcontext(child) if child else checking_child() as child:
+        draft = read(path, overrides)
+        config = draft.config
+        if config is not None:
+            begin_check(child, config)  # it imports while the data is looked at
+        data = check_data(draft, has_gpu=num_gpus_here() > 0)
+        if config is None:
+            raise draft.refused([*others, *data.problems])
+        search = search_model(config, is_local=is_local(), runs_here=runs_here)
+        if meanwhile and not (draft.problems or others or search.problems or data.problems):
+            meanwhile(config)
+        model = check_model(config, search, child)
+        problems = [*others, *model.problems, *data.problems]
+        if draft.problems or problems or model.facts is None or data.columns is None:
+            raise draft.refused(problems)
+        rows = selected_rows(data.inputs, config.input, config.limits, config.seed)
+        checked = CheckedJob(config, config.prompt_template(), data.inputs, data.columns, rows, data.failed)
+        mask = (model.facts.adapter_mask or "causal") if config.mask == "auto" else config.mask
+        ready = ReadyJob(checked, model.facts, mask, fingerprint_fields(checked, model.facts, mask))
+        spec = ready.render_spec(today())
+        check_prompts(config, model.facts, spec, child)
+        return replace(ready, trial=try_rows(checked, spec, child))
 
 
 def existing_manifest(job: ReadyJob) -> Manifest | None:
@@ -210,115 +170,3 @@ def existing_manifest(job: ReadyJob) -> Manifest | None:
 def today() -> str:
     """The date a new plan is frozen at."""
     return datetime.date.today().isoformat()
-
-
-def _find_model(config: JobConfig) -> tuple[FoundModel | None, list[Problem]]:
-    model = config.model
-    try:
-        source, adapter = local_source(model.source), model.adapter and local_source(model.adapter, "model.adapter")
-        return find_model(source, adapter=adapter, revision=model.revision), []
-    except ModelRefused as error:
-        return None, [Problem("model", "", str(error))]
-
-
-def _look_at_model(config: JobConfig, found: FoundModel) -> tuple[ModelFacts | None, list[Problem]]:
-    model = config.model
-    look = functools.partial(_config_facts, config)
-    try:
-        facts = inspect_model(
-            found, look, dtype=model.dtype, quantization=model.quantization, on_gpu=_is_on_gpu(config)
-        )
-    except ModelRefused as error:
-        return None, [Problem("model", "", str(error))]
-    except ChildDied as died:
-        got = {
-            "time": f"a configuration or tokenizer that takes longer than {CHECK_SECONDS:g} s to load",
-            "memory": "a configuration or tokenizer that takes more than limits.row_memory_bytes",
-            "crash": "a configuration or tokenizer that ends its process",
-        }[died.death]
-        return None, [Problem("model", got, "one that can be loaded")]
-    problems = []
-    wanted_length = config.limits.max_model_len
-    if wanted_length is not None and wanted_length > facts.max_model_len:
-        limit = f"at most the model's own {facts.max_model_len}"
-        problems.append(Problem("limits.max_model_len", str(wanted_length), limit))
-    return facts, problems
-
-
-def _config_facts(config: JobConfig, directory: Path, **wanted: Any) -> ConfigFacts:
-    return found_in_child(config, config_facts, directory, wanted)
-
-
-def _is_on_gpu(config: JobConfig) -> bool | None:
-    """Whether workers compute on GPUs; None if that is for the cluster to tell."""
-    return None if config.workers.num_gpus == "auto" else config.workers.num_gpus > 0
-
-
-def _check_gpus(config: JobConfig) -> list[Problem]:
-    """Whether this machine has as many as a worker wants."""
-    if config.workers.num_gpus == "auto" or config.workers.num_gpus <= (there := num_gpus_here()):
-        return []
-    wanted = f"auto, 0, or at most the {there} that torch sees on this machine"
-    hint = "a cluster in RAY_ADDRESS, or a CUDA build of torch"
-    return [Problem("workers.num_gpus", f"{config.workers.num_gpus:g}", wanted, hint)]
-
-
-def _check_fits(config: JobConfig, facts: ModelFacts, free: int) -> list[Problem]:
-    """Whether the weights of the fewest workers fit into what this machine has free, in bytes."""
-    if _is_on_gpu(config) or (_is_on_gpu(config) is None and num_gpus_here()):
-        return []  # a GPU's memory is another
-    workers = config.workers.min_size
-    if workers * facts.weight_bytes <= free:
-        return []
-    got = f"weights of {facts.weight_bytes / GIB:,.1f} GiB in {facts.dtype}, for each of {workers} workers"
-    wanted = f"what fits into the {free / GIB:,.1f} GiB that this machine has free"
-    hint = "fewer workers.min_size, model.dtype: bfloat16, or a cluster in RAY_ADDRESS"
-    return [Problem("model", got, wanted, hint)]
-
-
-def fingerprint_fields(checked: CheckedJob, facts: ModelFacts, mask: str) -> dict[str, Any]:
-    """Everything that changes results, under the names of the job file."""
-    config = checked.config
-    return {
-        "protocol": PROTOCOL,
-        "code": code_version(),
-        "task": config.task,
-        "model": facts.identity,
-        "model.adapter": facts.adapter_identity,
-        "model.dtype": facts.dtype,
-        "model.quantization": config.model.quantization,
-        "mask": mask,
-        "seed": config.seed,
-        "prompt": checked.template.model_dump(mode="json"),
-        **_what_is_asked(config),
-        "limits.max_model_len": config.limits.max_model_len,
-        "limits.max_prompt_bytes": config.limits.max_prompt_bytes,
-        "input.limit": config.input.limit,
-        **_what_is_selected(config),
-        "input.files": input_identity(checked.inputs),
-        **_what_is_tried_again(checked),
-        "plan.window_rows": config.plan.window_rows,
-        "output.columns": list(checked.columns.passed),
-        "output.max_rows_per_file": config.output.max_rows_per_file,
-        "output.max_bytes_per_file": config.output.max_bytes_per_file,
-    }
-
-
-def _what_is_asked(config: JobConfig) -> dict[str, Any]:
-    """Of the two sections that tasks have of their own, the task's."""
-    if config.task == "generate":
-        return {"sampling_params": config.sampling_params.model_dump(mode="json")}
-    scoring = config.scoring_template()
-    delimiter = scoring.delimiter(config.prompt.format)
-    return {"scoring": scoring.model_dump(mode="json") | {"target_delimiter": delimiter}}
-
-
-def _what_is_selected(config: JobConfig) -> dict[str, Any]:
-    chosen = config.input.model_dump(mode="json", include={"filters", "sample"}, exclude_none=True)
-    return {f"input.{name}": value for name, value in chosen.items()}
-
-
-def _what_is_tried_again(checked: CheckedJob) -> dict[str, Any]:
-    if checked.failed is None:
-        return {}
-    return {"input.retry_of": f"rows {checked.failed.identity} of job {checked.failed.fingerprint}"}

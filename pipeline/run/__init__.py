@@ -1,4 +1,4 @@
-"""The run: units through a pool of workers, passes until nothing is missing, the search for bad rows.
+"""A run: a ready job's missing units through a pool of workers, pass after pass, until the output folder is complete.
 
-May import `pipeline.plan` and what is below it.
+May import every room of the pipeline but `train`, `formats` and `submit`, and the engines of `workers`. Uses Ray.
 """

@@ -1,7 +1,7 @@
-"""What is missing of a plan, computed: passes over it, until nothing is, or nothing more can be had.
+"""Computes the missing units of a plan, pass after pass, until none is missing or no pass makes progress.
 
-A worker that dies takes every unit in flight with it. What is lost so goes through a pass in which each unit is alone
-in its worker; what dies there, too, is searched row by row. Knows the plan, the store and Ray.
+A worker that dies takes all its units in flight with it. A lost unit goes through a second pass, in which each unit is
+alone in its worker. A unit whose worker dies a second time is searched row by row. Knows the plan, the store and Ray.
 """
 
 import gc
@@ -19,22 +19,31 @@ from segue.pipeline.ledger.totals import is_over_limit
 from segue.pipeline.ledger.units import UnitDamaged, UnitSpec
 from segue.pipeline.problems import WorkersFailed
 from segue.pipeline.processes import ray_session
+from segue.pipeline.processes.address import is_local
 from segue.pipeline.processes.interrupt import Interrupt
 from segue.pipeline.processes.metrics import RunMetrics, label_of
 from segue.pipeline.processes.progress import ProgressDisplay, Say, Totals
-from segue.pipeline.processes.reservation import Reservation, check_gpus, gpus_of
+from segue.pipeline.processes.reservation import (
+    Reservation,
+    check_gpus,
+    gpus_of,
+    reserved_cpus,
+    threads_of,
+    workers_a_node,
+)
 from segue.pipeline.ready.job import ReadyJob
-from segue.pipeline.run.pool import reserved_cpus, run_units, threads_of, workers_a_node
+from segue.pipeline.run.pool import run_units
 from segue.pipeline.run.quarantine import Quarantine
+from segue.pipeline.run.receipt import Receipt
 from segue.pipeline.run.roster import Roster
 from segue.pipeline.run.watchdog import Watchdog
-from segue.pipeline.run.worker import DRAIN_SECONDS, Receipt
+from segue.pipeline.run.worker import DRAIN_SECONDS
 from segue.pipeline.storage.store import OutputStorageError
 
 
 @dataclass(slots=True)
 class Tally:
-    """Rows so far: those found committed at the start, and receipts of this run."""
+    """Rows so far: those that were committed when the run began, and those in receipts of this run."""
 
     rows_before: int
     errors_before: int
@@ -42,6 +51,14 @@ class Tally:
     errors: int = 0
     computed: int = 0
     commits: int = 0
+
+    @property
+    def all_rows(self) -> int:
+        return self.rows_before + self.rows
+
+    @property
+    def all_errors(self) -> int:
+        return self.errors_before + self.errors
 
     def add(self, receipt: Receipt) -> None:
         self.rows += receipt.num_rows
@@ -51,8 +68,8 @@ class Tally:
 
 
 class Passes:
-    """Of one run, over a plan that may grow from call to call. `tally` counts along; the first `interrupt` drains the
-    workers."""
+    """The passes of one run. The plan may grow from call to call. Receipts are added to `tally`, which nobody else
+    changes; the first signal of `interrupt` drains the workers."""
 
     def __init__(self, job: ReadyJob, tally: Tally, interrupt: Interrupt, say: Say, *, quiet: bool) -> None:
         self._job = job
@@ -60,7 +77,7 @@ class Passes:
         self._threads = threads_of(self._workers)
         smallest = reserved_cpus(self._threads, is_planning=job.checked.num_windows > 1)
         num_gpus = gpus_of(self._workers)
-        warning = check_gpus(num_gpus, ray_session.max_node_gpus(), is_local=ray_session.is_local())
+        warning = check_gpus(num_gpus, ray_session.max_node_gpus(), is_local=is_local())
         if warning is not None:
             say(warning)
         self._reservation = Reservation(smallest, num_gpus, self._workers.accelerator_type)
@@ -70,16 +87,16 @@ class Passes:
         self._interrupt = interrupt
         self._say = say
         self._quiet = quiet
-        self._failure: Exception | None = None  # what no other attempt would make good
+        self._failure: Exception | None = None  # that another attempt would meet again
         self._given_up: set[UnitSpec] = set()
 
     def run(self, manifest: Manifest) -> None:
-        """Compute what is missing of what is planned. Raises what a unit failed for, and WorkersFailed if workers die
-        of every unit."""
+        """Compute the missing units of `manifest`. Raises the error of a unit that failed, and WorkersFailed if the
+        workers of every unit die."""
         self._manifest = manifest
         tokens = int(manifest.stats["tokens_requested"])
         self._metrics.planned(rows=manifest.num_rows, units=len(manifest.units), tokens=tokens)
-        self._metrics.done(self._tally.rows_before + self._tally.rows)
+        self._metrics.done(self._tally.all_rows)
         num_cpus = reserved_cpus(self._threads, is_planning=not manifest.is_complete)
         self._reservation = self._reservation.with_cpus(num_cpus)
         missing = self._missing()
@@ -94,11 +111,11 @@ class Passes:
 
     @property
     def may_go_on(self) -> bool:
-        """Whether nothing has happened that ends the run."""
+        """False after a signal, after a failure, and over the error limit."""
         return not (self._interrupt.is_set or self._failure is not None or self._is_over_limit())
 
     def _round(self, units: Sequence[UnitSpec]) -> list[UnitSpec]:
-        """What is missing afterwards."""
+        """Try units in a pool, then alone, then row by row. Returns the units that are still missing."""
         left = self._pass(units, self._workers.units_in_flight)
         if left and self.may_go_on and (self._workers.units_in_flight > 1 or len(left) < len(units)):
             self._say(f"{len(left)} units were lost with their workers; trying each alone in a worker")
@@ -115,13 +132,13 @@ class Passes:
                 pool = self._workers, self._spec, roster, self._reservation
                 for receipt in run_units(units, *pool, units_in_flight=units_in_flight):
                     self._take(receipt, roster)
-            except ray.exceptions.RayError as error:  # no pool could be made
+            except ray.exceptions.RayError as error:  # the pool could not be made
                 lost = ray_session.cause_of(error)
         left = self._missing()
         if watchdog.has_load_failed:
             self._failure = WorkersFailed(watchdog.tripped)
         elif lost is not None and len(left) == len(units):
-            # Not chained: Ray's traceback holds its executor, and that holds the workers' CPUs.
+            # Not chained: Ray's traceback refers to its executor, which holds the workers' CPUs.
             self._failure = lost
         elif watchdog.tripped is not None:
             self._check_that_any_survives(left, watchdog.tripped)
@@ -152,15 +169,15 @@ class Passes:
         ):
             try:
                 yield quarantine, roster
-            except ray.exceptions.RayError as error:  # not a death, of which a quarantine knows what to make
+            except ray.exceptions.RayError as error:  # not a worker's death, which the quarantine handles itself
                 self._failure = ray_session.cause_of(error, UnitDamaged, OutputStorageError)
 
     @contextmanager
     def _watched(self, units: Sequence[UnitSpec]) -> Iterator[tuple[Any, Watchdog]]:
-        """A roster for workers that work on these units, shown, watched, and told to drain by a signal."""
+        """A roster for the workers of these units. Progress is shown, a watchdog runs, and a signal makes it drain."""
         roster: Any = Roster.remote()
         self._interrupt.on_set = threading.Thread(target=self._drain, args=(roster,), daemon=True).start
-        if self._interrupt.is_set:  # by a signal that came between two rosters
+        if self._interrupt.is_set:  # the signal came between two rosters
             roster.drain.remote()
         num_rows, num_tokens = sum(unit.num_rows for unit in units), sum(unit.num_tokens for unit in units)
         num_requests = None if self._job.config.task == "generate" else sum(unit.num_requests for unit in units)
@@ -174,8 +191,8 @@ class Passes:
             with ProgressDisplay(roster, Totals(num_rows, num_tokens, num_requests), quiet=self._quiet), watchdog:
                 yield roster, watchdog
         finally:
-            # Ray ends a pool's workers when nothing refers to them, and its executor refers to itself. Those that live
-            # on hold the CPUs that the next pool waits for, and who only waits collects no garbage.
+            # Ray ends a pool's workers once nothing refers to them, but its executor refers to itself. Until garbage is
+            # collected they hold the CPUs that the next pool waits for.
             gc.collect()
 
     def _take(self, receipt: Receipt, roster: Any) -> None:
@@ -188,14 +205,14 @@ class Passes:
             computed=receipt.num_computed_tokens,
             generated=receipt.num_generated_tokens,
         )
-        self._metrics.done(self._tally.rows_before + self._tally.rows)
+        self._metrics.done(self._tally.all_rows)
         failure = receipt.exception
         self._failure = self._failure or failure
         if failure is not None or self._is_over_limit():
             roster.drain.remote()
 
     def _drain(self, roster: Any) -> None:
-        """In a thread: a signal handler may run while Ray holds its locks."""
+        """Runs in a thread, since a signal handler may run while Ray holds its locks."""
         roster.drain.remote()
         self._say(f"interrupted: units in flight have {DRAIN_SECONDS:.0f} s to finish; interrupt again to stop at once")
 
@@ -207,6 +224,5 @@ class Passes:
         return not (self._interrupt.is_set or self._is_over_limit(unit.num_rows, num_convicted))
 
     def _is_over_limit(self, more_rows: int = 0, more_errors: int = 0) -> bool:
-        rows = self._tally.rows_before + self._tally.rows + more_rows
-        errors = self._tally.errors_before + self._tally.errors + more_errors
+        rows, errors = self._tally.all_rows + more_rows, self._tally.all_errors + more_errors
         return is_over_limit(rows, errors, self._job.config.limits.max_error_rate)

@@ -1,10 +1,9 @@
-"""Units through a pool of workers: Ray Data schedules them, starts dead workers again, and hands back receipts.
+"""A pool of workers: Ray Data gives them units, restarts dead ones, and hands back receipts.
 
-What is lost with a worker is not tried again here: another pass does that, which may know better. Knows Ray; what a
-unit is and how it is committed is the worker's business.
+A unit that is lost with its worker is not tried again here; the next pass does that. Knows Ray; how a unit is computed
+and committed is the worker's business.
 """
 
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,31 +16,9 @@ from segue.pipeline.jobfile.schema import WorkersConfig
 from segue.pipeline.ledger.units import UnitSpec
 from segue.pipeline.processes import ray_session
 from segue.pipeline.processes.reservation import Reservation
-from segue.pipeline.run.worker import Receipt, UnitWorker, WorkerSpec
-
-
-def threads_of(workers: WorkersConfig) -> int:
-    """CPU threads of each worker: as asked for, else an equal share of the cluster; never more than a machine has, if
-    one is there."""
-    wanted = workers.threads or max(1, ray_session.num_cluster_cpus() // workers.max_size)
-    return min(wanted, ray_session.max_node_cpus() or wanted)
-
-
-def workers_a_node(workers: WorkersConfig, num_cpus: float) -> int:
-    """How many workers may share the memory of a machine, at most, if Ray gives each so many CPUs. All of them, while
-    no machine is there to tell."""
-    node_cpus = ray_session.max_node_cpus()
-    return max(1, min(workers.max_size, int(node_cpus / num_cpus))) if node_cpus else workers.max_size
-
-
-def reserved_cpus(threads: int, *, is_planning: bool) -> float:
-    """What a worker takes of its node's CPUs in Ray's books: its threads, or less while the next window is planned.
-
-    Planning then finds a CPU beside a pool that has the cluster to itself. Ray knows no fractions above 1.
-    """
-    if not is_planning:
-        return threads
-    return threads - 1 if threads > 1 else 0.5
+from segue.pipeline.ready.worker_spec import WorkerSpec
+from segue.pipeline.run.receipt import Receipt
+from segue.pipeline.run.worker import UnitWorker
 
 
 def run_units(
@@ -53,17 +30,17 @@ def run_units(
     *,
     units_in_flight: int,
 ) -> Iterator[Receipt]:
-    """Receipts as units finish, in plan order as far as Ray keeps it. A unit whose worker died has none.
+    """Receipts as units finish, in plan order as far as Ray keeps it. A unit whose worker died has no receipt.
 
     Raises RayError if the pool cannot be made.
     """
     rows = ray.data.from_items([{"unit": unit.to_json()} for unit in units], override_num_blocks=len(units))
-    rows.context.max_errored_blocks = -1  # of this dataset: what is missing is plan minus listing, whatever Ray drops
+    rows.context.max_errored_blocks = -1  # Ray may drop any block: what is missing is the plan minus the listing
     ray_session.wait_for_ever(rows)
     pool = _pool(workers, len(units), units_in_flight)
     receipts = _through_pool(rows, pool, spec, roster, reservation)
     for batch in receipts.iter_batches(batch_size=1, prefetch_batches=0):
-        yield Receipt(**json.loads(str(batch["receipt"][0])))
+        yield Receipt.from_json(str(batch["receipt"][0]))
 
 
 def _pool(workers: WorkersConfig, num_units: int, units_in_flight: int) -> ActorPoolStrategy:
@@ -79,7 +56,7 @@ def _through_pool(
     rows: Dataset, pool: ActorPoolStrategy, spec: WorkerSpec, roster: Any, reservation: Reservation
 ) -> Dataset:
     with warnings.catch_warnings():
-        # Ray 2.60 has no other way to bound retries; the arguments go in 2.64.
+        # Ray 2.60 has no other way to bound retries; it removes these arguments in 2.64.
         warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", RayDeprecationWarning)
         return rows.map_batches(
             UnitWorker,
@@ -87,6 +64,6 @@ def _through_pool(
             compute=pool,
             fn_constructor_args=(spec, roster),
             **reservation.options(),
-            max_restarts=-1,  # the watchdog bounds them
+            max_restarts=-1,  # the watchdog limits them
             max_task_retries=0,
         )

@@ -1,7 +1,7 @@
-"""Who is at work in a run: what each worker process has done, when it last said so, and the word to drain.
+"""The workers of a pass: what each process has done, when it last reported, and the request to drain.
 
-One actor, told by workers and asked by the driver. Droppable: nothing about correctness depends on it, since what is
-done is what lies in the output. Knows Ray; nothing of units or rows.
+One actor: workers report to it, the driver asks it. If it dies only progress is lost, since the output folder says what
+is done. Knows Ray; nothing of units or rows.
 """
 
 import os
@@ -15,8 +15,8 @@ import psutil
 import ray
 import ray.exceptions
 
+from segue.pipeline.problems import first_and_last_line
 from segue.pipeline.processes.metrics import EngineMetrics
-from segue.pipeline.processes.ray_session import one_line
 from segue.workers.engine.stats import EngineStats
 
 REPORT_SECONDS = 0.5
@@ -25,12 +25,12 @@ ANSWER_SECONDS = 30.0
 
 @dataclass(frozen=True, slots=True)
 class WorkerProcess:
-    """One process of a worker. A worker that Ray restarts has the same actor id, and another process."""
+    """One process of a worker. After Ray restarts a worker it has the same actor id and another process."""
 
     actor_id: str
     node_id: str
     pid: int
-    started: float  # as its operating system says: a number may be another process' tomorrow
+    started: float  # by its operating system, which may give the pid to another process later
 
     @classmethod
     def own(cls) -> "WorkerProcess":
@@ -38,7 +38,7 @@ class WorkerProcess:
         return cls(context.get_actor_id() or "", context.get_node_id(), process.pid, process.create_time())
 
     def kill(self) -> None:
-        """From a process on the same node. Nothing if it is gone."""
+        """To be called on the same node. Does nothing if the process is gone."""
         with suppress(psutil.NoSuchProcess):
             process = psutil.Process(self.pid)
             if process.create_time() == self.started:
@@ -49,10 +49,11 @@ class WorkerProcess:
 class Health:
     """What the roster knows of a pass."""
 
-    num_deaths: int = 0  # processes that a new one has taken the place of
-    failures: list[str] = field(default_factory=list)  # what processes said before they ended themselves
-    num_load_failures: int = 0  # of these, while they loaded the model
-    silences: list[tuple[WorkerProcess, float, bool]] = field(default_factory=list)  # seconds; whether it has loaded
+    num_deaths: int = 0  # processes that a new one has replaced
+    failures: list[str] = field(default_factory=list)  # why processes ended themselves
+    num_load_failures: int = 0  # those of them that were loading the model
+    # Of each process the seconds since its last report, and whether it has loaded the model.
+    silences: list[tuple[WorkerProcess, float, bool]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -64,7 +65,7 @@ class _Entry:
 
 @ray.remote(num_cpus=0, max_restarts=-1)
 class Roster:
-    """The last word of each worker."""
+    """The last report of each worker, and whether workers should drain."""
 
     def __init__(self) -> None:
         self._entries: dict[str, _Entry] = {}
@@ -74,14 +75,14 @@ class Roster:
         self._health = Health()
 
     def announce(self, process: WorkerProcess) -> bool:
-        """A process has started, and goes on to load its model; True if it should stop instead."""
+        """A process has started and will load its model. True if it should stop instead."""
         before = self._entries.get(process.actor_id)
         self._health.num_deaths += before is not None and before.process != process
         self._entries[process.actor_id] = _Entry(process, time.monotonic())
         return self._draining
 
     def report(self, process: WorkerProcess, stats: dict[str, float]) -> bool:
-        """Its counters, now that its model is loaded; True if it should stop."""
+        """The counters of a process that has loaded its model. True if it should stop."""
         self._counters[process] = stats
         self._started = self._started or time.monotonic()
         self._entries[process.actor_id] = _Entry(process, time.monotonic(), has_loaded=True)
@@ -98,7 +99,7 @@ class Roster:
         return self._health
 
     def totals(self) -> dict[str, float]:
-        """Counters summed over workers, and `seconds` since the first of them was ready; empty until then."""
+        """The counters summed over workers, and `seconds` since the first worker was ready; empty until then."""
         if self._started is None:
             return {}
         names = {name for stats in self._counters.values() for name in stats}
@@ -106,12 +107,12 @@ class Roster:
         return sums | {"seconds": time.monotonic() - self._started}
 
     def drain(self) -> None:
-        """Tell the workers to stop."""
+        """Ask the workers to stop; each hears it with its next report."""
         self._draining = True
 
 
 class Reporter:
-    """A worker's end: sends counters now and then, and does not wait for an answer while there is work."""
+    """A worker's side: sends counters from time to time, and does not wait for the answer while there is work."""
 
     def __init__(self, roster: Any, on_drain: Callable[[], None], metrics: EngineMetrics) -> None:
         self._roster = roster
@@ -132,22 +133,22 @@ class Reporter:
         self._pending = self._roster.report.remote(self._process, asdict(stats))
 
     def announce(self) -> None:
-        """Waits for the answer, so that a worker born into a drain loads nothing and takes no work."""
+        """Waits for the answer, so that a worker that starts during a drain loads nothing and takes no work."""
         self._learn(self._roster.announce.remote(self._process))
 
     def announce_loaded(self, stats: EngineStats) -> None:
-        """Waits for the answer, as the model may have taken long to load."""
+        """Waits for the answer: while the model loaded, a drain may have begun."""
         self._learn(self._roster.report.remote(self._process, asdict(stats)))
 
     def end_process(self, error: BaseException, *, while_loading: bool) -> None:
-        """Say why, and end: after an error inside an engine nothing it holds can be trusted, on a GPU least of all."""
-        reason = one_line(f"{type(error).__name__}: {error}")
+        """Report the reason and end the process: its state cannot be trusted after an error, least of all on a GPU."""
+        reason = first_and_last_line(f"{type(error).__name__}: {error}")
         with suppress(ray.exceptions.RayError):
             ray.get(self._roster.fail.remote(reason, while_loading=while_loading), timeout=ANSWER_SECONDS)
         os._exit(1)
 
     def _collect(self) -> bool:
-        """Whether the last report was answered."""
+        """Take the answer to the last report; False if there is none yet."""
         done, _ = ray.wait([self._pending], timeout=0)
         if not done:
             return False
@@ -155,8 +156,8 @@ class Reporter:
         return True
 
     def _learn(self, answer: Any) -> None:
-        """Start draining if the answer says so."""
-        with suppress(ray.exceptions.RayError):  # the roster died: progress is lost, work is not
+        """Start to drain if the answer says so."""
+        with suppress(ray.exceptions.RayError):  # the roster died, which costs progress and no work
             if ray.get(answer, timeout=ANSWER_SECONDS) and not self.is_draining:
                 self.is_draining = True
                 self._on_drain()

@@ -1,6 +1,7 @@
-"""A thread beside a pass that ends what would never end by itself: a worker that hangs, a run in which all workers die.
+"""A thread beside a pass that ends what would never end by itself: a worker that hangs, a run whose workers all die.
 
-Ray notices a process that died, not one that stands still; and it starts a dead worker again and again.
+Ray notices a process that died, but not one that hangs, and it restarts a dead worker without limit. Knows the roster
+and Ray; nothing of units or rows.
 """
 
 import threading
@@ -17,7 +18,7 @@ from segue.pipeline.run.roster import ANSWER_SECONDS, Health, WorkerProcess
 LOOK_SECONDS = 1.0
 LOAD_TIMEOUT_SECONDS = 3600.0  # a large model over a slow network
 MAX_LOAD_FAILURES = 2  # without a commit between them
-MAX_DEATHS, MAX_DEATHS_PER_WORKER = 4, 2  # the same, of processes
+MAX_DEATHS, MAX_DEATHS_PER_WORKER = 4, 2  # deaths of processes without a commit between them
 
 
 @ray.remote(num_cpus=0)
@@ -26,17 +27,18 @@ def _kill(process: WorkerProcess) -> None:
 
 
 class Watchdog:
-    """For the time of the block. `num_commits` says how many units were committed so far.
+    """Watches within its block. `num_commits` returns the number of units committed so far.
 
-    A worker whose engine has not finished a step for `step_timeout_s` is killed, wherever it runs; Ray starts it again.
-    Once processes die one after the other and nothing is committed, workers are told to drain, and `tripped` says why.
+    It kills a worker, on any node, whose engine has not finished a step for `step_timeout_s`; Ray restarts the worker.
+    When processes die one after the other and nothing is committed, it asks all workers to drain, and `tripped` has the
+    reason.
     """
 
     def __init__(
         self, roster: Any, *, step_timeout_s: float, max_workers: int, num_commits: Callable[[], int] = lambda: 0
     ) -> None:
         self.tripped: str | None = None
-        self.has_load_failed = False  # and that is why
+        self.has_load_failed = False  # whether that is the reason
         self.killed: set[WorkerProcess] = set()
         self._roster = roster
         self.step_timeout_s = step_timeout_s
@@ -56,7 +58,7 @@ class Watchdog:
 
     def _run(self) -> None:
         while not self._is_done.wait(LOOK_SECONDS):
-            with suppress(ray.exceptions.RayError):  # the roster is starting again, or the cluster is going down
+            with suppress(ray.exceptions.RayError):  # the roster restarts, or the cluster shuts down
                 health: Any = ray.get(self._roster.health.remote(), timeout=ANSWER_SECONDS)
                 self._kill_silent(health)
                 self._trip_if_hopeless(health)

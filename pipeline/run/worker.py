@@ -1,129 +1,89 @@
-"""What runs in a worker process: units in, shards committed, receipts out.
+"""A worker: takes units, answers their rows with one engine, commits shards, hands back receipts.
 
-Several units are in flight at once, over one engine, so that it never idles at a unit's end. Receipts are for counting;
-the shard is the commit. A unit that is answered but not committed leaves nothing behind. An error of storage or of the
-plan is part of a receipt; after one inside the engine the process ends, since what it holds cannot be trusted.
+Several units are in flight at once, so that the engine never idles at the end of a unit. A unit that is answered but
+not committed leaves nothing behind. An error of the storage or the plan goes into the receipt. After an error inside
+the engine the process ends, since the engine's state cannot be trusted. Knows units and the engine; no pool.
 """
 
 import asyncio
-import json
 import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 
-from segue.pipeline.ledger.columns import error_value, result_row, result_schema, result_table
-from segue.pipeline.ledger.scores import score_schema, score_values
-from segue.pipeline.ledger.shards import PROTOCOL, ForeignShard, ShardFooter, commit_shard, serialize_shard
-from segue.pipeline.ledger.units import PASSED, PlannedRow, UnitDamaged, UnitSpec, load_unit, planned_rows
-from segue.pipeline.problems import WorkersFailed
+from segue.pipeline.ledger.columns import (
+    error_value,
+    result_row,
+    result_schema,
+    result_table,
+    score_values,
+)
+from segue.pipeline.ledger.shards import PROTOCOL, ShardFooter, commit_shard, serialize_shard
+from segue.pipeline.ledger.units import PASSED, PlannedRow, UnitSpec, load_unit, planned_rows
 from segue.pipeline.processes.metrics import EngineMetrics, label_of
-from segue.pipeline.processes.ray_session import one_line
+from segue.pipeline.ready.worker_spec import WorkerSpec
+from segue.pipeline.run.receipt import Receipt
 from segue.pipeline.run.roster import Reporter
 from segue.pipeline.storage.models import local_source
-from segue.pipeline.storage.store import OutputStorageError, open_store
-from segue.workers.devices.names import Device, DeviceMap
+from segue.pipeline.storage.open import open_store
 from segue.workers.engine.echo import EchoEngine, is_echo
 from segue.workers.engine.loop import EngineLoop, EngineRow, EngineStopped, RowEngine
 from segue.workers.errors import RowError
-from segue.workers.rows.params import SamplingParams
 from segue.workers.rows.request import GenerationRequest, RequestOutput
 from segue.workers.scoring.rows import requests_of
 from segue.workers.scoring.template import Task
 
-DRAIN_SECONDS = 10.0  # how long units in flight may go on once a drain is asked for
-_FAILURES: tuple[type[Exception], ...] = (UnitDamaged, ForeignShard, OutputStorageError)
-
-
-@dataclass(frozen=True)
-class WorkerSpec:
-    """What a worker must know; no secret, no handle."""
-
-    name: str  # of the job
-    output: str
-    fingerprint: str
-    source: str  # of the model, or echo
-    revision: str | None
-    adapter: str | None
-    dtype: str
-    quantization: dict[str, Any] | None  # transformers' own configuration
-    mask: str
-    task: Task
-    params: SamplingParams
-    has_row_params: bool
-    max_model_len: int
-    engine: dict[str, Any] = field(default_factory=dict)  # EngineConfig fields
-    threads: int | None = None
-    device: Device = "auto"
-    device_map: DeviceMap = None  # auto: layers on all the GPUs that the worker has
-
-
-@dataclass(frozen=True, slots=True)
-class Receipt:
-    """A unit's outcome, for counting."""
-
-    ordinal: int
-    status: str  # committed | lost (another attempt was first) | drained | failed
-    num_rows: int = 0
-    errors: dict[str, int] = field(default_factory=dict)
-    num_input_tokens: int = 0
-    num_computed_tokens: int = 0
-    num_generated_tokens: int = 0
-    failure: str | None = None  # name of an exception's class, and its message
-    message: str = ""
-
-    @property
-    def exception(self) -> Exception | None:
-        """Why the unit failed, as what it was."""
-        kinds = {kind.__name__: kind for kind in (*_FAILURES, WorkersFailed)}
-        return kinds[self.failure](self.message) if self.failure else None
+DRAIN_SECONDS = 10.0  # how long units in flight may go on after a request to drain
 
 
 class UnitWorker:
     """The class Ray Data runs in each actor of the pool."""
 
     def __init__(self, spec: WorkerSpec, roster: Any = None) -> None:
+        """`roster`: the actor to report to; None for a worker in the caller's own process."""
         self._spec = spec
         self._store = open_store(spec.output)
-        self._drain_timer: threading.Timer | None = None
-        self._reporter = None
-        if roster is not None:
-            self._reporter = Reporter(roster, self._drain, EngineMetrics(label_of(spec.name, spec.fingerprint)))
-        self._loop: EngineLoop | None = None
-        if self._reporter is None:
+        self._reporter: Reporter | None = None
+        self._loop: EngineLoop | None = None  # None: it drains before it has loaded anything
+        if roster is None:
             self._loop = EngineLoop(lambda: make_engine(spec))
+        else:
+            metrics = EngineMetrics(label_of(spec.name, spec.fingerprint))
+            self._reporter = Reporter(roster, self._drain, metrics)
+            self._load(self._reporter)
+
+    def _load(self, reporter: Reporter) -> None:
+        reporter.announce()
+        if reporter.is_draining:
             return
-        self._reporter.announce()
-        if not self._reporter.is_draining:
-            self._loop = EngineLoop(lambda: make_engine(spec), self._reporter)
-            error = self._loop.ready.exception()
-            if error is not None:
-                self._reporter.end_process(error, while_loading=True)
-            self._reporter.announce_loaded(self._loop.ready.result())
+        self._loop = EngineLoop(lambda: make_engine(self._spec), reporter)
+        error = self._loop.ready.exception()
+        if error is not None:
+            reporter.end_process(error, while_loading=True)
+        reporter.announce_loaded(self._loop.ready.result())
 
     async def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch of one unit, as JSON, to its receipt, as JSON. Raises nothing: Ray Data would drop it."""
+        """A batch of one unit as JSON to its receipt as JSON. Raises nothing: Ray Data would drop the unit."""
         receipts = [await self.receipt(UnitSpec.from_json(str(text))) for text in batch["unit"]]
-        return {"receipt": [json.dumps(asdict(receipt)) for receipt in receipts]}
+        return {"receipt": [receipt.to_json() for receipt in receipts]}
 
     async def receipt(self, unit: UnitSpec, convicted: Mapping[int, RowError] | None = None) -> Receipt:
-        """Of `run_unit`, whatever became of it."""
+        """The receipt of `run_unit`, also if it fails."""
         try:
             return await self.run_unit(unit, convicted)
-        except _FAILURES as error:
-            kind = next(kind for kind in _FAILURES if isinstance(error, kind))
-            return Receipt(unit.ordinal, "failed", failure=kind.__name__, message=str(error))
-        except Exception as error:  # a bug of ours
-            message = one_line(f"{type(error).__name__}: {error}")
-            return Receipt(unit.ordinal, "failed", failure=WorkersFailed.__name__, message=message)
+        except Exception as error:
+            return Receipt.of_failure(unit.ordinal, error)
 
     async def run_unit(self, unit: UnitSpec, convicted: Mapping[int, RowError] | None = None) -> Receipt:
-        """Answer every row and commit the shard; rows that are `convicted`, by their place, get that error instead."""
+        """Answer every row and commit the shard. `convicted` rows, by their place in the unit, get their error instead.
+
+        Raises UnitDamaged, ForeignShard, OutputStorageError.
+        """
         if self._is_draining:
             return Receipt(unit.ordinal, "drained")
         table = await asyncio.to_thread(load_unit, self._store, unit)
@@ -136,7 +96,7 @@ class UnitWorker:
         return await asyncio.to_thread(self._commit, unit, table, rows, answers)
 
     async def try_rows(self, unit: UnitSpec, places: Sequence[int]) -> bool:
-        """Answer these rows for nothing but to see whether the process survives it. False if it was drained."""
+        """Answer these rows only to see whether the process survives. False if it was drained. Raises UnitDamaged."""
         if self._is_draining:
             return False
         table = await asyncio.to_thread(load_unit, self._store, unit)
@@ -148,7 +108,7 @@ class UnitWorker:
         return self._reporter is not None and self._reporter.is_draining
 
     async def _answers(self, rows: Sequence[PlannedRow]) -> list[list[RequestOutput]] | None:
-        """Of each row what it asked for; None if the engine was stopped before."""
+        """The outputs of each row's requests; None if the engine was stopped before."""
         if self._loop is None:
             return None
         requests = [self._requests(row) for row in rows]
@@ -164,7 +124,7 @@ class UnitWorker:
         return [list(islice(each, len(own))) for own in requests]
 
     def _requests(self, row: PlannedRow) -> Sequence[EngineRow]:
-        """What the engine is asked for a row: nothing if it has an error already."""
+        """The requests of a row; none if the row has an error already."""
         if row.error is not None:
             return ()
         if row.score is not None:
@@ -177,7 +137,8 @@ class UnitWorker:
         results = [_result(row, self._spec.task, outputs) for row, outputs in zip(rows, answers, strict=True)]
         names = [name for name in table.column_names if name.startswith(PASSED)]
         passed = table.select(names).rename_columns([name.removeprefix(PASSED) for name in names])
-        schema = self._schema(passed.schema)
+        spec = self._spec
+        schema = result_schema(passed.schema, spec.params, spec.task, has_row_params=spec.has_row_params)
         shard = result_table(schema, passed, results)
         footer = _footer(unit, self._spec.fingerprint, results, [output for own in answers for output in own])
         content = serialize_shard(shard, footer)
@@ -192,20 +153,15 @@ class UnitWorker:
             footer.num_generated_tokens,
         )
 
-    def _schema(self, passed: pa.Schema) -> pa.Schema:
-        if self._spec.task == "generate":
-            return result_schema(passed, self._spec.params, has_row_params=self._spec.has_row_params)
-        return score_schema(passed, self._spec.task)
-
     def _drain(self) -> None:
         if self._loop is not None:
-            self._drain_timer = threading.Timer(DRAIN_SECONDS, self._loop.stop)
-            self._drain_timer.daemon = True
-            self._drain_timer.start()
+            timer = threading.Timer(DRAIN_SECONDS, self._loop.stop)
+            timer.daemon = True
+            timer.start()
 
 
 def make_engine(spec: WorkerSpec) -> RowEngine:
-    """The engine of a job, in the thread that will drive it."""
+    """The engine of a job. Call it in the thread that will run the engine."""
     if is_echo(spec.source):
         return EchoEngine.from_source(spec.source)
     import torch

@@ -1,4 +1,4 @@
-"""Bytes in folders and buckets: files that appear whole, once.
+"""Bytes by name: the stores that outputs are written to, remote file systems, and models in a bucket.
 
-May import `pipeline.problems`. Only fsspec and s3fs; no Arrow tables, no Ray.
+May import fsspec, s3fs, `pipeline.problems` and the names of model sources. Knows no Arrow, no Ray, no rows.
 """

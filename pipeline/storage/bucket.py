@@ -1,8 +1,9 @@
-"""A store in an S3 bucket, through s3fs: a file is one conditional PUT, so exactly one of any number of writers wins.
+"""A store in an S3 bucket, through s3fs. A file is one conditional PUT, so exactly one of any number of writers wins.
 
-A PUT whose reply is lost is sent again and meets itself, as "exists already": then what is there is read and compared.
-A file is never a multipart upload, so a writer that dies leaves nothing behind. Endpoint, region and credentials come
-from the usual places (AWS_ENDPOINT_URL, profiles, instance roles) in each process; none is stored or sent.
+If the reply to a PUT is lost, the PUT is sent again and may hear "exists already" because of itself. Then the object is
+read and compared. A file is never a multipart upload, so a writer that dies leaves nothing behind. Each process takes
+endpoint, region and credentials from the usual places (AWS_ENDPOINT_URL, profiles, instance roles); none is stored or
+sent. Knows bytes and names.
 """
 
 import random
@@ -18,11 +19,11 @@ from segue.pipeline.storage.store import OutputStorageError, Store
 
 PROBE = "_job/.probe"
 MAX_PUT_BYTES = 5 << 30  # S3's limit of one PUT
-SLOWEST_BYTES_PER_SECOND = 1 << 20  # of an upload that is given time to end
-RETRY_SECONDS = (0.5, 1, 2, 4, 8, 16, 16, 16)  # between attempts, each made up to half shorter by chance
-LOST_THE_RACE = 412  # the condition of a PUT does not hold
-CONFLICT = 409  # another conditional PUT of the same name is under way
-# The request that arrived was not the one that was sent, or not all of it.
+SLOWEST_BYTES_PER_SECOND = 1 << 20  # of an upload; a slower one times out
+RETRY_SECONDS = (0.5, 1, 2, 4, 8, 16, 16, 16)  # between attempts; each is shortened by a random part, at most half
+LOST_THE_RACE = 412  # HTTP status: the condition of the PUT does not hold
+CONFLICT = 409  # HTTP status: another conditional PUT of the same name is under way
+# Codes for a request that arrived damaged or incomplete.
 DAMAGED_ON_THE_WAY = ("BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody", "RequestTimeout")
 EXPIRED = ("ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired")
 
@@ -70,7 +71,7 @@ class ObjectStore(Store):
         return sorted(name for name in names if name)
 
     def is_exclusive(self) -> bool:
-        """Some stores take a condition that they do not know, and overwrite. Leaves one small object."""
+        """Some servers ignore the condition, which they do not know, and overwrite. Leaves one small object."""
         self.create(PROBE, b"first")
         return not self.create(PROBE, uuid.uuid4().bytes)
 
@@ -82,14 +83,14 @@ class ObjectStore(Store):
             self._fs.rm_file(self._key(name))
 
     def remove_leftovers(self) -> None:
-        """There are none: a PUT that did not end left nothing."""
+        """There are none: an unfinished PUT leaves nothing."""
 
     @cached_property
     def _fs(self) -> Any:
         from s3fs import S3FileSystem
 
-        # Every call asks the store: what others have written meanwhile is the whole point. botocore does not try again,
-        # s3fs once, for the sake of files that are read in parts: patience is `_retried`'s.
+        # No cache of listings: every call must see what other writers have done. botocore tries once. s3fs tries twice,
+        # for files that are read in parts. All other retries are made by `_retried`.
         fs = S3FileSystem(use_listings_cache=False, **remote.s3_options(retries={"total_max_attempts": 1}))
         fs.retries = 2
         try:
@@ -103,7 +104,7 @@ class ObjectStore(Store):
         return f"{self._root}/{name}" if name else self._root
 
     def _put(self, name: str, content: bytes) -> bool:
-        # The limits of sockets do not hold once a server has said "100 continue".
+        # The time limits of the socket do not hold after a server has answered "100 continue".
         timeout = remote.READ_TIMEOUT_SECONDS + len(content) / SLOWEST_BYTES_PER_SECOND
         try:
             self._fs.pipe_file(self._key(name), content, mode="create", chunksize=MAX_PUT_BYTES, timeout=timeout)
@@ -114,14 +115,14 @@ class ObjectStore(Store):
         return True
 
     def _is_ours(self, name: str, content: bytes) -> bool:
-        """Whether what is there is what was put, and only the reply to it was lost."""
+        """Whether the object holds our content, so that only the reply to our PUT was lost."""
         try:
             return self._fs.cat_file(self._key(name)) == content
         except FileNotFoundError:
             raise OutputStorageError(f"{self.path(name)}: files vanish while they are written") from None
 
     def _retried(self, name: str, call: Callable[[], T]) -> T:
-        """What may pass is tried again for about a minute; anything else is an error at once.
+        """Call until it succeeds, for about a minute. Errors that will not pass are raised at once.
 
         Raises FileNotFoundError for an object that is not there, OutputStorageError.
         """
@@ -130,11 +131,11 @@ class ObjectStore(Store):
             with self._storage_errors(name):
                 try:
                     return call()
-                except OutputStorageError:  # ours, which are final
+                except OutputStorageError:  # our own, which is final
                     raise
                 except Exception as error:
                     if _code(error) in EXPIRED and not is_refreshed:
-                        self._fs.connect(refresh=True)  # credentials of a file or a role may be new
+                        self._fs.connect(refresh=True)  # a file or a role may have new credentials
                         is_refreshed = True
                     elif seconds is None or not _may_pass(error):
                         raise
@@ -144,7 +145,8 @@ class ObjectStore(Store):
 
     @contextmanager
     def _storage_errors(self, name: str) -> Iterator[None]:
-        """Of botocore's many errors one of ours, with the store's own words and no request, which has credentials."""
+        """Turns botocore's errors into OutputStorageError, with the server's words, without the request: it may hold
+        credentials."""
         try:
             yield
         except OutputStorageError:
@@ -168,7 +170,7 @@ def _is_of_store(error: BaseException) -> bool:
 
 
 def _response(error: BaseException) -> dict[str, Any]:
-    """botocore's, of what s3fs made of its error; empty if the store did not answer."""
+    """botocore's response in an error of s3fs; empty if the server did not answer."""
     response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
     return response if isinstance(response, dict) else {}
 
@@ -182,7 +184,7 @@ def _code(error: BaseException) -> str:
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Throttling, a server's error, no answer, a cut one: whatever says nothing about the request itself."""
+    """Whether the same request may succeed later: throttling, a server error, no answer or half an answer."""
     from botocore.exceptions import BotoCoreError, FlexibleChecksumError, HTTPClientError
     from botocore.parsers import ResponseParserError
 
@@ -191,7 +193,7 @@ def _may_pass(error: BaseException) -> bool:
         return True
     if status is not None:
         return status in (CONFLICT, 429) or status >= 500
-    if isinstance(error, BotoCoreError):  # others are about credentials and configuration
+    if isinstance(error, BotoCoreError):  # its other errors concern credentials and configuration
         return isinstance(error, (HTTPClientError, FlexibleChecksumError))
     return isinstance(error, (OSError, ResponseParserError)) and not isinstance(
         error, (FileNotFoundError, PermissionError)

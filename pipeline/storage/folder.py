@@ -1,4 +1,4 @@
-"""A store in a folder of a file system: temporary file, fsync, link, fsync of the folder.
+"""A store in a folder of a file system. To publish: write a temporary file, fsync it, link it, fsync the folder.
 
 `link` fails where `rename` would overwrite, so exactly one of any number of writers wins. Knows bytes and names.
 """
@@ -16,7 +16,7 @@ TEMPORARY_PREFIX = ".tmp-"
 
 
 class LocalStore(Store):
-    """A folder on a file system of this machine, or one that is mounted."""
+    """A folder on this machine's file systems, local or mounted."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
@@ -60,7 +60,7 @@ class LocalStore(Store):
             return []
 
     def is_exclusive(self) -> bool:
-        return True  # a file system without links refuses to make one
+        return True  # on a file system without links, `link` fails
 
     def overwrite(self, name: str, content: bytes) -> None:
         target = self.root / name
@@ -94,7 +94,7 @@ def _storage_errors(path: Path) -> Iterator[None]:
 
 
 def _write_durably(path: Path, content: bytes) -> None:
-    """A new file, whose mode follows the umask."""
+    """Write a new file to the disk. Its mode follows the umask."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)
@@ -103,13 +103,13 @@ def _write_durably(path: Path, content: bytes) -> None:
 
 
 def _link(temporary: Path, target: Path) -> bool:
-    """Whether `target` is ours now; False if it was there."""
+    """Whether this writer published `target`; False if it existed."""
     try:
         os.link(temporary, target)
     except FileExistsError:
         return False
     except FileNotFoundError:
-        # Another run completed the job and cleaned up under our hands: then the target is there.
+        # Another run has completed the job and removed our temporary file: then the target exists.
         if target.exists():
             return False
         raise OutputStorageError(f"{target.parent}: files vanish while they are written") from None
@@ -117,7 +117,7 @@ def _link(temporary: Path, target: Path) -> bool:
 
 
 def _make_folder(folder: Path) -> None:
-    """Like mkdir -p, each new folder made durable in its parent."""
+    """Like mkdir -p, and durable: the parent of each new folder is synced."""
     if folder.is_dir():
         return
     _make_folder(folder.parent)

@@ -1,7 +1,7 @@
-"""Models and adapters that lie in a bucket: downloaded once a machine, into the cache that has converted models, too.
+"""Models and adapters in a bucket: each machine downloads them once, into the cache of converted models.
 
-What is kept is named by the objects' names, sizes and etags, so another version is another download. Only what a model
-is made of is fetched, nothing that could run. Knows files; whether they are a model is for `workers/models/source.py`.
+A download is named by the names, sizes and etags of its objects, so another version is another download. Only the files
+of a model are fetched, no code. Knows files; whether they are a model is for `workers/models/source.py`.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".gguf")
 
 
 def local_source(source: str, key: str = "model.source") -> str:
-    """A folder or GGUF file on this machine for one that is `s3://`; anything else as it is.
+    """The folder or GGUF file on this machine for an `s3://` URL; any other source unchanged.
 
     Raises ModelRefused, which names the `key` of the job file.
     """
@@ -43,14 +43,14 @@ def _downloaded(source: str, key: str) -> Path:
     digest = hashlib.sha256(stamp.encode()).hexdigest()[:32]
     target = cache_root() / "downloads" / digest
     target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_suffix(".lock")):  # workers of a machine start together
+    with FileLock(target.with_suffix(".lock")):  # the workers of a machine start together
         if not target.is_dir():
             _download(fs, objects, target)
     return target / _base(objects[0]) if name.endswith(".gguf") else target
 
 
 def _objects(fs: Any, name: str) -> list[dict[str, Any]]:
-    """The files directly inside, or the file itself, by name."""
+    """The files directly inside a prefix, or the file itself, sorted by name."""
     fs.invalidate_cache()
     found = fs.ls(name, detail=True)
     return sorted(
@@ -60,7 +60,7 @@ def _objects(fs: Any, name: str) -> list[dict[str, Any]]:
 
 
 def _download(fs: Any, objects: list[dict[str, Any]], target: Path) -> None:
-    """Into a folder beside `target`, then renamed: who looks sees all of it or nothing."""
+    """Download into a folder beside `target` and rename it, so that `target` is never incomplete."""
     scratch = Path(tempfile.mkdtemp(prefix=".downloading-", dir=target.parent))
     try:
         for entry in objects:

@@ -1,7 +1,7 @@
-"""A folder whose files appear whole, once, and are never rewritten: what a store must do, whatever it is made of.
+"""What a store must do: a folder whose files appear whole, appear once, and are never rewritten.
 
-`create` is the only way in: it succeeds for exactly one of any number of writers. Knows bytes and names; no Parquet,
-no Ray.
+`create` publishes a file, and succeeds for exactly one of any number of writers. Knows bytes and names; no Parquet, no
+Ray. `pipeline/storage/open.py` chooses the store for a path.
 """
 
 from abc import ABC, abstractmethod
@@ -10,63 +10,55 @@ from typing import BinaryIO
 
 
 class OutputStorageError(OSError):
-    """The output folder cannot be written or read, or does not hold what was written: no space, no permission, gone."""
+    """The output folder cannot be written or read, or does not hold what was written: no space, no access, gone."""
 
 
 class Store(ABC):
-    """Names are relative, with `/` between their parts."""
+    """A folder of files. Names are relative, with `/` between their parts."""
 
     @abstractmethod
     def create(self, name: str, content: bytes) -> bool:
-        """Publish a file; False if the name exists already, which is left as it is. Durable when it returns.
+        """Publish a file; False if the name exists already, whose file stays as it is. Durable when it returns.
 
         Raises OutputStorageError.
         """
 
     @abstractmethod
     def read(self, name: str) -> bytes:
-        """Raises FileNotFoundError if it is not there, OutputStorageError if it cannot be read."""
+        """The content of a file. Raises FileNotFoundError, OutputStorageError if it cannot be read."""
 
     @abstractmethod
     def open(self, name: str) -> AbstractContextManager[BinaryIO]:
-        """For reading a part of a file. Raises FileNotFoundError, OutputStorageError, now or while it is read."""
+        """A file to read parts of. Raises FileNotFoundError, OutputStorageError, now or while it is read."""
 
     @abstractmethod
     def exists(self, name: str) -> bool:
-        """Raises OutputStorageError if it cannot be told."""
+        """Whether there is a file of this name. Raises OutputStorageError if the store cannot tell."""
 
     @abstractmethod
     def path(self, name: str) -> str:
-        """What a person calls it."""
+        """The full path or URL, for people."""
 
     @abstractmethod
     def names(self, folder: str = "") -> list[str]:
-        """What is directly inside, sorted, folders with a `/` at the end; nothing if the folder is not there."""
+        """The names directly inside a folder, sorted, those of folders with a `/` at the end; none if it is missing."""
 
     @abstractmethod
     def is_exclusive(self) -> bool:
-        """Whether `create` really lets one writer win, found out by trying where it depends on the store's make."""
+        """Whether `create` really lets only one writer win. Where that depends on the server, it is tried out."""
 
     @abstractmethod
     def overwrite(self, name: str, content: bytes) -> None:
-        """Write a file that may be there: for notes on which nothing depends. Raises OutputStorageError."""
+        """Write a file that may exist: only for notes on which nothing depends. Raises OutputStorageError."""
 
     @abstractmethod
     def discard(self, name: str) -> None:
-        """Delete a file that no plan names, if it can be deleted; a store may forbid it."""
+        """Delete a file that no plan names, if the store allows it."""
 
     @abstractmethod
     def remove_leftovers(self) -> None:
-        """Delete what dead writers left. Only for a job that is complete: a live one may be writing."""
+        """Delete what dead writers left. Only for a complete job: in another, a writer may be at work."""
 
     def data_names(self) -> list[str]:
-        """Those names that readers of Parquet folders take for data: without a leading `_` or `.`."""
+        """The names that readers of Parquet folders take for data: those without a leading `_` or `.`."""
         return [name for name in self.names() if not name.startswith(("_", "."))]
-
-
-def open_store(path: str) -> Store:
-    """The store at a local path or an `s3://` URL. Touches nothing yet."""
-    from segue.pipeline.storage.bucket import ObjectStore
-    from segue.pipeline.storage.folder import LocalStore
-
-    return ObjectStore(path) if path.startswith("s3://") else LocalStore(path)

@@ -1,6 +1,6 @@
-"""A cluster's queue of jobs: submit, follow, stop; by Ray's Jobs API, over HTTP alone.
+"""A cluster's queue of jobs: submit, follow, stop, through Ray's Jobs API, over HTTP alone.
 
-What runs there is `segue run` or `segue finetune`, whose output folder knows what is done: an entrypoint that Ray or
+The cluster runs `segue run` or `segue finetune`. The output folder says what is done, so a command that Ray or
 Kubernetes starts again goes on where it stopped. Knows Ray's Jobs API; nothing of planning or running.
 """
 
@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from segue.pipeline.problems import ClusterUnavailable, shown
-from segue.pipeline.processes.ray_session import REQUIRE_AUTH, one_line
+from segue.pipeline.problems import ClusterUnavailable, first_and_last_line, shown
+from segue.pipeline.processes.ray_session import REQUIRE_AUTH
 from segue.pipeline.submit.submission import JOB_FILE, SubmittedJob, copied_package
 
-ADDRESS = "RAY_API_SERVER_ADDRESS"  # environment variable; Ray's client (2.60) lets it win over its argument
+ADDRESS = "RAY_API_SERVER_ADDRESS"  # environment variable, which Ray's client (2.60) prefers to its argument
 MAX_ATTEMPTS = 1000  # of one job on one cluster
-NO_AGENT = "No available agent"  # of Ray (2.60): nothing was submitted
-FAR_SECONDS = 120.0  # how long a cluster that does not answer is asked again
+NO_AGENT = "No available agent"  # message of Ray (2.60): nothing was submitted
+FAR_SECONDS = 120.0  # a cluster that does not answer is tried for so long
 ASK_SECONDS = 1.0
 QUIET_SECONDS = 60.0
 STOP_SECONDS = 90.0
@@ -33,11 +33,11 @@ STOP_SECONDS = 90.0
 
 @dataclass(frozen=True, slots=True)
 class JobState:
-    """What a cluster says of a submission."""
+    """The state of a submission on its cluster."""
 
     submission_id: str
     status: str  # PENDING | RUNNING | SUCCEEDED | FAILED | STOPPED
-    exit_code: int | None  # of its command, once that has ended by itself
+    exit_code: int | None  # of its command, once it has ended by itself
     output: str | None
     message: str
 
@@ -47,11 +47,11 @@ class JobState:
 
 
 class JobQueue:
-    """A cluster's queue of jobs. Every method raises ClusterUnavailable if it cannot be reached or says no."""
+    """A cluster's queue of jobs. Every method raises ClusterUnavailable if the cluster cannot be reached or refuses."""
 
     def __init__(self, address: str) -> None:
-        """`address` is http://HOST:PORT of the dashboard. A token is taken from where Ray has it: RAY_AUTH_TOKEN, or
-        the file in RAY_AUTH_TOKEN_PATH."""
+        """`address` is http://HOST:PORT of the dashboard. The token comes from the same places as Ray's own:
+        RAY_AUTH_TOKEN, or the file in RAY_AUTH_TOKEN_PATH."""
         parts = urlsplit(address)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ClusterUnavailable(f"--address: got {shown(address)}, wanted http://HOST:PORT, usually port 8265")
@@ -62,18 +62,18 @@ class JobQueue:
         self.warnings = tuple(_warnings_of(parts.scheme, parts.hostname, has_token=token is not None))
         os.environ[ADDRESS] = address
         logging.getLogger("ray").setLevel(logging.WARNING)  # uploads and connections
-        with self._told():
+        with self._errors_named():
             from ray.job_submission import JobSubmissionClient
 
             logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
             self._client = JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
 
     def submit(self, job: SubmittedJob, runtime_env: Mapping[str, Any], *, with_code: bool) -> tuple[str, bool]:
-        """(its submission id, whether it is new): a job that is at work already is not started again.
+        """(submission id, whether it is new). A job that is at work already is not started again.
 
-        `with_code` sends this installation's code along; else the cluster's own is used.
+        `with_code`: send this installation's code with the job; else the cluster uses its own.
         """
-        with self._told(), tempfile.TemporaryDirectory(prefix="segue-") as folder:
+        with self._errors_named(), tempfile.TemporaryDirectory(prefix="segue-") as folder:
             submission_id, is_new = self._free_id(job)
             if not is_new:
                 return submission_id, False
@@ -94,7 +94,7 @@ class JobQueue:
             return submission_id, True
 
     def _when_ready(self, hand_over: Callable[[], object]) -> None:
-        """A head that has just come up answers before the agent that starts jobs does, and says so."""
+        """Submit, and try again while the agent that starts jobs is not ready: a new head answers before its agent."""
         until = time.monotonic() + FAR_SECONDS
         while True:
             try:
@@ -116,25 +116,25 @@ class JobQueue:
         raise ClusterUnavailable(f"{job.submission_id}: submitted {MAX_ATTEMPTS:,} times already")
 
     def state(self, submission_id: str) -> JobState:
-        with self._told():
+        with self._errors_named():
             found = self._client.get_job_info(submission_id)
         return JobState(
             submission_id,
             found.status.value,
             found.driver_exit_code,
             (found.metadata or {}).get("segue_output"),
-            one_line(found.message or ""),
+            first_and_last_line(found.message or ""),
         )
 
     def logs(self, submission_id: str) -> str:
-        """All that it has said so far."""
-        with self._told():
+        """The job's whole log so far."""
+        with self._errors_named():
             return self._client.get_job_logs(submission_id)
 
     def follow(self, submission_id: str, say: Callable[[str], None]) -> JobState:
-        """Tells `say` each whole line of its log until it has ended. A connection that breaks is made again, without
-        saying anything twice; a cluster that is away for two minutes is ClusterUnavailable, and the job may go on."""
-        self.state(submission_id)  # an unknown one is refused at once
+        """Give `say` each whole line of the job's log until the job has ended. A broken connection is made again, and
+        no line comes twice. Raises ClusterUnavailable if the cluster is away for two minutes; the job may go on."""
+        self.state(submission_id)  # refuses an unknown one at once
         import aiohttp
 
         lines = LogLines(say)
@@ -153,11 +153,11 @@ class JobQueue:
                 if lines.num_chars > before:
                     last_heard = time.monotonic()
                 if time.monotonic() - last_heard > FAR_SECONDS:
-                    raise ClusterUnavailable(f"{self.address}: {one_line(str(error))}") from None
+                    raise ClusterUnavailable(f"{self.address}: {first_and_last_line(str(error))}") from None
             time.sleep(ASK_SECONDS)
 
     async def _tail(self, submission_id: str, lines: "LogLines") -> None:
-        """Until the log ends, or says nothing for so long that the connection may be dead."""
+        """Read the log until it ends, or until it is silent for so long that the connection may be dead."""
         num_chars, texts = 0, aiter(self._client.tail_job_logs(submission_id))
         with suppress(StopAsyncIteration, TimeoutError):
             while True:
@@ -166,8 +166,8 @@ class JobQueue:
                 num_chars += len(text)
 
     def cancel(self, submission_id: str) -> JobState:
-        """Stop it, and wait until it has ended; one that has ended already stays as it is."""
-        with self._told():
+        """Stop a job and wait until it has ended. A job that has ended already stays as it is."""
+        with self._errors_named():
             self._client.stop_job(submission_id)
         until = time.monotonic() + STOP_SECONDS
         while not (state := self.state(submission_id)).has_ended and time.monotonic() < until:
@@ -175,8 +175,8 @@ class JobQueue:
         return state
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """What the client and its libraries raise, as one error that names the address."""
+    def _errors_named(self) -> Iterator[None]:
+        """Turns the errors of the client and its libraries into ClusterUnavailable, which names the address."""
         import ray.exceptions
         import requests
 
@@ -187,11 +187,11 @@ class JobQueue:
             hint = "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file with mode 0600"
             raise ClusterUnavailable(f"{self.address}: got {got}, wanted the cluster's ({hint})") from None
         except (ConnectionError, RuntimeError, ValueError, requests.RequestException) as error:
-            raise ClusterUnavailable(f"{self.address}: {one_line(str(error))}") from None
+            raise ClusterUnavailable(f"{self.address}: {first_and_last_line(str(error))}") from None
 
 
 class LogLines:
-    """The text of a log, of which any beginning may come again, as whole lines."""
+    """A log as whole lines. Its text comes in pieces, and any beginning may come again."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
@@ -199,7 +199,7 @@ class LogLines:
         self.num_chars = 0
 
     def take(self, start: int, text: str) -> None:
-        """`text` stands at character `start` of the log."""
+        """Take `text`, which begins at character `start` of the log."""
         new = text[max(0, self.num_chars - start) :]
         self.num_chars += len(new)
         *whole, self._rest = (self._rest + new).split("\n")
@@ -216,7 +216,7 @@ class LogLines:
 
 
 def last_json(lines: Sequence[str]) -> dict[str, Any] | None:
-    """The result that a command of segue ends with."""
+    """The JSON object that a command of Segue prints last; None if there is none."""
     for line in reversed(lines):
         if line.startswith("{"):
             try:
@@ -227,7 +227,8 @@ def last_json(lines: Sequence[str]) -> dict[str, Any] | None:
 
 
 def _token() -> str | None:
-    """From where Ray has it. Ray itself (2.60) would look there only if RAY_AUTH_MODE was set before it was imported.
+    """The token, from the places where Ray looks. Ray (2.60) itself looks only if RAY_AUTH_MODE was set before it was
+    imported.
 
     Raises ClusterUnavailable for a file that cannot be read.
     """
@@ -240,11 +241,11 @@ def _token() -> str | None:
     except (OSError, UnicodeDecodeError) as error:
         if not named:
             return None
-        raise ClusterUnavailable(f"RAY_AUTH_TOKEN_PATH: {one_line(str(error))}") from None
+        raise ClusterUnavailable(f"RAY_AUTH_TOKEN_PATH: {first_and_last_line(str(error))}") from None
 
 
 def _warnings_of(scheme: str, host: str, *, has_token: bool) -> Iterator[str]:
-    """Raises ClusterUnavailable if a token is required and missing."""
+    """Warnings about the token. Raises ClusterUnavailable if one is required and missing."""
     if not has_token:
         if os.environ.get(REQUIRE_AUTH) == "1":
             raise ClusterUnavailable(f"no token, and {REQUIRE_AUTH}=1: set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH")

@@ -1,5 +1,5 @@
-"""A job file as a cluster gets it: one file, the job as it was understood here, prompts' files read and relative paths
-absolute; on demand this installation's code beside it.
+"""A job as a cluster gets it: one job file, with the content of its prompt files and with absolute paths. On request
+this installation's code comes with it.
 
 Knows job files; nothing of clusters, planning or running.
 """
@@ -10,20 +10,18 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import segue
-from segue.pipeline.jobfile.read import read_job
+from segue.pipeline.jobfile.read import is_training, read_job
 from segue.pipeline.jobfile.schema import JobConfig, scheme_of
 from segue.pipeline.jobfile.training import FinetuneConfig
 from segue.pipeline.jobfile.yaml_text import MAX_YAML_BYTES, as_yaml, read_yaml
 from segue.pipeline.ledger.manifest import code_version
-from segue.pipeline.problems import JobRefused, Problem, has_credentials, shown
-from segue.pipeline.processes.ray_session import one_line
-from segue.pipeline.train.finetune import is_training
+from segue.pipeline.problems import JobRefused, Problem, first_and_last_line, has_credentials, shown
 
 JOB_FILE = "job.json"
 DIGEST_DIGITS = 8
@@ -39,29 +37,29 @@ class SubmittedJob:
     output: str
     command: str  # of segue: run or finetune
     content: bytes  # the job file, JSON
-    local_paths: tuple[str, ...] = ()  # that every node must find at the same place
+    local_paths: tuple[str, ...] = ()  # every node must have these paths
 
     @property
     def submission_id(self) -> str:
-        """Of its first attempt: equal jobs have equal ones."""
+        """The id of the job's first attempt. Equal jobs have equal ids."""
         return f"segue-{self.name}-{hashlib.sha256(self.content).hexdigest()[:DIGEST_DIGITS]}"
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What everybody sees who may look at the queue."""
+        """What everybody may see who can look at the queue."""
         return {"segue_job": self.name, "segue_output": self.output, "segue_version": code_version()}
 
 
 def read_submitted(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> SubmittedJob:
-    """A job file for `segue run` or `segue finetune`. Whether data and model are there is for the cluster to see, which
-    may reach what this machine does not.
+    """Read a job file for `segue run` or `segue finetune`. Data and model are not looked for: the cluster may reach
+    them though this machine does not.
 
     Raises JobRefused with every problem of the file.
     """
     trains = is_training(path)
     draft = read_job(path, overrides, FinetuneConfig if trains else JobConfig)
     if draft.config is None:
-        raise JobRefused(draft.problems)
+        raise draft.refused()
     config = draft.config
     content = as_yaml(config.model_dump(mode="json", exclude_unset=True)).encode("utf-8")
     if len(content) > MAX_YAML_BYTES:
@@ -73,36 +71,37 @@ def read_submitted(path: str | os.PathLike[str], overrides: Sequence[str] = ()) 
 
 
 def read_runtime_env(path: str | None) -> dict[str, Any]:
-    """A Ray runtime environment from a YAML file. Raises JobRefused for secrets, which Ray shows to everybody, and for
-    a working directory, which is the job file's."""
+    """A Ray runtime environment from a YAML file. Raises JobRefused if it has secrets, which Ray shows to everybody, or
+    a working directory, which is needed for the job file."""
     if path is None:
         return {}
     try:
         document = read_yaml(Path(path).read_text(encoding="utf-8"), Path(path).name)
     except (OSError, UnicodeDecodeError) as error:
-        raise JobRefused([Problem("", one_line(str(error)), "a readable YAML file", where=path)]) from None
+        raise JobRefused([Problem("", first_and_last_line(str(error)), "a readable YAML file", where=path)]) from None
     env = document.value
-    problems = list(document.problems)
     if not isinstance(env, dict):
-        problems.append(Problem("", shown(env), "a mapping such as pip: or py_modules:", where=path))
-        raise JobRefused(problems)
-    if "working_dir" in env:
-        problems.append(Problem("working_dir", "one", "none: it holds the job file, and py_modules is for code"))
-    variables = env.get("env_vars", {})
-    if not isinstance(variables, dict):
-        problems.append(Problem("env_vars", shown(variables), "a mapping of names to texts", where=path))
-        variables = {}
-    if has_credentials(json.dumps(env, default=str)):
-        problems.append(
-            Problem("", "a URL with credentials", "none: Ray shows it to all who see its dashboard", where=path)
-        )
-    for name in variables:
-        if _SECRET.search(str(name)):
-            hint = "Ray shows them to all who see its dashboard: give nodes a role or a mounted file"
-            problems.append(Problem("env_vars", repr(name), "no secrets", hint, where=path))
+        wrong = Problem("", shown(env), "a mapping such as pip: or py_modules:", where=path)
+        raise JobRefused([*document.problems, wrong])
+    problems = [*document.problems, *_env_problems(env, path)]
     if problems:
         raise JobRefused(problems)
     return env
+
+
+def _env_problems(env: dict[str, Any], path: str) -> Iterator[Problem]:
+    if "working_dir" in env:
+        yield Problem("working_dir", "one", "none: it holds the job file, and py_modules is for code")
+    variables = env.get("env_vars", {})
+    if not isinstance(variables, dict):
+        yield Problem("env_vars", shown(variables), "a mapping of names to texts", where=path)
+        variables = {}
+    if has_credentials(json.dumps(env, default=str)):
+        yield Problem("", "a URL with credentials", "none: Ray shows it to all who see its dashboard", where=path)
+    for name in variables:
+        if _SECRET.search(str(name)):
+            hint = "Ray shows them to all who see its dashboard: give nodes a role or a mounted file"
+            yield Problem("env_vars", repr(name), "no secrets", hint, where=path)
 
 
 def copied_package(target: Path) -> str:

@@ -1,8 +1,8 @@
 """The rows of a plan as training examples, and which of them are held out.
 
-A row is held out by its file, or by a hash of where it comes from: the same rows whatever the order, batch or attempt.
-An answer is followed by the token that ends it, unless a column `finish_reason`, which outputs of `segue run` have,
-says that it was cut off at its length. Knows units; no model, no Ray.
+A row is held out because of its file, or because of a hash of its path and number. So the same rows are held out in
+every order, batch and attempt. An answer is followed by the token that ends it, unless the column `finish_reason`,
+which outputs of `segue run` have, says that the answer was cut off at its length. Knows units; no model, no Ray.
 """
 
 import hashlib
@@ -23,9 +23,9 @@ FINISH_REASON = "finish_reason"
 class Holdout:
     """Which rows are held out."""
 
-    src_paths: frozenset[str] | None  # rows of these files, none of which is trained on; None: a share of all rows
-    fraction: float
-    max_examples: int  # that are looked at; of a share the others are trained on
+    src_paths: frozenset[str] | None  # all rows of these files; None: a share of all rows
+    fraction: float  # the share
+    max_examples: int  # that are evaluated; if a share is held out, the rows beyond are trained on
     seed: int
 
     def may_have(self, row: PlannedRow) -> bool:
@@ -34,22 +34,22 @@ class Holdout:
         return self.place_of(row) < self.fraction
 
     def place_of(self, row: PlannedRow) -> float:
-        """From 0 to 1, as good as random."""
+        """A number from 0 to 1, as good as random."""
         digest = hashlib.blake2b(f"{self.seed}:{row.src_path}:{row.src_row}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") / 2**64
 
 
 @dataclass(slots=True)
 class TrainingData:
-    """A plan's rows."""
+    """The rows of a plan, sorted into their uses."""
 
     examples: list[TrainingExample] = field(default_factory=list)
     held_out: list[TrainingExample] = field(default_factory=list)
-    errors: Counter[str] = field(default_factory=Counter)  # rows that are neither, by code
+    errors: Counter[str] = field(default_factory=Counter)  # rows without an example, by error code
 
 
 def load_training_data(store: Store, manifest: Manifest, holdout: Holdout, answer_end_id: int) -> TrainingData:
-    """Every row of the plan, in the order of the input. Raises UnitDamaged."""
+    """All rows of the plan, in the order of the input. Raises UnitDamaged."""
     rows = sorted(_rows(store, manifest, answer_end_id), key=lambda each: (each[0].src_path, each[0].src_row))
     data = TrainingData(errors=Counter(str(row.error.code) for row, _ in rows if row.error is not None))
     good = [(row, example) for row, example in rows if example is not None]
@@ -62,7 +62,7 @@ def load_training_data(store: Store, manifest: Manifest, holdout: Holdout, answe
 
 
 def _rows(store: Store, manifest: Manifest, answer_end_id: int) -> Iterator[tuple[PlannedRow, TrainingExample | None]]:
-    """Rows with their examples; None for a row with an error."""
+    """Each row with its example; None for a row with an error."""
     for unit in manifest.units:
         table = load_unit(store, unit)
         has_reasons = PASSED + FINISH_REASON in table.column_names

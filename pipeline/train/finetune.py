@@ -1,14 +1,13 @@
-"""A fine-tuning job from its file to an adapter: checked and planned like any job, then trained in this process, or in
-several through Ray Train if `workers.max_size` says so.
+"""A fine-tuning job from its file to an adapter: checked and planned like any job, then trained.
 
-Whatever ends it, running it again goes on from the latest checkpoint.
+The training runs in this process, or in several processes of Ray Train if `workers.max_size` is above 1. However it
+ends, running it again goes on from the latest checkpoint.
 """
 
 import fcntl
 import json
 import os
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -16,23 +15,26 @@ from pathlib import Path
 from typing import Any
 
 from segue.pipeline.dataset.files import discover
-from segue.pipeline.dataset.listing import is_local
-from segue.pipeline.jobfile.read import JobDraft, keys_of, read_job
-from segue.pipeline.jobfile.schema import JobConfig
+from segue.pipeline.dataset.listing import is_local, list_files
+from segue.pipeline.jobfile.read import JobDraft, read_job
 from segue.pipeline.jobfile.training import FinetuneConfig
 from segue.pipeline.ledger.manifest import SUCCESS, ForeignOutput, check_same_fields
+from segue.pipeline.ledger.training_metrics import read_metrics
 from segue.pipeline.problems import JobRefused, Problem, shown
 from segue.pipeline.processes import ray_session
 from segue.pipeline.processes.interrupt import Interrupt
+from segue.pipeline.processes.limited import LimitedProcess
 from segue.pipeline.processes.progress import Say
+from segue.pipeline.processes.reservation import threads_of
 from segue.pipeline.prompts.check import checked_encoder
-from segue.pipeline.ready.job import IDENTITY_DIGITS, ReadyJob, prepared, today
-from segue.pipeline.run.pool import threads_of
+from segue.pipeline.ready.job import ReadyJob, ready_job, today
+from segue.pipeline.ready.model import IDENTITY_DIGITS
 from segue.pipeline.run.run import plan_job
+from segue.pipeline.storage.folder import LocalStore
 from segue.pipeline.storage.models import local_source
 from segue.pipeline.storage.store import OutputStorageError
 from segue.pipeline.train.examples import FINISH_REASON, Holdout
-from segue.pipeline.train.metrics import METRICS, read_metrics
+from segue.pipeline.train.metrics import watched_metrics
 from segue.pipeline.train.process import ADAPTER, NothingToTrain, TrainingSpec, check_data, train_process
 from segue.workers.engine.echo import is_echo
 from segue.workers.errors import RowError
@@ -41,8 +43,7 @@ from segue.workers.training.model import check_trainable
 from segue.workers.training.params import TrainingParams
 from segue.workers.training.ranks import Ranks
 
-WATCH_SECONDS = 1.0
-TRAINING = "_job/training.json"  # how it is trained, beside the plan
+TRAINING_RECORD = "_job/training.json"  # the training's parameters, beside the plan
 LOCK = "_job/training.lock"
 
 
@@ -56,48 +57,42 @@ class ReadyFinetune:
 
     @property
     def folder(self) -> Path:
-        """The output folder: checkpoints and metrics want a local one."""
+        """The output folder. It is local, as checkpoints and metrics require."""
         return Path(self.config.output.path)
 
 
 @dataclass(slots=True)
 class FinetuneSummary:
-    """What `segue finetune` has made."""
+    """The result of `segue finetune`."""
 
     status: str  # done | already_complete | interrupted
     output: str
-    adapter: str | None = None  # the folder for `model.adapter`
+    adapter: str | None = None  # the folder to name in `model.adapter`
     exit_code: int = 0
     steps: int = 0
     num_steps: int = 0  # of the whole training, unless it stops early
     stopped_early: bool = False
     examples: int = 0
     held_out: int = 0
-    errors: dict[str, int] = field(default_factory=dict)  # rows that could not be used, by code
-    eval_loss: float | None = None  # of the adapter that is kept, nats an answer token
+    errors: dict[str, int] = field(default_factory=dict)  # rows that could not be used, by error code
+    eval_loss: float | None = None  # of the kept adapter, in nats per answer token
     best_step: int | None = None
-    tokens: int = 0  # fed in all steps
+    tokens: int = 0  # fed in all steps together
     training_seconds: float = 0.0
     tokens_per_second: float = 0.0
 
 
-def is_training(path: str | os.PathLike[str]) -> bool:
-    """Whether a job file has sections that only a training has. Raises JobRefused if it cannot be read."""
-    return bool(keys_of(path) & (FinetuneConfig.model_fields.keys() - JobConfig.model_fields.keys()))
-
-
 def prepare_finetune(
-    path: str | os.PathLike[str], overrides: Sequence[str] = (), others: Sequence[Problem] = ()
+    path: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    others: Sequence[Problem] = (),
+    child: LimitedProcess | None = None,
 ) -> ReadyFinetune:
-    """Read and check a job file. Raises JobRefused with `others`, which the caller found, and every other problem."""
-    draft = read_job(path, overrides, FinetuneConfig)
-    config = draft.config
-    if not isinstance(config, FinetuneConfig):
-        prepared(draft, others)  # tells what else is wrong
-        raise JobRefused(draft.problems)
-    held_out, problems = _held_out_files(config)
-    job = prepared(_with_files(draft, config, held_out), [*others, *_problems(config), *problems])
-    spec = _training_spec(config, job, held_out)
+    """Read and check a job file. `others` and `child` are as for `ready_job`. Raises JobRefused with every problem."""
+    job = ready_job(path, overrides, read=_read_training, others=others, child=child)
+    config = job.config
+    assert isinstance(config, FinetuneConfig)
+    spec = _training_spec(config, job)
     try:
         check_trainable(local_source(spec.source), spec.revision, spec.lora, spec.answer_end_id)
     except ModelRefused as error:
@@ -105,14 +100,17 @@ def prepare_finetune(
     return ReadyFinetune(job, config, spec)
 
 
-def run_finetune(ready: ReadyFinetune, say: Say, show: Callable[[dict[str, Any]], None]) -> FinetuneSummary:
-    """Plan if needed, and train what is missing. `show` is told each line of the metrics.
+def run_finetune(
+    ready: ReadyFinetune, say: Say, show: Callable[[dict[str, Any]], None], child: LimitedProcess | None = None
+) -> FinetuneSummary:
+    """Plan if needed, then train the missing steps. `show` gets each line of the metrics. `child`: the one that checked
+    the job.
 
     Raises ForeignOutput, InputChanged, InputUnreadable, WorkersFailed, ClusterUnavailable, OutputStorageError,
-    JobRefused for data that is not enough, TrainingDiverged.
+    TrainingDiverged, and JobRefused if there are too few examples.
     """
     store = ready.job.store
-    plan_job(ready.job, say)
+    plan_job(ready.job, say, child)
     if store.exists(SUCCESS):
         _check_training(ready)
         if not (ready.folder / ADAPTER).is_dir():
@@ -123,7 +121,7 @@ def run_finetune(ready: ReadyFinetune, say: Say, show: Callable[[dict[str, Any]]
     except NothingToTrain as error:
         raise JobRefused([Problem("", "", str(error))]) from None
     _check_training(ready)
-    with Interrupt() as interrupt, _alone(ready.folder), _watched(ready.folder / METRICS, show):
+    with Interrupt() as interrupt, _locked(ready.folder), watched_metrics(LocalStore(ready.folder), show):
         interrupt.on_set = lambda: say("interrupted: the step at work is finished and saved; interrupt again to stop")
         if ready.config.workers.max_size == 1:
             train_process(ready.spec, Ranks(), lambda: interrupt.is_set, data)
@@ -145,10 +143,10 @@ def _train_group(ready: ReadyFinetune, interrupt: Interrupt) -> None:
 
 
 def _check_training(ready: ReadyFinetune) -> None:
-    """What was learned in this folder, and how, written down when the first training starts.
+    """Compare the training's parameters with those of the first training in this folder, which writes them down.
 
-    Not in the plan, which knows rows only: what a training is refused for must not bind the folder. Raises
-    ForeignOutput naming what differs.
+    They are not part of the plan: a training that is refused must not bind the folder to its parameters. Raises
+    ForeignOutput, which names what differs.
     """
     spec = ready.spec
     fields = {
@@ -158,19 +156,16 @@ def _check_training(ready: ReadyFinetune) -> None:
         "evaluation": asdict(spec.holdout) | {"src_paths": sorted(spec.holdout.src_paths or ())},
     }
     store = ready.job.store
-    store.create(TRAINING, json.dumps(fields, indent=1, sort_keys=True).encode())
-    check_same_fields(json.loads(store.read(TRAINING)), fields, ready.config.output.path)
+    store.create(TRAINING_RECORD, json.dumps(fields, indent=1, sort_keys=True).encode())
+    check_same_fields(json.loads(store.read(TRAINING_RECORD)), fields, ready.config.output.path)
 
 
-def _training_spec(config: FinetuneConfig, job: ReadyJob, held_out: frozenset[str] | None) -> TrainingSpec:
+def _training_spec(config: FinetuneConfig, job: ReadyJob) -> TrainingSpec:
     encoder = checked_encoder(job.render_spec(today()))
     try:
         answer_end_id = encoder.answer_end_id()
     except (ValueError, RowError) as error:
         raise JobRefused([Problem("prompt", "", str(error))]) from error
-    src_paths = None
-    if held_out is not None:
-        src_paths = frozenset(file.src_path for file in job.checked.inputs if _real(file.path) in held_out)
     source = config.model.source
     return TrainingSpec(
         output=config.output.path,
@@ -179,7 +174,9 @@ def _training_spec(config: FinetuneConfig, job: ReadyJob, held_out: frozenset[st
         dtype=job.facts.dtype,
         lora=config.lora,
         training=config.training,
-        holdout=Holdout(src_paths, config.evaluation.fraction, config.evaluation.max_examples, config.seed),
+        holdout=Holdout(
+            _held_out_paths(config, job), config.evaluation.fraction, config.evaluation.max_examples, config.seed
+        ),
         max_error_rate=config.limits.max_error_rate,
         seed=config.seed,
         answer_end_id=answer_end_id,
@@ -194,36 +191,52 @@ def _training_spec(config: FinetuneConfig, job: ReadyJob, held_out: frozenset[st
 
 
 def _device_of(config: FinetuneConfig) -> str:
-    """Of a training in one process, what it finds or is told; several share nothing but CPUs."""
+    """The device of a training: in one process what is asked for, in several processes always CPUs."""
     gpus, is_alone = config.workers.num_gpus, config.workers.max_size == 1
     return "cuda" if gpus not in ("auto", 0) else "auto" if gpus == "auto" and is_alone else "cpu"
 
 
-def _held_out_files(config: FinetuneConfig) -> tuple[frozenset[str] | None, list[Problem]]:
-    """The real paths of held-out files, None if there are none of their own."""
-    if config.evaluation.path is None:
-        return None, []
-    try:
-        return frozenset(_real(file.path) for file in discover(config.evaluation.path)), []
-    except JobRefused as refused:
-        return frozenset(), [replace(problem, key="evaluation.path") for problem in refused.problems]
-
-
-def _with_files(draft: JobDraft, config: FinetuneConfig, held_out: frozenset[str] | None) -> JobDraft:
-    """Held-out files are read and planned like the others, with no more columns than a training reads."""
-    rows, output = draft.input or config.input, draft.output or config.output
-    rows = rows.model_copy(update={"path": (*rows.path, *(config.evaluation.path or ())) if held_out else rows.path})
-    output = output.model_copy(update={"columns": _columns(rows.path)})
+def _read_training(path: str | os.PathLike[str], overrides: Sequence[str]) -> JobDraft:
+    """The job file, with what a training does not allow among its problems. Held-out files are read and planned like
+    the others, with no more columns than a training reads."""
+    draft = read_job(path, overrides, FinetuneConfig)
+    config = draft.config
+    if not isinstance(config, FinetuneConfig):
+        return draft
+    held_out = _check_held_out(config)
+    paths = config.input.path if held_out else (*config.input.path, *(config.evaluation.path or ()))
+    rows = config.input.model_copy(update={"path": paths})
+    output = config.output.model_copy(update={"columns": _columns(paths)})
+    problems = (*_problems(config), *held_out)
     config = config.model_copy(update={"input": rows, "output": output})
-    return replace(draft, config=config, input=rows, output=output)
+    return replace(draft, config=config, input=rows, output=output, problems=problems)
+
+
+def _check_held_out(config: FinetuneConfig) -> list[Problem]:
+    """Whether the held-out files that are named can be read."""
+    if config.evaluation.path is None:
+        return []
+    try:
+        discover(config.evaluation.path)
+    except JobRefused as refused:
+        return [replace(problem, key="evaluation.path") for problem in refused.problems]
+    return []
+
+
+def _held_out_paths(config: FinetuneConfig, job: ReadyJob) -> frozenset[str] | None:
+    """The `src_path` of each held-out file, None if none is named."""
+    if config.evaluation.path is None:
+        return None
+    held_out = {_real(file.path) for path in config.evaluation.path for file in list_files(path).files}
+    return frozenset(file.src_path for file in job.checked.inputs if _real(file.path) in held_out)
 
 
 def _columns(paths: Sequence[str]) -> tuple[str, ...]:
-    """Whether answers were cut off, if every file says so."""
+    """The column that says whether an answer was cut off, if every file has it."""
     try:
         files = discover(paths)
     except JobRefused:
-        return ()  # it will be refused for that
+        return ()  # the check of the input reports it
     return (FINISH_REASON,) if files and all(FINISH_REASON in file.schema.names for file in files) else ()
 
 
@@ -260,55 +273,22 @@ def _real(path: str) -> str:
 
 
 def _summary(ready: ReadyFinetune, status: str, exit_code: int = 0) -> FinetuneSummary:
-    """From what the training left: its result, else its last metrics."""
+    """The summary of a training from its result; if it is not done, from its last metrics."""
     store = ready.job.store
     if store.exists(SUCCESS):
         result = json.loads(store.read(SUCCESS))
         return FinetuneSummary(status, store.path(""), store.path(ADAPTER), exit_code, **result)
-    steps = [line for line in read_metrics(ready.folder / METRICS) if "loss" in line]
+    steps = [line for line in read_metrics(store) if "loss" in line]
     last = steps[-1] if steps else {"step": 0, "num_steps": 0}
     return FinetuneSummary(status, store.path(""), None, exit_code, steps=last["step"], num_steps=last["num_steps"])
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Raises ForeignOutput if another training is at work in the folder."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Within the block no other training can work in the folder. Raises ForeignOutput if one does already."""
     with (folder / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ForeignOutput(f"output.path: another training is at work in {folder}") from None
         yield
-
-
-@contextmanager
-def _watched(path: Path, show: Callable[[dict[str, Any]], None]) -> Iterator[None]:
-    """Lines of the metrics go to `show` as they come, from whatever process writes them."""
-    done = threading.Event()
-    thread = threading.Thread(target=_watch, args=(path, show, done), name="segue-metrics", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join(timeout=5)
-
-
-def _watch(path: Path, show: Callable[[dict[str, Any]], None], done: threading.Event) -> None:
-    """Reads what is new; a resumed training writes the file anew, with the lines of the steps that it has."""
-    known = max((line["step"] for line in read_metrics(path)), default=0)
-    position, inode = 0, -1
-    while True:
-        is_last = done.wait(WATCH_SECONDS)
-        if path.is_file():
-            with path.open("rb") as file:
-                if os.fstat(file.fileno()).st_ino != inode:
-                    position, inode = 0, os.fstat(file.fileno()).st_ino
-                file.seek(position)
-                *lines, _ = file.read().split(b"\n")
-            position += sum(len(line) + 1 for line in lines)
-            for line in map(json.loads, lines):
-                if line["step"] > known:
-                    show(line)
-        if is_last:
-            return

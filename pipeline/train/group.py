@@ -1,6 +1,6 @@
-"""A training in several processes through Ray Train, which starts them, joins them and starts them again if one dies.
+"""A training in several processes of Ray Train, which starts them, connects them, and restarts them if one dies.
 
-Knows Ray; what a process does is `pipeline/train/process.py`'s business.
+Knows Ray; `pipeline/train/process.py` knows what a process does.
 """
 
 import threading
@@ -11,22 +11,22 @@ import torch
 from ray.train.torch import TorchTrainer
 
 from segue.pipeline.ledger.units import UnitDamaged
-from segue.pipeline.problems import WorkersFailed
+from segue.pipeline.problems import MAX_MESSAGE_CHARS, WorkersFailed
 from segue.pipeline.processes.interrupt import Interrupt
-from segue.pipeline.processes.ray_session import MAX_MESSAGE_CHARS, num_cluster_cpus
+from segue.pipeline.processes.ray_session import num_cluster_cpus
 from segue.pipeline.storage.store import OutputStorageError
 from segue.pipeline.train.process import TrainingSpec, train_process
 from segue.workers.training.params import TrainingDiverged
 from segue.workers.training.ranks import Ranks
 
-MAX_FAILURES = 3  # of the group; each time it goes on from its latest checkpoint
-STOP = "_job/stop"  # while this file is there, processes finish their step, save and end
+MAX_FAILURES = 3  # of the group; after each it goes on from the latest checkpoint
+STOP = "_job/stop"  # while this file exists, processes finish their step, save and end
 _EXPECTED = (TrainingDiverged, OutputStorageError, UnitDamaged)
 
 
 def train_group(spec: TrainingSpec, num_processes: int, threads: int, storage: str, interrupt: Interrupt) -> None:
-    """Train to the end, or to the step at work when `interrupt` is set. `storage` is a folder for what Ray Train
-    records of itself.
+    """Train to the end, or until `interrupt` is set and the step at work is done. `storage` is a folder for Ray Train's
+    own records.
 
     Raises TrainingDiverged, OutputStorageError, WorkersFailed.
     """
@@ -42,7 +42,7 @@ def train_group(spec: TrainingSpec, num_processes: int, threads: int, storage: s
         ),
     )
     failures: list[BaseException] = []
-    # In a thread: in the main one Ray Train takes SIGINT for itself, and ends the process with 0.
+    # In a thread: in the main thread Ray Train handles SIGINT itself, and ends the process with exit code 0.
     thread = threading.Thread(target=_fit, args=(trainer, failures), name="segue-ray-train", daemon=True)
     stop = Path(spec.output) / STOP
     stop.unlink(missing_ok=True)
@@ -59,19 +59,19 @@ def train_group(spec: TrainingSpec, num_processes: int, threads: int, storage: s
 def _fit(trainer: TorchTrainer, failures: list[BaseException]) -> None:
     try:
         trainer.fit()
-    except BaseException as error:  # it is raised by the thread that waits
+    except BaseException as error:  # the waiting thread raises it
         failures.append(error)
 
 
 def _train(config: dict[str, TrainingSpec]) -> None:
-    """In each process."""
+    """Runs in each process."""
     spec = config["spec"]
     ranks = Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size())
     train_process(spec, ranks, (Path(spec.output) / STOP).exists)
 
 
 def _check_cpus(num_processes: int, threads: int) -> None:
-    """Ray would wait for them for ever."""
+    """Raises WorkersFailed if the cluster has too few CPUs: Ray would wait for them for ever."""
     wanted, there = num_processes * threads, num_cluster_cpus()
     if wanted > there:
         raise WorkersFailed(
@@ -80,7 +80,7 @@ def _check_cpus(num_processes: int, threads: int) -> None:
 
 
 def cause_of_group(error: BaseException) -> Exception:
-    """What went wrong in a process, as itself if it is something that a training may end in."""
+    """Why a process failed: an expected error as it is, any other as WorkersFailed."""
     failures = getattr(error, "worker_failures", None) or {0: error}
     for failure in failures.values():
         inner: BaseException | None = failure

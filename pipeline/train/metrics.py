@@ -1,34 +1,46 @@
-"""The file in which a training writes what it has done, line by line, for who looks on or after."""
+"""The metrics of a training: written step by step, and watched while they are written.
+
+`pipeline/ledger/training_metrics.py` has the file's name and reads it back. Knows files and lines; no model, no Ray.
+"""
 
 import json
 import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from segue.pipeline.ledger.training_metrics import METRICS, read_metrics
+from segue.pipeline.storage.folder import LocalStore
 
 if TYPE_CHECKING:
     from segue.workers.training.trainer import EvaluationReport, StepReport
 
-METRICS = "metrics.jsonl"
+WATCH_SECONDS = 1.0
 
 
-class Metrics:
-    """One JSON line for each step and each look at the held-out examples. `step`: what a resumed training has done;
-    later lines are of steps that will be made again. None: a process that writes nothing."""
+class MetricsFile:
+    """Writes one JSON line for each step and each evaluation.
 
-    def __init__(self, path: Path, step: int | None) -> None:
-        self._path = path
+    `step` is the last step that a resumed training has done: lines of later steps are dropped, since these steps will
+    be done again. None: this process writes nothing.
+    """
+
+    def __init__(self, store: LocalStore, step: int | None) -> None:
+        self._store = store
         self._step = step
         self._file: Any = None
 
-    def __enter__(self) -> "Metrics":
+    def __enter__(self) -> "MetricsFile":
         if self._step is None:
             return self
-        kept = [line for line in read_metrics(self._path) if line["step"] <= self._step]
-        temporary = self._path.with_name(f".tmp-{self._path.name}")
+        kept = [line for line in read_metrics(self._store) if line["step"] <= self._step]
+        path = self._store.root / METRICS
+        temporary = path.with_name(f".tmp-{METRICS}")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self._path)
-        self._file = self._path.open("a", encoding="utf-8")
+        os.replace(temporary, path)
+        self._file = path.open("a", encoding="utf-8")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -41,9 +53,34 @@ class Metrics:
             self._file.flush()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines that are whole; a process that was killed may have left a part of one."""
-    if not path.is_file():
-        return []
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines]
+@contextmanager
+def watched_metrics(store: LocalStore, show: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    """Within the block `show` gets each new line of the metrics, whichever process writes it."""
+    done = threading.Event()
+    thread = threading.Thread(target=_watch, args=(store, show, done), name="segue-metrics", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(timeout=5)
+
+
+def _watch(store: LocalStore, show: Callable[[dict[str, Any]], None], done: threading.Event) -> None:
+    """Reads what is new. A resumed training replaces the file by one with the lines of the steps that it has."""
+    known = max((line["step"] for line in read_metrics(store)), default=0)
+    path, position, inode = store.root / METRICS, 0, -1
+    while True:
+        is_last = done.wait(WATCH_SECONDS)
+        if path.is_file():
+            with path.open("rb") as file:
+                if os.fstat(file.fileno()).st_ino != inode:
+                    position, inode = 0, os.fstat(file.fileno()).st_ino
+                file.seek(position)
+                *lines, _ = file.read().split(b"\n")
+            position += sum(len(line) + 1 for line in lines)
+            for line in map(json.loads, lines):
+                if line["step"] > known:
+                    show(line)
+        if is_last:
+            return

@@ -1,7 +1,7 @@
-"""One process of a training, from a persisted plan to an adapter: alone, or with others in a group.
+"""One process of a training, from the stored plan to an adapter: alone, or as one of a group.
 
-What it leaves in the output folder: metrics as it goes, checkpoints, at the end the adapter and `_SUCCESS`. Knows
-units and files; no Ray, so that it runs in whatever starts it.
+It writes metrics and checkpoints into the output folder, and at the end the adapter and `_SUCCESS`. Knows units and
+files; no Ray, so that anything can start it.
 """
 
 import json
@@ -22,7 +22,7 @@ from segue.pipeline.storage.folder import LocalStore
 from segue.pipeline.storage.models import local_source
 from segue.pipeline.storage.store import OutputStorageError
 from segue.pipeline.train.examples import Holdout, TrainingData, load_training_data
-from segue.pipeline.train.metrics import METRICS, Metrics
+from segue.pipeline.train.metrics import MetricsFile
 from segue.workers.devices.devices import DTYPES
 from segue.workers.devices.memory import keep_freed_memory
 from segue.workers.models.adapter_record import RECORD, AdapterRecord
@@ -38,12 +38,12 @@ CHECKPOINTS = "checkpoints"
 
 
 class NothingToTrain(ValueError):
-    """The plan has no row to train on, or fewer good ones than the training needs; the message says what there is."""
+    """The plan has no rows to train on, or too few good ones. The message says what it has."""
 
 
 @dataclass(frozen=True)
 class TrainingSpec:
-    """What a process must know; the same for all of a group."""
+    """What a process must know. All processes of a group get the same."""
 
     output: str
     source: str
@@ -61,7 +61,7 @@ class TrainingSpec:
 
 
 def check_data(spec: TrainingSpec) -> TrainingData:
-    """The plan's rows, enough of them and good enough. Raises NothingToTrain, UnitDamaged."""
+    """The plan's rows as training data. Raises NothingToTrain if there are too few or too many errors, UnitDamaged."""
     store = LocalStore(spec.output)
     manifest = load_manifest(store)
     if manifest is None:
@@ -85,7 +85,7 @@ def train_process(
     should_stop: Callable[[], bool] = lambda: False,
     data: TrainingData | None = None,
 ) -> bool:
-    """Train to the end, going on from the latest checkpoint; False if `should_stop` said so before.
+    """Train from the latest checkpoint to the end. False if `should_stop` ended it before.
 
     Raises NothingToTrain, TrainingDiverged, ModelRefused, OutputStorageError.
     """
@@ -106,7 +106,7 @@ def train_process(
     checkpoints = Checkpoints(store.root / CHECKPOINTS)
     with _storage_errors(store.root):
         done = trainer.resume(checkpoints)
-        with Metrics(store.root / METRICS, done if ranks.is_first else None) as metrics:
+        with MetricsFile(store, done if ranks.is_first else None) as metrics:
             if not trainer.run(checkpoints, metrics.write, should_stop):
                 return False
         if ranks.is_first:
@@ -116,16 +116,16 @@ def train_process(
 
 
 def save_adapter(model: TrainingModel, target: Path, record: AdapterRecord) -> None:
-    """PEFT's files and the record beside them, durable and all at once."""
+    """Write PEFT's files and the record beside them. They are durable, and appear all at once."""
     temporary = target.with_name(f".tmp-{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_adapter(temporary, base_model=record.base_model or "")
     record.save(temporary)
     for path in temporary.iterdir():
-        shutil.copymode(temporary / RECORD, path)  # safetensors lets nobody else read its file
+        shutil.copymode(temporary / RECORD, path)  # safetensors writes files that only their owner may read
     for path in [*temporary.iterdir(), temporary]:
         sync(path)
-    shutil.rmtree(target, ignore_errors=True)  # of a run that was killed before it could say that it is done
+    shutil.rmtree(target, ignore_errors=True)  # left by a run that was killed before it wrote _SUCCESS
     os.rename(temporary, target)
     sync(target.parent)
 

@@ -1,42 +1,18 @@
-"""The compiled kernels against torch's own operations, and what becomes of a machine that cannot build them."""
+"""The compiled kernels against torch's own operations: norms, rotary positions, logits and attention by vectors."""
 
-import logging
-import os
 from array import array
-from collections.abc import Iterator
-from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from random_tensors import randn
 from torch.nn import functional
 
-from segue.attention.cpu.backend import NativeBackend
 from segue.attention.cpu.flash import flash
-from segue.attention.cpu.kernels import After, Kernels, Tables, load_kernels
-from segue.attention.memory.budget import KVShape
-from segue.workers.devices.devices import cpu_kernels, make_backend
-from segue.workers.models.source import ModelRefused
+from segue.attention.cpu.kernels import Tables
 
-CPU = torch.device("cpu")
 SCALE = 0.3
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of numbers of about one
 dtypes = pytest.mark.parametrize("dtype", TOLERANCES, ids=["fp32", "bf16"])
-
-
-@pytest.fixture(params=[1, 3], ids=["one thread", "three threads"])
-def kernels(request) -> Iterator[Kernels]:
-    found = cpu_kernels()
-    if found is None:
-        pytest.skip("no C++ compiler on this machine")
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield found
-    torch.set_num_threads(before)
-
-
-def randn(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(size, generator=torch.Generator().manual_seed(sum(size))).to(dtype)
 
 
 @dtypes
@@ -93,7 +69,7 @@ def test_summary_of_logits_is_torchs(kernels, width, dtype):
 @pytest.mark.parametrize("groups", [1, 3, 4])
 def test_keys_in_memory_of_the_step_and_in_parts_are_one_softmax(kernels, groups, dtype, head_dim, by_tiles):
     """40 causal queries and one more, over 100 keys in memory, 70 that flash attention has seen, and their own."""
-    if by_tiles and not kernels.has_tiles:
+    if by_tiles and not kernels.multiplies(head_dim):
         pytest.skip("this processor multiplies no tiles")
     num_key_heads, num_tokens, layer = 2, 41, 1
     num_heads = num_key_heads * groups
@@ -139,112 +115,6 @@ def test_keys_in_memory_of_the_step_and_in_parts_are_one_softmax(kernels, groups
         torch.testing.assert_close(got[token].double(), wanted, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
 
 
-@pytest.fixture
-def tiles(kernels) -> Kernels:
-    if not kernels.has_tiles:
-        pytest.skip("this processor multiplies no tiles")
-    return kernels
-
-
-@pytest.mark.parametrize("num_tokens", [1, 15, 17, 33, 64, 700])
-@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(32, 32), (192, 96), (1600, 64), (96, 1536)])
-@pytest.mark.parametrize("has_bias", [True, False])
-def test_products_by_tiles_are_torchs(tiles, num_tokens, num_outputs, num_inputs, has_bias):
-    """Sums in fp32, rounded once: to within one unit of bf16 of what fp64 says."""
-    inputs = randn(num_tokens, num_inputs, dtype=torch.bfloat16)
-    weights = (randn(num_outputs, num_inputs) / num_inputs**0.5).bfloat16()
-    bias = randn(num_outputs, dtype=torch.bfloat16) if has_bias else None
-    packed = tiles.pack(weights, bias)
-    wanted = functional.linear(inputs.double(), weights.double(), None if bias is None else bias.double())
-    close = partial(torch.testing.assert_close, atol=1e-2, rtol=8e-3)
-    close(tiles.product(inputs, packed).double(), wanted)
-    other = randn(num_tokens, num_outputs, dtype=torch.bfloat16)
-    close(tiles.product(inputs, packed, After.ADD, other).double(), wanted + other)
-    gate, up = wanted.unflatten(1, (-1, 2, 16)).unbind(2)
-    close(tiles.product(inputs, packed, After.GATE).double(), (functional.silu(gate) * up).flatten(1))
-
-
-@pytest.mark.parametrize("num_outputs", [1, 16, 17, 49])
-def test_outputs_that_fill_no_panel(tiles, num_outputs):
-    inputs, weights = randn(40, 64, dtype=torch.bfloat16), randn(num_outputs, 64, dtype=torch.bfloat16)
-    bias, other = randn(num_outputs, dtype=torch.bfloat16), randn(40, num_outputs, dtype=torch.bfloat16)
-    got = tiles.product(inputs, tiles.pack(weights, bias), After.ADD, other)
-    wanted = functional.linear(inputs.double(), weights.double(), bias.double()) + other
-    torch.testing.assert_close(got.double(), wanted, atol=5e-2, rtol=8e-3)
-
-
-def test_gates_far_from_zero_are_open_or_closed(tiles):
-    inputs, weights = torch.eye(32, dtype=torch.bfloat16), torch.zeros(32, 32, dtype=torch.bfloat16)
-    gates = torch.tensor([-1e30, -200.0, -90.0, -1.0, 0.0, 1.0, 90.0, 200.0, 1e30]).bfloat16()
-    weights[0, : len(gates)], weights[16] = gates, 1.0
-    inputs[9] = torch.nan
-    got = tiles.product(inputs, tiles.pack(weights, None), After.GATE)[:, 0]
-    torch.testing.assert_close(got[:9].float(), functional.silu(gates.float()), atol=1e-30, rtol=8e-3)
-    assert got[9].isnan()
-
-
-def test_what_tiles_cannot_multiply_is_refused(tiles):
-    inputs, weights = randn(3, 64, dtype=torch.bfloat16), randn(32, 64, dtype=torch.bfloat16)
-    packed = tiles.pack(weights, None)
-    for wrong in (
-        lambda: tiles.pack(weights.float(), None),
-        lambda: tiles.pack(weights[:, :48], None),
-        lambda: tiles.product(inputs[:, :32], packed),
-        lambda: tiles.product(inputs, packed, After.ADD, inputs),
-        lambda: tiles.attend(0, *[randn(1, 3, 64)] * 3, 1.0, Tables(by_tiles=True)),
-        lambda: tiles.attend(0, *[randn(1, 3, 16, dtype=torch.bfloat16)] * 3, 1.0, Tables(by_tiles=True)),
-    ):
-        with pytest.raises(ValueError, match=r"no tiles here|wanted inputs"):
-            wrong()
-    with pytest.raises(TypeError, match="bf16"):
-        tiles.product(inputs.float(), packed)
-
-
-@pytest.mark.parametrize("scale", [1.0, 40.0])
-def test_scores_by_tiles_do_not_overflow(tiles, scale):
-    """Some so far from the highest that their weights are 0; over more keys than are multiplied at once."""
-    query = torch.ones(3, 1, 32, dtype=torch.bfloat16)
-    key, value = (scale * randn(1, 1, 700, 32)).bfloat16(), randn(1, 1, 700, 32, dtype=torch.bfloat16)
-    memory = torch.stack([key, value], dim=1)
-    span = (memory.data_ptr(), *memory.stride()[:4], 0, 700, False)
-    wanted = functional.scaled_dot_product_attention(
-        query.double(), key[0].double().expand(3, -1, -1), value[0].double().expand(3, -1, -1), scale=1.0
-    )
-    own = torch.zeros(1, 1, 32, dtype=torch.bfloat16)
-    run = Tables(by_tiles=True, runs=array("q", (0, 1, 0, 1, 0, 0)), spans=array("q", span))
-    part = Tables(
-        by_tiles=True,
-        runs=array("q", (0, 1, 0, 0, 0, 1)),
-        indices=array("q", (0,)),
-        blocks=array("q", (0, 1, *span)),
-    )
-    for tables in (run, part):
-        got = tiles.attend(0, query, own, own, 1.0, tables)
-        torch.testing.assert_close(got[0].double(), wanted[:, 0], atol=1e-2, rtol=1e-2)
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_numbers_that_are_none_stay_in_their_row(tiles, bad):
-    """Two runs over one block; what overflows in the first is multiplied beside the second, and lies in a thread's
-    memory right behind where the second has its last key."""
-    query, key, value = (randn(1, 40, 32, dtype=torch.bfloat16) for _ in range(3))
-    shared = randn(1, 2, 1, 50, 32, dtype=torch.bfloat16)
-    spans = [(0, 0, 0, 0, 0, 0, 21, False), (0, 0, 0, 0, 0, 21, 19, False)]
-    block = (0, 40, shared.data_ptr(), *shared.stride()[:4], 0, 50, False)
-    tables = Tables(
-        by_tiles=True,
-        runs=array("q", (0, 21, 0, 1, 0, 1, 21, 40, 1, 2, 1, 2)),
-        spans=array("q", (*spans[0], *spans[1])),
-        indices=array("q", (0, 0)),
-        blocks=array("q", block),
-    )
-    sound = tiles.attend(0, query, key, value, 0.3, tables)
-    query[0, 5], value[0, 19] = bad, bad
-    got = tiles.attend(0, query, key, value, 0.3, tables)
-    assert torch.equal(got[21:], sound[21:])
-    assert not got[:21].isfinite().all(dim=-1).any()
-
-
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_numbers_that_are_none_are_kept(kernels, bad):
     """A row whose numbers overflow is told as a row error, so nothing may hide it."""
@@ -264,121 +134,10 @@ def test_large_and_small_scores_do_not_overflow(kernels):
     torch.testing.assert_close(got[:, 0, 0], torch.full((3,), float(torch.tensor([1000.0, 999.0]).softmax(0)[1]) + 1))
 
 
-# -- machines
-
-
-@pytest.fixture
-def fresh(monkeypatch):
-    """Nothing has been loaded yet."""
-    load_kernels.cache_clear()
-    yield
-    load_kernels.cache_clear()
-
-
-def test_library_is_built_once_and_is_its_owners_alone(tmp_path, fresh, monkeypatch):
-    if load_kernels(tmp_path / "kernels") is None:
-        pytest.skip("no C++ compiler on this machine")
-    (library,) = (tmp_path / "kernels").iterdir()  # no leftovers
-    built = library.stat().st_mtime_ns
-    assert (tmp_path / "kernels").stat().st_mode & 0o077 == 0
-    load_kernels.cache_clear()
-    assert load_kernels(tmp_path / "kernels") is not None
-    assert library.stat().st_mtime_ns == built
-    stranger = tmp_path / "stranger"  # written beside: the library is mapped into this process
-    stranger.write_bytes(b"anything")
-    os.chmod(stranger, 0o777)
-    os.replace(stranger, library)
-    load_kernels.cache_clear()
-    assert load_kernels(tmp_path / "kernels") is not None
-    assert library.stat().st_mtime_ns != built
-    assert library.stat().st_mode & 0o022 == 0
-
-
-def test_folder_that_others_may_write_to_is_not_used(tmp_path, fresh, caplog):
-    if cpu_kernels() is None:
-        pytest.skip("no C++ compiler on this machine")
-    load_kernels.cache_clear()
-    (tmp_path / "kernels").mkdir()
-    os.chmod(tmp_path / "kernels", 0o777)
-    with caplog.at_level(logging.WARNING):
-        assert load_kernels(tmp_path / "kernels") is None
-    assert "others may write to" in caplog.text
-    assert not list((tmp_path / "kernels").iterdir())
-
-
-def test_torn_library_is_built_anew_by_the_next_process(tmp_path, fresh, caplog):
-    if load_kernels(tmp_path / "other") is None:
-        pytest.skip("no C++ compiler on this machine")
-    (library,) = (tmp_path / "other").iterdir()
-    (tmp_path / "kernels").mkdir(mode=0o700)
-    (tmp_path / "kernels" / library.name).touch(mode=0o755)
-    load_kernels.cache_clear()
-    with caplog.at_level(logging.WARNING):
-        assert load_kernels(tmp_path / "kernels") is None
-    assert "cannot be used" in caplog.text
-    load_kernels.cache_clear()
-    assert load_kernels(tmp_path / "kernels") is not None
-
-
 def test_rows_that_are_not_dense_are_refused_rather_than_misread(kernels):
     sparse = randn(3, 8, 2).transpose(1, 2)
     with pytest.raises(ValueError, match="dense last dimension"):
         kernels.attend(0, sparse, randn(3, 2, 8), randn(3, 2, 8), 1.0, Tables())
-
-
-@pytest.mark.parametrize(
-    ("compiler", "told"),
-    [("/nowhere/g++", "nowhere"), ("false", "false"), ("broken", "an error of the compiler")],
-)
-def test_machine_without_a_working_compiler_uses_torchs_operations_and_says_so(
-    tmp_path, fresh, monkeypatch, caplog, compiler, told
-):
-    if compiler == "broken":
-        compiler = str(tmp_path / "compiler")
-        script = '#!/bin/sh\n[ "$1" = --version ] && exit 0\necho an error of the compiler >&2; exit 1\n'
-        Path(compiler).write_text(script)
-        os.chmod(compiler, 0o755)
-    monkeypatch.setenv("CXX", compiler)
-    monkeypatch.setenv("SEGUE_CACHE", str(tmp_path))
-    with caplog.at_level(logging.WARNING):
-        assert cpu_kernels() is None
-        assert cpu_kernels() is None
-    assert len(caplog.records) == 1
-    assert told in caplog.text
-    assert _backend_names()["auto"] == "CpuBackend"
-    with pytest.raises(ModelRefused, match=r"native wants a C\+\+ compiler"):
-        make_backend("native", _shape(), [CPU])
-
-
-def test_no_compiler_at_all(tmp_path, fresh, monkeypatch, caplog):
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with caplog.at_level(logging.WARNING):
-        assert load_kernels(tmp_path) is None
-    assert "no C++ compiler found" in caplog.text
-
-
-def test_library_that_lacks_a_function_is_not_used(tmp_path, fresh, monkeypatch, caplog):
-    (tmp_path / "cpp").mkdir()
-    (tmp_path / "cpp" / "other.cpp").write_text('extern "C" void segue_rms_norm() {}\n')
-    monkeypatch.setattr("segue.attention.cpu.kernels.SOURCES", tmp_path / "cpp")
-    with caplog.at_level(logging.WARNING):
-        assert load_kernels(tmp_path / "kernels") is None
-    assert "segue_rotate" in caplog.text or "no C++ compiler" in caplog.text
-
-
-def test_switched_off_by_the_environment(monkeypatch):
-    monkeypatch.setenv("SEGUE_CPU_KERNELS", "0")
-    assert cpu_kernels() is None
-    assert _backend_names()["auto"] == "CpuBackend"
-
-
-def test_auto_is_the_kernels_where_they_can_be_had():
-    if cpu_kernels() is None:
-        pytest.skip("no C++ compiler on this machine")
-    assert _backend_names() == {"auto": "NativeBackend", "cpu": "CpuBackend", "native": "NativeBackend"}
-    assert isinstance(make_backend("auto", _shape(torch.bfloat16), [CPU]), NativeBackend)
-    assert not isinstance(make_backend("auto", _shape(torch.float16), [CPU]), NativeBackend)
 
 
 def test_tensors_of_mixed_types_are_refused_rather_than_misread(kernels):
@@ -391,12 +150,3 @@ def test_tensors_of_mixed_types_are_refused_rather_than_misread(kernels):
     ):
         with pytest.raises(TypeError, match="fp32 or all bf16"):
             call()
-
-
-def _shape(dtype: torch.dtype = torch.float32) -> KVShape:
-    return KVShape(1, 2, 8, dtype)
-
-
-def _backend_names() -> dict[str, str]:
-    names = ("auto", "cpu", "native") if cpu_kernels() is not None else ("auto", "cpu")
-    return {name: type(make_backend(name, _shape(), [CPU])).__name__ for name in names}

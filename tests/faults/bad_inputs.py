@@ -13,17 +13,17 @@ import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from bad_jobs import CASES, OK, is_expected, outcome_of
-from bad_parquet import BAD_FILES
-from bad_rows import DATASETS, SLOW_DATASETS, Dataset, errors_in
+from bad.cases import OK, is_expected, outcome_of
+from bad.jobs import CASES
+from bad.parquet import BAD_FILES
+from bad.rows import DATASETS, SLOW_DATASETS, Dataset, errors_in
+from in_process import run
 from rich.console import Console
 from rich.table import Table
 from test_bad_inputs import OUTCOMES, outcome_of_file
 from tiny_models import tiny_model, tiny_tokenizer
 
 from segue.pipeline.processes.ray_session import ray_session
-from segue.pipeline.ready.job import prepare
-from segue.pipeline.run.run import run_job
 
 
 class Report:
@@ -59,7 +59,7 @@ def rows(report: Report, folder: Path) -> None:
         for make in [*DATASETS, *SLOW_DATASETS]:
             dataset = make()
             started = time.monotonic()
-            run_job(prepare(dataset.write(folder / dataset.name)), lambda line: None, quiet=True)
+            run(dataset.write(folder / dataset.name))
             _add_rows(report, dataset, folder / dataset.name / "out", time.monotonic() - started)
 
 

@@ -3,14 +3,12 @@
     python tests/faults/crash_points.py                     every step once, 60 pairs, both stores; prints how many
     python tests/faults/crash_points.py --pairs 500 --seed 7
 
-The job's own code runs without Ray: rows are sorted here, and one worker after the other lives in this process. A dead
-process does nothing more, so after a crash every later step of it crashes, too, those of `finally` blocks included.
+The job's own code runs without Ray, with one worker after the other in this process (`tests/support/in_process.py`).
+A dead process does nothing more: after a crash every later step of it crashes, too, those of `finally` blocks included.
 """
 
 import argparse
-import asyncio
 import errno
-import logging
 import os
 import random
 import re
@@ -18,27 +16,20 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 from unittest.mock import patch
 
-import pyarrow as pa
 from echo_jobs import write_input, write_job
 from fsspec.implementations.local import LocalFileSystem
+from in_process import silent, without_children, without_ray
 from oracle import check_exact, check_visible_are_whole, echo_answer
+from ready_jobs import ready_job
+from store_servers import S3_ENVIRONMENT, empty_bucket, moto_server
 
-from segue.pipeline.dataset.ray_source import RowReader, RowSource
-from segue.pipeline.ledger.completeness import missing_units
-from segue.pipeline.ledger.manifest import Manifest
-from segue.pipeline.plan import windows as planning
-from segue.pipeline.plan.order import ORDER
-from segue.pipeline.prompts.render import RenderSpec, render_block
-from segue.pipeline.ready.checks import CheckedJob
-from segue.pipeline.ready.job import ReadyJob, prepare
+from segue.pipeline.ready.job import ReadyJob
 from segue.pipeline.run import run
-from segue.pipeline.run.passes import Tally
-from segue.pipeline.run.worker import UnitWorker
 from segue.pipeline.storage import bucket as object_store
 from segue.pipeline.storage import folder as local_store
 
@@ -97,7 +88,9 @@ class LocalPlace:
         write_input(folder, NUM_ROWS)
         self.fs = LocalFileSystem()
         self.inputs, self.output = str(folder / "in"), str(folder / "out")
-        self.job = prepare(write_job(folder, plan=PLAN, output={"path": "out", "max_rows_per_file": ROWS_PER_FILE}))
+        output = {"path": "out", "max_rows_per_file": ROWS_PER_FILE}
+        with without_children():
+            self.job = ready_job(write_job(folder, plan=PLAN, output=output))
 
     def clear(self) -> None:
         shutil.rmtree(self.output, ignore_errors=True)
@@ -192,7 +185,8 @@ class BucketPlace:
         self.inputs, self.output = "data/in", "data/out"
         self.fs.put(str(write_input(folder, NUM_ROWS) / "in"), self.inputs, recursive=True)
         output = {"path": "s3://data/out", "max_rows_per_file": ROWS_PER_FILE}
-        self.job = prepare(write_job(folder, input={"path": "s3://data/in"}, plan=PLAN, output=output))
+        with without_children():
+            self.job = ready_job(write_job(folder, input={"path": "s3://data/in"}, plan=PLAN, output=output))
 
     def clear(self) -> None:
         if self.fs.exists(self.output):
@@ -225,55 +219,10 @@ class _CrashingS3:
         return call
 
 
-class _Passes:
-    """In place of `segue.pipeline.run.passes.Passes`."""
-
-    may_go_on = True
-
-    def __init__(self, job: ReadyJob, tally: Tally, *_: object, quiet: bool) -> None:
-        self._job, self._tally = job, tally
-
-    def run(self, manifest: Manifest) -> None:
-        worker = UnitWorker(self._job.worker_spec(threads=1))
-        try:
-            for unit in missing_units(self._job.store, manifest):
-                self._tally.add(asyncio.run(worker.run_unit(unit)))
-        finally:
-            assert worker._loop is not None
-            worker._loop.stop()
-
-
-class _PlannerAhead:
-    """In place of `segue.pipeline.plan.windows.PlannerAhead`."""
-
-    def __init__(self, job: ReadyJob, before: Manifest) -> None:
-        self._job, self._before = job, before
-
-    def wait(self, _: object) -> bool:
-        return True
-
-    def result(self) -> Manifest:
-        return planning.plan_next(self._job, self._before)
-
-    def close(self) -> None:
-        """Nothing goes on."""
-
-
-def sorted_without_ray(job: CheckedJob, spec: RenderSpec, window: int) -> Iterator[pa.Table]:
-    """In place of `segue.pipeline.plan.order.sorted_rows`."""
-    tasks = RowSource(job.inputs, RowReader(job.columns.schema), job.window(window)).get_read_tasks(1)
-    blocks = [render_block(block, spec) for task in tasks for block in task()]
-    yield pa.concat_tables(blocks).sort_by([(name, "ascending") for name in ORDER])
-
-
 def run_job(place: Place) -> str:
     """The job's status. Raises Crash inside `place.crashing`."""
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(run.ray_session, "ray_session", nullcontext))
-        stack.enter_context(patch.object(planning, "sorted_rows", sorted_without_ray))
-        stack.enter_context(patch.object(planning, "PlannerAhead", _PlannerAhead))
-        stack.enter_context(patch.object(run, "Passes", _Passes))
-        return run.run_job(place.job, lambda line: None, quiet=True).status
+    with without_ray(), without_children():
+        return run.run_job(place.job, silent, quiet=True).status
 
 
 def steps_of(place: Place) -> list[str]:
@@ -331,22 +280,10 @@ def pairs_of(num_steps: int, count: int, seed: int) -> list[tuple[int, int]]:
 @contextmanager
 def bucket() -> Iterator[tuple[str, int]]:
     """Host and port of an S3 server in memory with the bucket, and the environment that leads to it."""
-    import urllib.request
-
-    from conftest import S3_ENVIRONMENT
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.WARNING)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    url = f"http://{host}:{port}"
-    try:
-        with patch.dict(os.environ, S3_ENVIRONMENT | {"AWS_ENDPOINT_URL": url}):
-            urllib.request.urlopen(urllib.request.Request(f"{url}/data", method="PUT"), timeout=30).close()
+    with moto_server() as (host, port):
+        empty_bucket(host, port)
+        with patch.dict(os.environ, S3_ENVIRONMENT | {"AWS_ENDPOINT_URL": f"http://{host}:{port}"}):
             yield host, port
-    finally:
-        server.stop()
 
 
 if __name__ == "__main__":

@@ -6,19 +6,17 @@ The same tables are printed by `python tests/faults/bad_inputs.py`.
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from bad_jobs import CASES, Case, is_expected, outcome_of
-from bad_parquet import BAD_FILES, GOOD, GOOD_DICTIONARY, TEXTS
-from bad_rows import DATASETS, SLOW_DATASETS, errors_in
+from bad.cases import Case, is_expected, outcome_of
+from bad.jobs import CASES
+from bad.parquet import BAD_FILES, GOOD, GOOD_DICTIONARY, TEXTS
+from bad.rows import DATASETS, NEED_CHILDREN, SLOW_DATASETS, errors_in, types
+from in_process import run, run_here, without_ray
 from render_specs import render_spec
 
 from segue.pipeline.dataset.blocks import InputChanged
 from segue.pipeline.dataset.files import discover
 from segue.pipeline.problems import JobRefused
 from segue.pipeline.prompts.rows import PlannedRowReader, RowLimits
-from segue.pipeline.ready.job import prepare
-from segue.pipeline.run.run import run_job
-
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray[.]")
 
 
 @pytest.fixture(autouse=True)
@@ -44,9 +42,10 @@ def test_every_number_of_the_rows_matrix_has_a_row():
 
 
 @pytest.mark.parametrize("make", DATASETS, ids=lambda make: make.__name__)
-def test_bad_rows_cost_themselves(make, local_ray, tmp_path):
+def test_bad_rows_cost_themselves(make, tmp_path):
     dataset = make()
-    summary = run_job(prepare(dataset.write(tmp_path)), lambda line: None, quiet=True)
+    with without_ray():
+        summary = (run if make in NEED_CHILDREN else run_here)(dataset.write(tmp_path))
     assert (summary.status, summary.exit_code) == ("done", 0)
     assert errors_in(tmp_path / "out") == dataset.codes
     table = pq.read_table(tmp_path / "out")
@@ -54,9 +53,8 @@ def test_bad_rows_cost_themselves(make, local_ray, tmp_path):
     assert all((answers[number] is None) == (code is not None) for number, code in dataset.codes.items())
 
 
-def test_types_that_are_only_passed_through_come_out_bit_equal(local_ray, tmp_path):
-    (make,) = [each for each in DATASETS if each.__name__ == "types"]
-    run_job(prepare(make().write(tmp_path)), lambda line: None, quiet=True)
+def test_types_that_are_only_passed_through_come_out_bit_equal(tmp_path):
+    run_here(types().write(tmp_path))
     given = pq.read_table(tmp_path / "in" / "a.parquet")
     (shard,) = (tmp_path / "out").glob("part-*.parquet")
     got = pq.read_table(shard).sort_by("src_row").select(given.column_names)

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ def run(folder: Path, source: str, max_rows_per_file: int = 16, **workers: Any) 
     output = {"path": "out", "max_rows_per_file": max_rows_per_file}
     job = write_job(folder, model={"source": source}, workers=TWO_WORKERS | workers, output=output)
     with segue_process(folder, "run", str(job), "--json") as process:
-        code, out, err = outcome(process, patience=500)  # every death is a process to be started
+        code, out, err = outcome(process)
     assert "Traceback" not in err, err
     lines = out.splitlines()
     assert len(lines) == (code not in (2, 4, 5)), "stdout is for results"
@@ -54,7 +53,7 @@ def test_row_that_crashes_and_row_that_hangs_are_marked_and_all_others_are_answe
     # As on a machine with many CPUs, where idle workers stay: the next pool is ready before the last one is gone.
     monkeypatch.setenv("RAY_idle_worker_killing_time_threshold_ms", "60000")
     folder = write_rows(tmp_path, {13: "POISON", 30: "STUCK"}, num_rows=48)
-    code, summary, _ = run(folder, "echo?crash=POISON&hang=STUCK", max_rows_per_file=4, step_timeout_s=4)
+    code, summary, _ = run(folder, "echo?crash=POISON&hang=STUCK", max_rows_per_file=4, step_timeout_s=8)
     wanted = {"ROW_TIMEOUT": 1, "WORKER_CRASH": 1}
     assert (code, summary["status"], summary["errors"]) == (0, "done", wanted)
     check(folder, {13: "WORKER_CRASH", 30: "ROW_TIMEOUT"})
@@ -72,12 +71,10 @@ def test_rows_at_which_the_engine_raises_are_marked_with_what_it_raised(tmp_path
 
 @pytest.mark.long
 def test_job_whose_every_row_crashes_ends_with_4_and_says_so(tmp_path):
-    started = time.monotonic()
     code, _, err = run(write_rows(tmp_path, {}), "echo?crash=fine")
     assert code == 4, err
     assert "workers died, and nothing was committed meanwhile" in err
     assert "single rows that were tried alone died, too" in err
-    assert time.monotonic() - started < 100
     assert not (tmp_path / "out" / "_SUCCESS").exists()
 
 
@@ -95,14 +92,14 @@ def test_worker_that_is_frozen_is_killed_and_costs_nothing(tmp_path):
     job = write_job(
         folder,
         model={"source": "echo:0.4"},
-        workers={"units_in_flight": 1, "step_timeout_s": 3},
+        workers={"units_in_flight": 1, "step_timeout_s": 8},
         output={"path": "out", "max_rows_per_file": 16},
     )
     with segue_process(folder, "run", str(job), "--json") as process:
         wait_for(lambda: shards_in(folder / "out"), process)
         for pid in worker_pids(process.pid):
             os.kill(pid, signal.SIGSTOP)
-        code, out, err = outcome(process, patience=500)  # every death is a process to be started
+        code, out, err = outcome(process)
     assert (code, json.loads(out)["num_errors"]) == (0, 0), err
     assert "lost with their workers" in err
     check(folder, {})
@@ -120,7 +117,7 @@ def test_too_many_crashing_rows_stop_the_job_at_the_error_limit(tmp_path):
         limits={"max_error_rate": 0.001},
     )
     with segue_process(folder, "run", str(job), "--json") as process:
-        code, out, err = outcome(process, patience=500)  # every death is a process to be started
+        code, out, err = outcome(process)
     assert (code, json.loads(out)["status"]) == (3, "incomplete"), err
 
 
@@ -135,6 +132,6 @@ def test_node_that_vanishes_costs_nothing(tmp_path, monkeypatch):
         with segue_process(folder, "run", str(job), "--json", "--quiet") as process:
             wait_for(lambda: shards_in(folder / "out"), process)
             kill()
-            code, out, err = outcome(process, patience=500)  # every death is a process to be started
+            code, out, err = outcome(process)
     assert (code, json.loads(out)["num_errors"]) == (0, 0), err
     check(folder, {})

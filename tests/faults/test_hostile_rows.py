@@ -4,20 +4,16 @@ import os
 import shutil
 import socket
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from bad_rows import CHAT
-from echo_jobs import LOCATIONS, PATIENCE, outcome, segue_process, write_job
+from bad.rows import CHAT
+from echo_jobs import LOCATIONS, outcome, segue_process, wait_for, write_job
+from in_process import run, run_here, without_ray
 
-from segue.pipeline.ready.job import prepare
-from segue.pipeline.run.run import run_job
-
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray[.]")
 PRIVATE = "PRIVATE0MARKER"
 
 
@@ -38,6 +34,11 @@ def files_with(folder: Path, words: list[bytes]) -> list[tuple[str, bytes]]:
             content = path.read_bytes()
             found += [(str(path.relative_to(folder)), word) for word in words if word in content]
     return found
+
+
+def tokens_in(folder: Path) -> list[bytes]:
+    """Of Rays that were started with their files there."""
+    return [path.read_bytes() for path in folder.rglob("ray-token") if path.stat().st_size == 64]
 
 
 def private_rows(folder: Path) -> pa.Table:
@@ -62,10 +63,8 @@ def test_neither_credentials_nor_the_ray_token_nor_prompts_are_written_where_the
         tmp_path, model={"source": "echo?crash=NOWHERE"}, **(LOCATIONS | {"output": columns, "limits": limits})
     )
     with segue_process(tmp_path, "run", str(job)) as process:
-        deadline = time.monotonic() + PATIENCE
-        while not (tokens := [path.read_bytes() for path in scratch.rglob("ray-token") if path.stat().st_size == 64]):
-            assert time.monotonic() < deadline, "no token was made"
-            time.sleep(0.05)
+        wait_for(lambda: tokens_in(scratch), process)
+        tokens = tokens_in(scratch)
         code, out, err = outcome(process)
     assert code == 0, err
     assert len(tokens) == 1
@@ -81,7 +80,7 @@ def test_neither_credentials_nor_the_ray_token_nor_prompts_are_written_where_the
     assert [word for word in [*secrets, PRIVATE.encode()] if word in (out + err).encode()] == []
 
 
-def test_nothing_connects_to_what_rows_name(local_ray, tmp_path):
+def test_nothing_connects_to_what_rows_name(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as listening:
         listening.settimeout(0.2)
         url = f"http://127.0.0.1:{listening.getsockname()[1]}/x.png"
@@ -103,13 +102,14 @@ def test_nothing_connects_to_what_rows_name(local_ray, tmp_path):
         (tmp_path / "in").mkdir()
         pq.write_table(pa.table({"messages": pa.array(rows, kind)}), tmp_path / "in" / "a.parquet")
         job = write_job(tmp_path, prompt={"chat_template": CHAT}, limits={"max_error_rate": 1.0})
-        summary = run_job(prepare(job), lambda line: None, quiet=True)
+        with without_ray():
+            summary = run(job)
         assert summary.errors == {"UNSUPPORTED_CONTENT": 80}
         with pytest.raises(TimeoutError):
             listening.accept()
 
 
-def test_row_error_among_a_thousand_rows_leaves_all_others_bit_equal(local_ray, tmp_path, model_directory):
+def test_row_error_among_a_thousand_rows_leaves_all_others_bit_equal(tmp_path, model_directory):
     """The same rows without it, which are the same requests in the same order."""
     prompts = [f"{'abc'[n % 3] * 30} number {n}" for n in range(1000)]
     shares: dict[str, Any] = {
@@ -129,7 +129,7 @@ def test_row_error_among_a_thousand_rows_leaves_all_others_bit_equal(local_ray, 
             tmp_path / name, prompt={"format": "text", "text": "{prompt}"},
             sampling_params={"max_tokens": 4, "logprobs": 2}, **shares,
         )  # fmt: skip
-        assert run_job(prepare(job), lambda line: None, quiet=True).errors == ({"NULL_PROMPT": 1} if spoiled else {})
+        assert run_here(job).errors == ({"NULL_PROMPT": 1} if spoiled else {})
         rows = pq.read_table(tmp_path / name / "out").select(["id", "generated_text", "logprobs", "error"]).to_pylist()
         got.append({row["id"]: (row["generated_text"], row["logprobs"]) for row in rows if row["error"] is None})
     assert len(got[0]) == 999

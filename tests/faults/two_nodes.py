@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+PATIENCE = 300.0  # seconds until its process has ended
+
 
 @contextmanager
 def two_nodes() -> Iterator[tuple[str, Callable[[], None]]]:
@@ -20,7 +22,7 @@ def two_nodes() -> Iterator[tuple[str, Callable[[], None]]]:
     try:
         yield process.stdout.readline().strip(), kill
     finally:
-        process.communicate(timeout=60)
+        process.communicate(timeout=PATIENCE)
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """The picture of attention shows what the rule allows, and nothing else."""
 
-import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,12 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml_job
+from commands import last_line, segue
 from tiny_models import tiny_model
-from typer.testing import CliRunner
 
 from segue.attention.segments import Segment, canonical_segments
 from segue.attention.visibility import block_sequence_ids, visible
-from segue.jobs.cli import app
 from segue.workers.models.attention_maps import attention_map
 
 SEGMENTS = [Segment((5, 6, 7, 8), True), Segment((9, 10, 11), True), Segment((12, 13), False)]
@@ -40,7 +38,7 @@ def test_layer_that_the_model_lacks_is_refused():
 
 
 @pytest.fixture
-def job_file(tmp_path, model_directory):
+def job_file(here, tmp_path, model_directory):
     rows = [{"prompt": "what is $x_1^2$?"}, {"prompt": None}, {"prompt": "and this one?"}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     job = {
@@ -54,9 +52,9 @@ def job_file(tmp_path, model_directory):
 
 def test_attention_command_writes_a_picture_and_tells_the_segments(job_file, tmp_path):
     picture = tmp_path / "seen.png"
-    result = CliRunner().invoke(app, ["attention", str(job_file), "--row", "2", "--picture", str(picture)])
-    assert result.exit_code == 0, result.stderr
-    told = json.loads(result.stdout.splitlines()[-1])
+    code, out, err = segue("attention", job_file, "--row", "2", "--picture", picture)
+    assert code == 0, err
+    told = last_line(out)
     assert (told["row"], told["picture"]) == ("rows.parquet:2", str(picture))
     assert [span["bidirectional"] for span in told["segments"]] == [True, False]
     assert told["segments"][-1]["stop"] == told["tokens"]
@@ -74,14 +72,14 @@ def test_attention_command_writes_a_picture_and_tells_the_segments(job_file, tmp
     ],
 )
 def test_attention_command_refuses_what_it_cannot_draw(job_file, tmp_path, arguments, message):
-    result = CliRunner().invoke(app, ["attention", str(job_file), "--picture", str(tmp_path / "a.png"), *arguments])
-    assert result.exit_code == 2
-    assert message in result.stderr
+    code, _, err = segue("attention", job_file, "--picture", tmp_path / "a.png", *arguments)
+    assert code == 2
+    assert message in err
     assert not (tmp_path / "a.png").exists()
 
 
 def test_attention_command_refuses_a_place_that_is_none_before_any_work(job_file, tmp_path):
     for name in ("nowhere/a.png", "a.bmp"):
-        result = CliRunner().invoke(app, ["attention", str(job_file), "--picture", str(tmp_path / name)])
-        assert result.exit_code == 2
-        assert "--picture" in result.stderr
+        code, _, err = segue("attention", job_file, "--picture", tmp_path / name)
+        assert code == 2
+        assert "--picture" in err

@@ -3,10 +3,10 @@
 import json
 
 import pytest
+from ready_jobs import ready_job
 
 from segue.jobs.bench.arc import NUM_SHOTS, context_of, load, pairs_of, write_job
 from segue.pipeline.prompts.render import encoder_of
-from segue.pipeline.ready.job import prepare
 from segue.workers.engine.echo import echo_tokenizer
 
 
@@ -38,9 +38,9 @@ def test_arc_line_in_another_format_is_named(tmp_path):
         load(tmp_path / "x.jsonl")
 
 
-def test_arc_job_has_the_benchmarks_prompts(data, tmp_path):
+def test_arc_job_has_the_benchmarks_prompts(here, data, tmp_path):
     write_job(data, tmp_path / "job")
-    job = prepare(tmp_path / "job" / "job.yaml", ["model.source=echo"])
+    job = ready_job(tmp_path / "job" / "job.yaml", "model.source=echo")
     questions, shots = load(data / "arc_easy-test.jsonl"), load(data / "arc_easy-train.jsonl")[:NUM_SHOTS]
     (segment,) = encoder_of(job.render_spec("2026-01-02")).encode({"question": questions[0].question})
     assert echo_tokenizer().decode(list(segment.token_ids)) == context_of(questions[0].question, shots)

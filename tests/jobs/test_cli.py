@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from commands import finished_output, segue
 from echo_jobs import NUM_ROWS, origins, outcome, rows_of, segue_process, shards_in, wait_for, write_input, write_job
+from ready_jobs import ready_job
 
 from segue.jobs.show.folder import show_summary
 from segue.pipeline.ledger.totals import RunSummary
@@ -73,21 +74,21 @@ def test_cli_run_on_a_cluster_that_does_not_answer_exits_4_at_once(tmp_path, mon
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray[.]")
 def test_cli_model_that_does_not_fit_is_refused_where_it_would_run(tmp_path, monkeypatch, model_directory):
     """Planning needs no weights, and a cluster has memory of its own."""
-    from segue.pipeline.ready import job
+    from segue.pipeline.ready import model as checking
 
     model = {"source": model_directory, "dtype": "float32"}
     path = write_job(write_input(tmp_path), model=model, workers={"min_size": 2, "max_size": 2})
-    weight_bytes = job.prepare(path, runs_here=True).facts.weight_bytes
+    weight_bytes = ready_job(path, runs_here=True).facts.weight_bytes
     weights = sum(file.stat().st_size for file in Path(model_directory).glob("*.safetensors"))
     assert 0.5 * weights < weight_bytes <= weights, "a file is its weights and a header"
-    monkeypatch.setattr(job, "free_memory_bytes", lambda: 2 * weight_bytes)
+    monkeypatch.setattr(checking, "free_memory_bytes", lambda: 2 * weight_bytes)
     assert segue("validate", path)[0] == 0
-    monkeypatch.setattr(job, "free_memory_bytes", lambda: 2 * weight_bytes - 1)
+    monkeypatch.setattr(checking, "free_memory_bytes", lambda: 2 * weight_bytes - 1)
     for command in ("validate", "run"):
         code, _, err = segue(command, path)
         assert code == 2
         assert "model: got weights of 0.0 GiB in float32, for each of 2 workers, wanted what fits into" in err
-    job.prepare(path)
+    ready_job(path)
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     assert segue("validate", path)[0] == 0
 

@@ -4,8 +4,6 @@ import datetime
 import json
 import math
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from commands import last_line, segue
+from in_process import without_children, without_ray
 from peft import PeftModel
+from ready_jobs import ready_job
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.masking_utils import create_causal_mask
 
 from segue.attention.segments import Segment
 from segue.attention.visibility import block_sequence_ids
-from segue.pipeline.ready.checks import check_job_file
 from segue.workers.models.source import locate, safetensors_directory
 from segue.workers.prompts.encoder import PromptEncoder
 
@@ -35,16 +35,16 @@ TIE_MARGIN = 2e-4
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The triage job's first rows in fp32, as two workers write them; and the summary it printed."""
+    """The triage job's first rows in fp32, in two shards; and the summary that the command printed."""
     output = tmp_path_factory.mktemp("demo") / "out"
-    command = [
-        str(Path(sys.executable).parent / "segue"), "run", str(EXAMPLE / "job.yaml"), "--limit", str(NUM_ROWS),
-        "--output", str(output), "--set", "model.dtype=float32", "--set", f"sampling_params.max_tokens={MAX_TOKENS}",
-        "--set", "output.max_rows_per_file=8",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr
-    return output, json.loads(done.stdout.splitlines()[-1])
+    with without_ray(), without_children():
+        code, out, err = segue(
+            "run", EXAMPLE / "job.yaml", "--limit", str(NUM_ROWS), "--output", output,
+            "--set", "model.dtype=float32", "--set", f"sampling_params.max_tokens={MAX_TOKENS}",
+            "--set", "output.max_rows_per_file=8",
+        )  # fmt: skip
+    assert code == 0, err
+    return output, last_line(out)
 
 
 def input_rows():
@@ -78,7 +78,7 @@ def test_random_rows_of_the_demo_equal_a_plain_loop_over_transformers(finished, 
     tokenizer = AutoTokenizer.from_pretrained(directory)
     base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     model: Any = PeftModel.from_pretrained(base, ADAPTER)
-    job = check_job_file(EXAMPLE / "job.yaml", [f"output.path={tmp_path}"])
+    job = ready_job(EXAMPLE / "job.yaml", f"output.path={tmp_path}", "model.source=echo").checked
     encoder = PromptEncoder.from_directory(directory, job.template, date=datetime.date(2026, 1, 1))
     asked = {(row["ticket_id"], row["question"]): row for row in input_rows()}
     for row in random.Random(0).sample(pq.read_table(output).to_pylist(), NUM_CHECKED):

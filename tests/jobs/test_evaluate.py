@@ -1,23 +1,20 @@
 """`segue evaluate`: numbers of finished outputs, by hand and against scipy; two outputs compared."""
 
-import json
 import math
 from typing import Any
 
 import pyarrow as pa
 import pytest
+from commands import last_line, segue
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
-from typer.testing import CliRunner
 
 from segue.jobs.analysis.evaluate import compare, evaluate
 from segue.jobs.analysis.judge import Judging
 from segue.jobs.analysis.statistics import mcnemar, wilson_interval
-from segue.jobs.cli import app
 from segue.pipeline.ledger.columns import result_schema, result_table
 from segue.pipeline.ledger.manifest import SUCCESS, ForeignOutput, Manifest
-from segue.pipeline.ledger.scores import score_schema
 from segue.pipeline.ledger.shards import PROTOCOL, ShardFooter, commit_shard, serialize_shard
 from segue.pipeline.ledger.units import UnitSpec
 from segue.pipeline.problems import JobRefused
@@ -34,7 +31,7 @@ def output(folder, task, shards: list[list[dict[str, Any]]], passed: pa.Schema =
     units = tuple(UnitSpec(n, f"{n:016d}", len(rows), len(rows), 1) for n, rows in enumerate(shards))
     manifest = Manifest(PROTOCOL, "quiz", "2026-01-02", {"task": task}, {}, units, {})
     store.create("_job/manifest.json", manifest.to_bytes())
-    schema = result_schema(passed, SamplingParams()) if task == "generate" else score_schema(passed, task)
+    schema = result_schema(passed, SamplingParams(), task)
     for unit, rows in zip(units, shards, strict=True):
         own = [{"src_path": "a", "src_row": 100 * unit.ordinal + n} | row for n, row in enumerate(rows)]
         through = pa.table(
@@ -101,10 +98,10 @@ def test_evaluate_instruction_format_takes_the_first_answer_in_the_text(tmp_path
         ("the correct answer is true", "true"),
     )
     folder = output(tmp_path / "out", "generate", [rows], ANSWERS)
-    result = CliRunner().invoke(app, ["evaluate", folder, "--preset", "commonsense"])
-    (group,) = json.loads(result.stdout.splitlines()[-1])["groups"]
-    assert (result.exit_code, group["acc"], group["n"]) == (0, pytest.approx(2 / 3), 3)
-    assert "0.6667" in result.stdout.splitlines()[2]
+    code, out, _ = segue("evaluate", folder, "--preset", "commonsense")
+    (group,) = last_line(out)["groups"]
+    assert (code, group["acc"], group["n"]) == (0, pytest.approx(2 / 3), 3)
+    assert "0.6667" in out.splitlines()[2]
 
 
 def test_evaluate_texts_weighs_them_by_size(tmp_path):

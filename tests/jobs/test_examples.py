@@ -10,9 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from example_modules import EXAMPLES, load_generator
+from ready_jobs import ready_job
 
 from segue.attention.segments import Segment
-from segue.pipeline.ready.checks import CheckedJob, check_job_file
+from segue.pipeline.ready.checks import CheckedJob
 from segue.workers.errors import RowError
 from segue.workers.prompts.encoder import PromptEncoder
 from segue.workers.prompts.template import PromptTemplate
@@ -28,8 +29,8 @@ CONTEXT_TOKENS = 8192  # SmolLM2's
 
 
 def check_example(folder: Path, output: Path) -> CheckedJob:
-    """The job as `segue validate` sees it, writing elsewhere, so that an earlier run's output does not matter."""
-    return check_job_file(folder / "job.yaml", [f"output.path={output}"])
+    """The job as `segue validate` sees it, but for its model, with an output folder of its own."""
+    return ready_job(folder / "job.yaml", f"output.path={output}", "model.source=echo").checked
 
 
 def encoder_of(job: CheckedJob) -> PromptEncoder:

@@ -15,13 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from commands import last_line
+from echo_jobs import outcome, segue_process
+from ready_jobs import config_of
 
-from segue.pipeline.jobfile.read import load_job
 from segue.pipeline.jobfile.schema import JobConfig
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SEGUE = str(Path(sys.executable).with_name("segue"))
 READERS = ("errors", "evaluate", "report", "status", "verify")  # of what other lines have written
 WRITTEN = {"--output", "--html"}
 ECHO = ["--set", "model.source=echo", "--limit", "7"]
@@ -52,14 +53,10 @@ def redirected(args: Sequence[str], folder: Path, *, extra: Sequence[str] = ()) 
     return [*words, "--output", str(folder / Path(args[1]).parent / "out")]
 
 
-def segue(args: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [SEGUE, *args], cwd=ROOT, capture_output=True, text=True, timeout=580, stdin=subprocess.DEVNULL
-    )
-
-
-def last_line(result: subprocess.CompletedProcess[str]) -> dict:
-    return json.loads(result.stdout.splitlines()[-1])
+def segue(args: Sequence[str]) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr)"""
+    with segue_process(ROOT, *args) as process:
+        return outcome(process)
 
 
 def needs_weights(args: Sequence[str]) -> bool:
@@ -78,9 +75,9 @@ def run_lines(folder: Path, *, weights: bool, extra: Sequence[str] = ()) -> dict
     for group in ({line: args for line, args in lines.items() if line not in readers}, readers):
         with ThreadPoolExecutor(2) as pool:
             results = pool.map(lambda args: segue(redirected(args, folder, extra=extra)), group.values())
-            for (line, args), result in zip(group.items(), results, strict=True):
-                assert result.returncode == 0, (line, result.stderr[-2000:])
-                printed[line] = json.loads(result.stdout) if args == ["schema"] else last_line(result)
+            for (line, args), (code, out, err) in zip(group.items(), results, strict=True):
+                assert code == 0, (line, err[-2000:])
+                printed[line] = json.loads(out) if args == ["schema"] else last_line(out)
     return printed
 
 
@@ -137,7 +134,7 @@ def test_readme_job_file_is_valid_and_asks_what_the_example_asks(tmp_path: Path)
 
 def _job(path: Path) -> JobConfig:
     """With the adapter as the file names it, relative to itself."""
-    job = load_job(path)
+    job = config_of(path)
     if job.model.adapter is None:
         return job
     adapter = os.path.relpath(job.model.adapter, path.parent)

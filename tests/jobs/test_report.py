@@ -10,10 +10,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from commands import finished_output, segue
+from commands import finished_output, last_line, segue
 from echo_jobs import write_job
 from hypothesis import given
 from hypothesis import strategies as st
+from in_process import run_here
 
 from segue.jobs.analysis.profile import Histogram, profile_of
 from segue.jobs.show.report import curve, tree_boxes
@@ -23,7 +24,6 @@ HOSTILE = (
     "</dd><script>window.hit = 1; fetch('http://127.0.0.1:9/')</script>"
     "<img src='http://127.0.0.1:9/x' onerror='window.hit = 1'>"
 )
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray[.]")
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,7 @@ def output(tmp_path_factory) -> Path:
         folder, sampling_params={"max_tokens": 160}, limits={"max_model_len": 700}, workers={"max_size": 1},
         output={"path": "out", "max_rows_per_file": 8},
     )  # fmt: skip
-    code, _, err = segue("run", job, "--json", "--quiet")
-    assert code == 0, err
+    assert run_here(job).exit_code == 0
     return folder / "out"
 
 
@@ -49,7 +48,7 @@ def page(output) -> Path:
     path = output.parent / "report.html"
     code, out, err = segue("report", output, "--html", path, "--hourly-price", "3.5")
     assert code == 0, err
-    assert json.loads(out.splitlines()[-1]) == {"report": str(path), "output": str(output), "rows": 43}
+    assert last_line(out) == {"report": str(path), "output": str(output), "rows": 43}
     return path
 
 

@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml_job
 from echo_jobs import write_input, write_job
+from ready_jobs import config_of, ready_job
 
 from segue.pipeline.jobfile.schema import JobConfig
 from segue.pipeline.problems import JobRefused
-from segue.pipeline.ready.job import prepare
 from segue.pipeline.run.run import ray_ahead
 from segue.workers.devices.gpus import may_be_there
 
@@ -59,29 +59,35 @@ print(ready.facts.dtype, summary.status, [name for name in ("torch", "transforme
     assert result.stdout.split(maxsplit=1)[1].strip() == "done []"
 
 
-def test_meanwhile_comes_once_data_is_seen_to_be_right_and_before_the_model_is(tmp_path, strange_model):
+def test_meanwhile_is_called_once_data_is_right_and_before_the_model_is_loaded(tmp_path, strange_model):
     called: list[JobConfig] = []
-    ready = prepare(write_model_job(tmp_path, "echo"), meanwhile=called.append)
+    ready = ready_job(write_model_job(tmp_path, "echo"), meanwhile=called.append)
     assert called == [ready.config]
     write_model_job(tmp_path, strange_model)
     with pytest.raises(JobRefused, match="unheard-of"):
-        prepare(tmp_path / "job.yaml", meanwhile=called.append)
+        ready_job(tmp_path / "job.yaml", meanwhile=called.append)
     assert len(called) == 2
     with pytest.raises(JobRefused, match=r"unheard-of(.|\n)*input\.path"):
-        prepare(tmp_path / "job.yaml", ["input.path=nowhere"], meanwhile=called.append)
+        ready_job(tmp_path / "job.yaml", "input.path=nowhere", meanwhile=called.append)
     for change in ("model.source=./nowhere", "workers.num_gpus=1", "input.path=nowhere"):
         with pytest.raises(JobRefused, match=change.split("=")[0].split(".")[0]):
-            prepare(tmp_path / "job.yaml", [change], meanwhile=called.append)
+            ready_job(tmp_path / "job.yaml", change, meanwhile=called.append)
     assert len(called) == 2
+
+
+FILTERED = "input.filters=[[prompt, ==, one]]"
 
 
 def test_what_is_wrong_with_a_model_is_told_before_filters_read_the_data(tmp_path, strange_model, monkeypatch):
-    monkeypatch.setattr("segue.pipeline.ready.checks.selected_rows", lambda *_: pytest.fail("the data was read"))
-    called: list[JobConfig] = []
-    filtered = "input.filters=[[prompt, ==, one]]"
+    monkeypatch.setattr("segue.pipeline.ready.job.selected_rows", lambda *_: pytest.fail("the data was read"))
     with pytest.raises(JobRefused, match="unheard-of"):
-        prepare(write_model_job(tmp_path, strange_model), [filtered], meanwhile=called.append)
-    assert not called, "Ray would wait for the filters"
+        ready_job(write_model_job(tmp_path, strange_model), FILTERED)
+
+
+def test_ray_is_not_started_ahead_of_filters_for_which_it_would_wait(tmp_path, monkeypatch):
+    monkeypatch.setattr("segue.pipeline.processes.ray_session.ray_session", lambda: pytest.fail("Ray was started"))
+    with ray_ahead(config_of(write_model_job(tmp_path, "echo"), FILTERED)):
+        pass
 
 
 def test_ray_that_does_not_start_hides_no_problem_of_the_model(tmp_path, strange_model):
@@ -105,8 +111,8 @@ def test_submitted_job_joins_its_cluster_when_all_is_looked_at(tmp_path, monkeyp
     """Ray (2.60) may unpack its folder again when it does, in another's place, while a child still stands there."""
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     monkeypatch.setattr("segue.pipeline.processes.ray_session.ray_session", lambda: pytest.fail("joined before"))
-    with ray_ahead() as start:
-        prepare(write_model_job(tmp_path, "echo"), meanwhile=start)
+    with ray_ahead(config_of(write_model_job(tmp_path, "echo"))):
+        pass
 
 
 @pytest.mark.parametrize(("signum", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
@@ -130,13 +136,12 @@ def test_ray_that_was_started_ahead_ends_with_a_job_that_is_refused(tmp_path, st
     job = write_model_job(tmp_path, strange_model)
     result = python(f"""
 import ray
-import segue.pipeline.ready.job as job
+import segue.pipeline.ready.model as checking
 from segue.jobs.commands.running import run_file
 from segue.pipeline.problems import JobRefused
-from segue.pipeline.run.run import ray_ahead
 was_there = []
-look = job.inspect_model
-job.inspect_model = lambda *args, **more: was_there.append(ray.is_initialized()) or look(*args, **more)
+look = checking.inspect_model
+checking.inspect_model = lambda *args, **more: was_there.append(ray.is_initialized()) or look(*args, **more)
 try:
     run_file({str(job)!r}, [], quiet=True)
 except JobRefused as refused:
@@ -150,12 +155,12 @@ def test_signal_while_the_model_is_looked_at_ends_ray_and_tells_its_number(tmp_p
     result = python(f"""
 import atexit, os, signal
 import psutil
-import segue.pipeline.ready.job as job
+import segue.pipeline.ready.model as checking
 from segue.jobs.commands.running import run_file
 def report():
     print([child.name() for child in psutil.Process().children() if child.name() in ("raylet", "gcs_server")])
 atexit.register(report)
-job.inspect_model = lambda *args, **more: os.kill(os.getpid(), signal.SIGTERM)
+checking.inspect_model = lambda *args, **more: os.kill(os.getpid(), signal.SIGTERM)
 run_file({str(job)!r}, [], quiet=True)
 """)
     assert (result.returncode, result.stdout.strip()) == (143, "[]"), result.stderr

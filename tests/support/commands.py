@@ -1,6 +1,8 @@
 """The `segue` command in this process, and a finished output folder to use it on."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from typer.testing import CliRunner
@@ -20,6 +22,11 @@ def segue(*arguments: str | Path) -> tuple[int, str, str]:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.stdout, result.stderr
+
+
+def last_line(out: str) -> dict[str, Any]:
+    """The JSON that a command's stdout ends with."""
+    return json.loads(out.splitlines()[-1])
 
 
 def finished_output(folder: Path, texts: list[bytes | None], errors: list[dict[str, str] | None]) -> Path:

@@ -40,7 +40,7 @@ class LocalCluster:
         self.clients.append(client)
         return client
 
-    def ended(self, *arguments: str | Path, timeout: float = 300, **variables: str) -> tuple[int, str, str]:
+    def ended(self, *arguments: str | Path, timeout: float = 900, **variables: str) -> tuple[int, str, str]:
         """(exit code, stdout, stderr)"""
         process = self.segue(*arguments, **variables)
         out, err = process.communicate(timeout=timeout)
@@ -73,6 +73,6 @@ def _script(*arguments: object) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr

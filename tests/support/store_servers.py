@@ -1,6 +1,8 @@
-"""S3 servers in processes of their own: SeaweedFS, which checks signatures and checksums; rclone, which overwrites."""
+"""S3 servers: moto in this process; in processes of their own SeaweedFS, which checks signatures and checksums, and
+rclone, which overwrites."""
 
 import json
+import logging
 import signal
 import socket
 import subprocess
@@ -12,9 +14,37 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-PATIENCE = 60.0
+PATIENCE = 300.0
 ADMIN = ("AKIAADMIN0CANARY0000", "admin-secret-canary")
 READER = ("AKIAREADER0CANARY000", "reader-secret-canary")
+
+S3_ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "AKIAEXAMPLE0CANARY00",
+    "AWS_SECRET_ACCESS_KEY": "a-secret-canary",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+
+@contextmanager
+def moto_server() -> Iterator[tuple[str, int]]:
+    """Host and port of an S3 server that keeps everything in memory."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        yield server.get_host_and_port()
+    finally:
+        server.stop()
+
+
+def empty_bucket(host: str, port: int) -> None:
+    """The bucket `data` of a moto server, and nothing else."""
+    for method, path in (("POST", "moto-api/reset"), ("PUT", "data")):
+        request = urllib.request.Request(f"http://{host}:{port}/{path}", method=method)
+        urllib.request.urlopen(request, timeout=30).close()
 
 
 class StoreServer:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import varlen
 
-from segue.attention.cuda.backend import VarlenBackend
+from segue.attention.cuda.backend import CudaBackend
 from segue.attention.memory.budget import KVShape
 from segue.attention.memory.pool import KVPool
 from segue.workers.devices import devices
@@ -29,7 +29,7 @@ def emulated_kernel(*args, **kwargs) -> tuple[Tensor, Tensor]:
     return emulated_varlen_attn(*args, **kwargs)
 
 
-class EmulatedBackend(VarlenBackend):
+class EmulatedBackend(CudaBackend):
     """On a CPU, in a pool that is small, since it is allocated at once, and full of what must never count."""
 
     def __init__(self, layer_devices: Sequence[torch.device] | None = None) -> None:

@@ -11,11 +11,11 @@ from typing import Literal
 import torch
 
 from segue.attention.backend import Backend
-from segue.attention.cpu.backend import NativeBackend
+from segue.attention.cpu.backend import KernelBackend
+from segue.attention.cpu.by_torch import TorchBackend
 from segue.attention.cpu.kernels import DTYPES as KERNEL_DTYPES
 from segue.attention.cpu.kernels import Kernels, load_kernels
-from segue.attention.cpu.plain import CpuBackend
-from segue.attention.cuda.backend import FLASH_DTYPES, VarlenBackend
+from segue.attention.cuda.backend import FLASH_DTYPES, CudaBackend
 from segue.attention.memory.budget import KVShape
 from segue.attention.reference import ReferenceBackend
 from segue.workers.devices.memory import GPU_KV_SHARE, KV_SHARE, free_memory_bytes
@@ -27,10 +27,10 @@ RESERVED_SHARE = 0.9  # of what is free on a GPU, at most
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 BACKENDS: dict[str, Callable[[Sequence[torch.device]], Backend]] = {
-    "native": lambda _: NativeBackend(_wanted_kernels()),
-    "cpu": lambda _: CpuBackend(),
+    "native": lambda _: KernelBackend(_wanted_kernels()),
+    "cpu": lambda _: TorchBackend(),
     "reference": lambda _: ReferenceBackend(),
-    "varlen": lambda layer_devices: VarlenBackend(layer_devices=layer_devices),
+    "varlen": lambda layer_devices: CudaBackend(layer_devices=layer_devices),
 }
 
 

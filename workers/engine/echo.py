@@ -1,10 +1,10 @@
-"""An engine without weights: the contract of `Engine`, and answers that can be computed by hand.
+"""An engine without weights: the contract of `Engine`, with answers that can be computed by hand.
 
-A row's answer is its own prompt's last tokens, and what it scores high are tokens of the context. Prompts are bytes: a
-token is a byte of UTF-8, and the chat template is ChatML with three control tokens. For tests of everything around a
-model, and for dry runs and drills of a job: `source: echo`, or `echo:0.5` for steps that take half a second;
-with `echo?crash=WORD&hang=WORD&fail=WORD` its process ends with a segmentation fault, stands still, or raises, at a row
-that has the word.
+A row's answer is the end of its own prompt. In scoring, tokens of the context have a high score. A token is a byte of
+UTF-8, and the chat template is ChatML with three control tokens. It serves tests of everything around a model, and dry
+runs and drills of a job: `source: echo`, or `echo:0.5` for steps that take half a second. With
+`echo?crash=WORD&hang=WORD&fail=WORD` its process ends with a segmentation fault, hangs, or raises at a row that
+contains the word.
 """
 
 import ctypes

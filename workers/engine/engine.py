@@ -8,7 +8,8 @@ Knows prompts and models; batching is `workers/engine/core.py`. No Ray, no stora
 """
 
 import datetime
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Container, Hashable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -18,17 +19,23 @@ from torch import Tensor
 
 from segue.attention.segments import Segment, canonical_segments
 from segue.workers.devices.names import Device, DeviceMap
-from segue.workers.engine.coalescing import RequestCoalescer
-from segue.workers.engine.core import EngineConfig, EngineCore, last_hidden
+from segue.workers.engine.config import EngineConfig
+from segue.workers.engine.core import EngineCore
 from segue.workers.engine.stats import EngineStats
-from segue.workers.errors import RowError
 from segue.workers.models.adapter_record import AdapterRecord, load_record
 from segue.workers.models.load import TreeModel, load_model
 from segue.workers.models.source import ModelRefused
 from segue.workers.prompts.encoder import PromptEncoder
 from segue.workers.prompts.template import PromptTemplate
 from segue.workers.rows.params import SamplingParams
-from segue.workers.rows.request import GenerationRequest, RequestOutput, Score, ScoringRequest
+from segue.workers.rows.request import (
+    EngineRow,
+    GenerationRequest,
+    LogitsRequest,
+    RequestOutput,
+    Score,
+    ScoringRequest,
+)
 from segue.workers.scoring.pairs import PairEncoder
 from segue.workers.scoring.windows import rolling_requests, total_score
 
@@ -37,11 +44,18 @@ __all__ = ["Engine", "EngineConfig", "EngineStats", "Prompt"]
 Prompt = str | Sequence[dict[str, Any]] | Sequence[Segment]
 
 
-class Engine(EngineCore):
-    """One model on one device, in process."""
+class Engine:
+    """One model on one device, in process.
+
+    After an exception or Ctrl-C in one of its methods it can still be used: rows of the interrupted call are dropped.
+    """
 
     def __init__(self, model: TreeModel, config: EngineConfig | None = None) -> None:
-        super().__init__(model, config)
+        self.core = EngineCore(model, config)
+        self.model = model
+        self.config = self.core.config
+        self.stats = self.core.stats
+        self._unclaimed: list[RequestOutput] = []  # of rows that were added, finished while another call ran
         self._encoder: PromptEncoder | None = None
         self._chat_encoder: PromptEncoder | None = None
         self._adapter = AdapterRecord()  # what chats are checked against
@@ -63,10 +77,10 @@ class Engine(EngineCore):
     ) -> "Engine":
         """Load a model (see `workers/models/source.py` for what a source may be).
 
-        `mask="auto"` is what the adapter was trained with, else causal. Raises ModelRefused with the reason, another
-        mask than the adapter's among them unless `check_adapter` is False. `device="auto"` is a GPU if there is one;
-        `device_map="auto"` puts a model's layers on all of them. `quantization` is transformers' own configuration,
-        with its `quant_method`: weights are made smaller as they are loaded.
+        `mask="auto"` is the mask that the adapter was trained with, and causal without one. `device="auto"` is a GPU if
+        there is one; `device_map="auto"` puts a model's layers on all GPUs. `quantization` is transformers' own
+        configuration, with its `quant_method`: weights are quantised while they are loaded. Raises ModelRefused with
+        the reason. One reason is another mask than the adapter's, unless `check_adapter` is False.
         """
         record = (load_record(Path(adapter)) if adapter else None) or AdapterRecord()
         resolved = record.mask or "causal" if mask == "auto" else mask
@@ -94,72 +108,91 @@ class Engine(EngineCore):
         if len(each) != len(prompts):
             raise ValueError(f"as many sampling params as prompts wanted ({len(prompts)}), got {len(each)}")
         chains = [self._chain(prompt) for prompt in prompts]
-        for index in sorted(range(len(chains)), key=lambda i: _tree_order(chains[i])):
-            self.add(index, GenerationRequest(chains[index], each[index], str(index).encode()))
-        outputs: dict[Hashable, RequestOutput] = {}
-        while self.has_work:
-            outputs.update((output.request_id, output) for output in self.step())
-        return [outputs[index] for index in range(len(prompts))]
+        keys = [str(index).encode() for index in range(len(prompts))]
+        return self._run([GenerationRequest(*row) for row in zip(chains, each, keys, strict=True)])
 
-    @torch.inference_mode()
     def logits(self, prompts: Sequence[Prompt]) -> Tensor:
         """`[N, V]` fp32, at each prompt's last token. Raises RowError for a prompt that cannot run."""
-        chains = [canonical_segments(self._chain(prompt), mask=self.config.mask) for prompt in prompts]
-        first_with = {chain: index for index, chain in reversed(list(enumerate(chains)))}
-        rows: dict[Hashable, Tensor] = {}
-        for chain in sorted(first_with, key=_tree_order):
-            self.add(first_with[chain], GenerationRequest(chain, SamplingParams(max_tokens=1), b""))
-        errors: list[RowError] = []
-        while self.has_work:
-            plan = self.scheduler.plan_step()
-            errors += [output.error for output in (*self._refused, *self._take_failed()) if output.error]
-            self._refused = []
-            self._compute(plan)
-            for prefill in plan.ready:
-                rows[prefill.request.request_id] = self.model.logits(last_hidden(prefill)[None])[0]
-                prefill.samples[0].finish_reason = "length"
-                self.scheduler.start_decoding(prefill)
-            self._count(plan)
-        self._coalescer = RequestCoalescer()
-        if errors:
-            raise errors[0]
-        return torch.stack([rows[first_with[chain]] for chain in chains])
+        outputs = self._run([LogitsRequest(self._chain(prompt)) for prompt in prompts])
+        return torch.stack([logits for output in _answered(outputs) if (logits := output.logits) is not None])
 
     def loglikelihood(self, pairs: Sequence[tuple[Prompt, str | Sequence[int]]]) -> list[Score]:
         """The log-likelihood of each continuation after its context, in the order of `pairs`.
 
-        Strings are tokenised together, as lm-evaluation-harness does it: spaces at the end of the context belong to the
-        continuation, and an empty context is the beginning-of-sequence (else end-of-sequence) token. A continuation may
-        be token ids. Raises RowError for a pair that cannot be scored.
+        Context and continuation are tokenised together, as in lm-evaluation-harness: spaces at the end of the context
+        belong to the continuation, and an empty context is the beginning-of-sequence token, or the end-of-sequence
+        token if there is none. A continuation may be token ids. Raises RowError for a pair that cannot be scored.
         """
         encoder = PairEncoder(self._prompt_encoder(), self.model.tokenizer)
-        # Chats are segments before they are joined to anything.
+        # chats are encoded before anything is joined to them
         known = [(context if isinstance(context, str) else self._chain(context), text) for context, text in pairs]
         return self._scores([ScoringRequest(*pair) for pair in encoder.encode_all(known)])
 
     def loglikelihood_rolling(self, texts: Sequence[str]) -> list[Score]:
-        """The log-likelihood of each whole text, in windows of the context if it is longer than that.
+        """The log-likelihood of each whole text; a text longer than the model's context is scored in windows.
 
-        As lm-evaluation-harness does it: every token is predicted once, the first of a text from the prefix token, and
-        later windows have one token of context. Raises RowError for a text without tokens.
+        As in lm-evaluation-harness, every token is predicted once, the first token of a text is predicted from the
+        prefix token, and later windows have one token of context. Raises RowError for a text without tokens.
         """
         encoder = PairEncoder(self._prompt_encoder(), self.model.tokenizer)
-        windows = [list(rolling_requests(*encoder.encode_text(text), self.max_model_len)) for text in texts]
+        windows = [list(rolling_requests(*encoder.encode_text(text), self.core.max_model_len)) for text in texts]
         scores = iter(self._scores([window for text in windows for window in text]))
         return [total_score(islice(scores, len(text))) for text in windows]
 
     def _scores(self, requests: Sequence[ScoringRequest]) -> list[Score]:
         """Raises RowError if a request has no score, once the others are done."""
-        chains = [canonical_segments(request.fed_segments, mask=self.config.mask) for request in requests]
-        for index in sorted(range(len(requests)), key=lambda i: _tree_order(chains[i])):
-            self.add(index, requests[index])
+        return [score for output in _answered(self._run(requests)) if (score := output.score)]
+
+    # -- rows one by one, as the loop of a worker drives them
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._unclaimed or self.core.has_work)
+
+    def add(self, request_id: Hashable, row: EngineRow | LogitsRequest) -> None:
+        """Queue a row; see EngineCore.add."""
+        self.core.add(request_id, row)
+
+    def step(self) -> list[RequestOutput]:
+        """One forward pass; returns the rows that finished with it, or before it in another call's steps."""
+        done = self.core.step()
+        unclaimed, self._unclaimed = self._unclaimed, []
+        return unclaimed + done
+
+    def _run(self, rows: Sequence[EngineRow | LogitsRequest]) -> list[RequestOutput]:
+        """Run rows to their end; their outputs, with their places in `rows` as ids, in this order.
+
+        Ids inside the core are new for each call. However a call ends, none of its rows stays in the engine.
+        """
+        call = object()  # in no other row's id
+        ids = [(call, index) for index in range(len(rows))]
+        wanted = {*ids}
         outputs: dict[Hashable, RequestOutput] = {}
-        while self.has_work:
-            outputs.update((output.request_id, output) for output in self.step())
-        for index in range(len(requests)):
-            if error := outputs[index].error:
-                raise error
-        return [score for index in range(len(requests)) if (score := outputs[index].score)]
+        try:
+            for index in sorted(range(len(rows)), key=lambda i: self._tree_order(rows[i])):
+                self.core.add(ids[index], rows[index])
+            while len(outputs) < len(rows) and self.core.has_work:
+                self._take(self.core.step(), wanted, outputs)
+        finally:
+            if len(outputs) < len(rows):
+                self.core.abort(wanted)
+        return [replace(outputs[request_id], request_id=index) for index, request_id in enumerate(ids)]
+
+    def _take(
+        self, done: Sequence[RequestOutput], wanted: Container[Hashable], outputs: dict[Hashable, RequestOutput]
+    ) -> None:
+        """Put the outputs of wanted rows into `outputs`; others wait for the next `step`."""
+        for output in done:
+            if output.request_id in wanted:
+                outputs[output.request_id] = output
+            else:
+                self._unclaimed.append(output)
+
+    def _tree_order(self, row: EngineRow | LogitsRequest) -> list[tuple[bool, Sequence[int]]]:
+        """Sorts rows that share a beginning together, shorter prompts before their continuations."""
+        fed = row.fed_segments if isinstance(row, ScoringRequest) else row.segments
+        chain = canonical_segments(fed, mask=self.config.mask)
+        return [(segment.bidirectional, segment.token_ids) for segment in chain]
 
     def _chain(self, prompt: Prompt) -> Sequence[Segment]:
         if not isinstance(prompt, str) and all(isinstance(part, Segment) for part in prompt):
@@ -167,9 +200,9 @@ class Engine(EngineCore):
         return self._encoder_of(prompt).encode_prompt(prompt)  # type: ignore[arg-type]
 
     def _encoder_of(self, prompt: Any) -> PromptEncoder:
-        """Of a string, which needs no chat template, or of chat messages.
+        """The encoder of a string, which needs no chat template, or of chat messages.
 
-        Raises ModelRefused for chats that are put together otherwise than those the adapter was trained with.
+        Raises ModelRefused if chats would be encoded otherwise than those that the adapter was trained with.
         """
         if isinstance(prompt, str):
             return self._prompt_encoder()
@@ -193,6 +226,9 @@ def _check_adapter(trained: AdapterRecord, used: AdapterRecord) -> None:
         raise ModelRefused(f"the adapter wants another use: {differing[0]}; check_adapter=False runs it all the same")
 
 
-def _tree_order(chain: Sequence[Segment]) -> list[tuple[bool, Sequence[int]]]:
-    """Sorts rows that share a beginning together, shorter prompts before their continuations."""
-    return [(segment.bidirectional, segment.token_ids) for segment in chain]
+def _answered(outputs: Sequence[RequestOutput]) -> Sequence[RequestOutput]:
+    """Raises the first row's error, if there is one."""
+    for output in outputs:
+        if output.error is not None:
+            raise output.error
+    return outputs

@@ -1,340 +1,189 @@
-"""Which rows run, which nodes and tokens the next step computes, and who gives way when KV memory is short.
+"""Which rows run, and which nodes and tokens the next step computes.
 
 Rows run in the order given, which a plan makes depth-first. Every running sample decodes in every step; the rest of the
-token budget goes to prefill, whole bidirectional segments at a time. Knows the tree and its memory; no model.
+token budget goes to prefill. Bidirectional segments are prefilled as a whole. Knows the tree and its memory; no model.
 """
 
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterable
 
-from segue.attention.memory.budget import TAIL_CAPACITIES, KVMemory, KVMemoryExceeded, next_capacity
-from segue.attention.segments import Segment
-from segue.attention.tree.cache import Residency
-from segue.attention.tree.tree import Node, SegmentTree
+from segue.attention.tree.cache import NodeCache
+from segue.attention.tree.node import Node
+from segue.workers.engine.plan import Prefill, StepPlan
+from segue.workers.engine.preemption import Preemption
+from segue.workers.engine.queues import RowQueues
+from segue.workers.engine.row_memory import RowMemory
 from segue.workers.errors import RowError, RowErrorCode
-from segue.workers.rows.request import Request, Sample
+from segue.workers.sampling.sample import Request, Sample
 
-FEW_COPIES = 64  # tokens of a node, times its rows: so many are rather copied than attended to in a call of their own
 MIN_PIECE_TOKENS = 64  # a causal run is not cut for less: every cut is one more block in each later step
-
-
-@dataclass(eq=False, slots=True)
-class Prefill:
-    """Samples that wait for the prompt ending at `end`: all of a new row's, or one that was preempted."""
-
-    request: Request
-    samples: list[Sample]
-    end: Node
-
-    @property
-    def num_tail_tokens(self) -> int:
-        """Memory to keep free for the first generated tokens."""
-        is_short = self.request.is_scored or self.request.params.max_tokens == 1
-        return 0 if is_short else TAIL_CAPACITIES[0] * len(self.samples)
-
-
-@dataclass(slots=True)
-class StepPlan:
-    """What one forward pass computes."""
-
-    new_nodes: list[Node] = field(default_factory=list)
-    decoding: list[Sample] = field(default_factory=list)
-    ready: list[Prefill] = field(default_factory=list)  # prompts complete after this step: their samples draw
-    scored: list[Prefill] = field(default_factory=list)  # of scored rows, what is fed is complete after this step
-
-    @property
-    def is_empty(self) -> bool:
-        return not (self.new_nodes or self.decoding or self.ready or self.scored)
+SHRUNK_SHARE = 0.75  # of its KV memory, what an engine keeps if its steps do not fit beside it
+LEAST_KV_SHARE = 0.1  # of the KV memory it began with
 
 
 class Scheduler:
-    """Queues of rows over one tree. `max_num_batched_tokens` bounds a step, save for a longer atomic segment."""
+    """Plans steps over one tree. A step has at most `max_num_batched_tokens`, or one longer atomic segment."""
 
-    def __init__(
-        self, tree: SegmentTree, cache: KVMemory, *, max_num_seqs: int, max_num_batched_tokens: int, keep_idle: bool
-    ) -> None:
+    def __init__(self, nodes: NodeCache, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens must be at least max_num_seqs ({max_num_seqs}), got {max_num_batched_tokens}"
             )
-        self.tree = tree
-        self.cache = cache
-        self.residency = Residency(tree, cache, keep_idle=keep_idle)
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.waiting: deque[Prefill] = deque()
-        self.prefilling: list[Prefill] = []
-        self.running: list[Sample] = []
-        self.failed: list[tuple[Request, RowError]] = []  # taken by the engine after each plan
-        self.num_preemptions = 0
+        self.memory = nodes.memory
+        self._least_kv_bytes = int(self.memory.budget_bytes * LEAST_KV_SHARE)
+        self._nodes = nodes
+        self._queues = RowQueues()
+        self._rows = RowMemory(nodes)
+        self._preemption = Preemption(nodes, self._queues, self._rows)
+        self._failed: list[tuple[Request, RowError]] = []
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.prefilling or self.running)
+        return not self._queues.is_empty or bool(self._failed)
+
+    @property
+    def requests(self) -> Iterable[Request]:
+        """All rows, each once."""
+        return self._queues.requests
 
     @property
     def num_active(self) -> int:
         """Samples that hold KV memory."""
-        return len(self.running) + sum(len(prefill.samples) for prefill in self.prefilling)
+        return len(self._queues.active)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._queues.waiting)
+
+    @property
+    def num_preemptions(self) -> int:
+        return self._preemption.num_preemptions
+
+    # -- rows in and out
 
     def add(self, request: Request) -> None:
         """Queue a new row behind the others."""
-        end = self.tree.insert(request.segments, request.root)
-        if request.continuation is not None:
-            end = self._insert_continuation(end, request.continuation)
-        request.samples = [Sample(request, index, end) for index in range(request.params.n)]
-        self.waiting.append(self._prefill(request, request.samples, end))
-
-    def _insert_continuation(self, context: Node, continuation: tuple[int, ...]) -> Node:
-        """The last token is scored from its parent and never fed. The first needs the context's last hidden state."""
-        if context.is_computed and context.last_hidden is None:
-            context = self.tree.fork_last_token(context)
-        return self.tree.insert_scored(context, continuation[:-1])
-
-    def plan_step(self) -> StepPlan:
-        """Grow tails, admit rows, fill the token budget. Rows that can never fit are put into `failed`."""
-        plan = StepPlan()
-        self._grow_tails()
-        self._admit()
-        plan.decoding = sorted(self.running, key=_place_of)
-        self._fill(plan)
-        new = set(plan.new_nodes)
-        complete = [prefill for prefill in self.prefilling if _is_complete(prefill.end, new)]
-        plan.ready = [prefill for prefill in complete if not prefill.request.is_scored]
-        plan.scored = [prefill for prefill in complete if prefill.request.is_scored]
-        return plan
+        self._queues.waiting.append(self._rows.insert(request))
 
     def start_decoding(self, prefill: Prefill) -> None:
-        """The prompt is computed and every sample has drawn; what is unfinished goes on."""
-        self.prefilling.remove(prefill)
+        """The prompt is computed and every sample has drawn; samples that are not finished go on."""
+        self._queues.prefilling.remove(prefill)
         for sample in prefill.samples:
             if sample.finish_reason:
-                self._unscore(prefill)
-                self._leave(sample.end, sample.request)
-            elif self._open_tail(sample):
-                self.running.append(sample)
+                self._rows.drop_sample(sample)
+            elif self._rows.open_tail(sample):
+                self._queues.running.append(sample)
+            else:
+                self._preemption.put_back(sample)
+
+    def finish_prompt(self, prefill: Prefill) -> None:
+        """The prompt is computed, and the row wants nothing more."""
+        self._queues.prefilling.remove(prefill)
+        self._rows.drop(prefill, held=True)
 
     def finish(self, sample: Sample) -> None:
-        """A running sample is done: free what only it needed."""
-        self.running.remove(sample)
-        self._close(sample)
-        self._leave(sample.end, sample.request)
+        """A running sample is done."""
+        self._queues.running.remove(sample)
+        self._rows.drop_sample(sample)
 
     def abort(self, request: Request) -> None:
         """Take every sample of a row out, wherever it is."""
-        for prefill in [p for p in (*self.waiting, *self.prefilling) if p.request is request]:
-            held = prefill in self.prefilling
-            (self.prefilling if held else self.waiting).remove(prefill)
-            self._drop(prefill, held=held)
-        for sample in [s for s in self.running if s.request is request]:
+        queues = self._queues
+        for queue, held in ((queues.waiting, False), (queues.prefilling, True)):
+            for prefill in [prefill for prefill in queue if prefill.request is request]:
+                queue.remove(prefill)
+                self._rows.drop(prefill, held=held)
+        for sample in [sample for sample in queues.running if sample.request is request]:
             self.finish(sample)
 
-    # -- memory
-
-    def _admit(self) -> None:
-        num_pending = self._num_pending_tokens()
-        num_promised = sum(prefill.num_tail_tokens for prefill in self.prefilling)
-        while self.waiting and self._has_place(self.waiting[0], num_pending):
-            if not self._try_admit(self.waiting[0], num_promised):
-                if self.num_active:
-                    return
-                self._fail(self.waiting.popleft())
-                continue
-            admitted = self.waiting.popleft()
-            self.prefilling.append(admitted)
-            num_promised += admitted.num_tail_tokens
-            num_pending += admitted.end.stop - (admitted.request.num_cached_tokens or 0)
-
-    def _has_place(self, prefill: Prefill, num_pending: int) -> bool:
-        """A row that generates takes a sequence of `max_num_seqs`, or more of them if it runs alone.
-
-        A scored row is done as soon as it is fed: of these there are as many as fill the next step.
-        """
-        if prefill.request.is_scored:
-            return max(num_pending, len(self.prefilling)) < self.max_num_batched_tokens
-        num_generating = len(self.running) + sum(len(p.samples) for p in self.prefilling if not p.request.is_scored)
-        return num_generating + len(prefill.samples) <= max(
-            self.max_num_seqs, 0 if self.num_active else len(prefill.samples)
-        )
-
-    def _num_pending_tokens(self) -> int:
-        """What admitted rows still have to compute."""
-        nodes = {node for prefill in self.prefilling for node in prefill.end.path() if not node.is_computed}
-        return sum(len(node) for node in nodes)
-
-    def _try_admit(self, prefill: Prefill, num_promised: int) -> bool:
-        """`num_promised`: the room that rows admitted before need for their first tails."""
-        if prefill.end.is_computed and prefill.end.last_hidden is None:
-            self._fork_end(prefill)
-        try:
-            num_cached = self.residency.acquire(prefill.end)
-        except KVMemoryExceeded:
-            return False
-        if not self.residency.make_room(num_promised + prefill.num_tail_tokens):
-            self.residency.release(prefill.end)
-            return False
-        for _ in prefill.samples[1:]:
-            self.residency.acquire(prefill.end)
-        if prefill.request.num_cached_tokens is None:
-            prefill.request.num_cached_tokens = num_cached
-        return True
-
-    def _fork_end(self, prefill: Prefill) -> None:
-        """The prompt ends inside a longer run that is already computed: its last token is computed again."""
-        forked = self.tree.fork_last_token(prefill.end)
-        for sample in prefill.samples:
-            self.tree.add_row(forked)
-            self.tree.remove_row(sample.end)
-            sample.end = forked
-        prefill.end = forked
+    def take_failed(self) -> list[tuple[Request, RowError]]:
+        """Rows that have left since the last call because they can never fit."""
+        failed, self._failed = self._failed, []
+        return failed
 
     def _fail(self, prefill: Prefill) -> None:
-        """Alone, with everything else evicted, the row does not fit."""
+        """Alone, with everything else evicted, the row does not fit. All its samples leave."""
         wanted = prefill.end.stop + prefill.num_tail_tokens
-        self._drop(prefill, held=False)
+        self.abort(prefill.request)
         message = (
             f"the row needs {wanted} tokens of KV memory, the limit is "
-            f"{self.cache.budget_tokens} tokens (workers.kv_cache_memory_bytes)"
+            f"{self.memory.budget_tokens} tokens (workers.kv_cache_memory_bytes)"
         )
-        self.failed.append((prefill.request, RowError(RowErrorCode.ROW_OOM, message)))
+        self._failed.append((prefill.request, RowError(RowErrorCode.ROW_OOM, message)))
 
-    def _grow_tails(self) -> None:
-        """Room for one more token a running sample; the latest rows give way to the earliest."""
-        for sample in sorted(self.running, key=_age):
-            while sample.tail is not None and sample.finish_reason is None:
-                try:
-                    self.cache.grow_tail(sample.tail)
-                    break
-                except KVMemoryExceeded:
-                    self._relieve(sample, next_capacity(sample.tail.capacity))
+    # -- what to do when memory is short
 
-    def _open_tail(self, sample: Sample) -> bool:
-        """False if the sample had to give way and waits again."""
-        if self._copy_prompt(sample):
+    def make_steps_smaller(self, num_tokens: int) -> bool:
+        """After a step of `num_tokens` for which the device had no memory: smaller steps, then less KV memory.
+
+        False if nothing can be made smaller any more.
+        """
+        smaller = max(num_tokens // 2, self.max_num_seqs)
+        if smaller < min(num_tokens, self.max_num_batched_tokens):
+            self.max_num_batched_tokens = smaller
             return True
-        if not self.residency.make_room(TAIL_CAPACITIES[0]):
-            self.cache.trim()
-            if not self.residency.make_room(TAIL_CAPACITIES[0]):
-                self._requeue(sample)
-                return False
-        sample.tail = self.cache.open_tail()
-        return True
-
-    def _copy_prompt(self, sample: Sample) -> bool:
-        """Begin the tail with the prompt's own end, if memory is not short: many tails are one call of attention, and
-        every node is one of its own. The nodes may go then."""
-        above = _above_own_end(sample.end, self.cache.max_copied_tokens)
-        nodes = sample.end.path(above)
-        promised = sum(prefill.num_tail_tokens for prefill in self.prefilling)
-        promised += TAIL_CAPACITIES[0] * len(sample.request.samples)
-        wanted = 2 * next_capacity(sample.end.stop - above.stop) + promised
-        if not nodes or not self.residency.make_room(wanted, from_unwanted=True):
-            return False
-        sample.tail = self.cache.open_tail([node.kv for node in nodes if node.kv is not None])
-        self.residency.release(sample.end, above=above, keep_idle=sample.request.root is None)
-        self.tree.remove_row(sample.end, above=above)
-        sample.copied, sample.end = sample.end, above
-        return True
-
-    def _relieve(self, sample: Sample, num_tokens: int) -> None:
-        """Free memory for `sample`: trim and evict, else preempt the latest row, else give up on this one."""
-        self.cache.trim()
-        if self.residency.make_room(num_tokens):
-            return
-        latest = max([*self.running, *(s for p in self.prefilling for s in p.samples)], key=_age)
-        may_need_less = latest.copied is not None  # without a copy of its prompt in a tail that doubles
-        self._preempt(latest)
-        if not self.num_active and not may_need_less:
-            self._fail(self._take_waiting(sample))
+        budget = int(self.memory.budget_bytes * SHRUNK_SHARE)
+        return budget >= self._least_kv_bytes and self.shrink_memory(budget)
 
     def shrink_memory(self, budget_bytes: int) -> bool:
         """Have less KV memory from now on; the latest rows give way. False if the earliest alone needs more."""
-        before = self.cache.budget_bytes
-        self.cache.trim()
-        self.cache.budget_bytes = budget_bytes
-        while not self.residency.make_room(0):
-            held = [*self.running, *(s for p in self.prefilling for s in p.samples)]
-            if len(held) < 2:
-                self.cache.budget_bytes = before
-                return False
-            self._preempt(max(held, key=_age))
-        self.cache.shrink(budget_bytes)
-        return True
+        return self._preemption.shrink_memory(budget_bytes)
 
-    def _preempt(self, sample: Sample) -> None:
-        for prefill in [p for p in self.prefilling if sample in p.samples]:
-            self.prefilling.remove(prefill)
-            for _ in prefill.samples:
-                self.residency.release(prefill.end)
-            self.waiting.appendleft(prefill)
-            self.num_preemptions += 1
-            return
-        self.running.remove(sample)
-        self._close(sample)
-        self._requeue(sample)
+    # -- the next step
 
-    def _requeue(self, sample: Sample) -> None:
-        """Wait again, to recompute what was generated, causally."""
-        self.num_preemptions += 1
-        request, old_end = sample.request, sample.end
-        chain = _with_generated(request.segments, sample.token_ids)
-        end = self.tree.insert(chain, request.root)
-        sample.copied, sample.end = None, end
-        self.waiting.appendleft(self._prefill(request, [sample], end))
-        self._leave(old_end, request)
+    def plan_step(self) -> StepPlan:
+        """Grow tails, admit rows, fill the token budget. Rows that can never fit leave; see `take_failed`."""
+        too_large = self._preemption.grow_tails()
+        if too_large is not None:
+            self._fail(too_large)
+        self._admit()
+        decoding = tuple(self._queues.running)
+        new = self._new_nodes(self.max_num_batched_tokens - len(decoding))
+        complete = tuple(prefill for prefill in self._queues.prefilling if _is_complete(prefill.end, new))
+        return StepPlan(tuple(new), decoding, complete)
 
-    def _take_waiting(self, sample: Sample) -> Prefill:
-        prefill = next(p for p in self.waiting if sample in p.samples)
-        self.waiting.remove(prefill)
-        return prefill
+    def _admit(self) -> None:
+        queues = self._queues
+        num_pending, num_promised = queues.num_pending, queues.num_promised
+        while queues.waiting and self._has_place(queues.waiting[0], num_pending):
+            prefill = queues.waiting[0]
+            if not self._rows.hold(prefill, num_promised):
+                if queues.active:
+                    return
+                self._fail(prefill)
+                continue
+            queues.prefilling.append(queues.waiting.popleft())
+            num_promised += prefill.num_tail_tokens
+            num_pending += prefill.end.stop - (prefill.request.num_cached_tokens or 0)
 
-    # -- bookkeeping
+    def _has_place(self, prefill: Prefill, num_pending: int) -> bool:
+        """Whether a row may be admitted now.
 
-    def _prefill(self, request: Request, samples: list[Sample], end: Node) -> Prefill:
-        for _ in samples:
-            self.tree.add_row(end)
-        return Prefill(request, samples, end)
-
-    def _unscore(self, prefill: Prefill) -> None:
+        The samples of a row that generates take places of `max_num_seqs`; a row that runs alone may have more samples
+        than that. A scored row is done as soon as it is fed: there may be as many as fill the next step.
+        """
+        queues = self._queues
         if prefill.request.is_scored:
-            self.tree.remove_scored(prefill.end, prefill.request.num_prompt_tokens)
+            return max(num_pending, len(queues.prefilling)) < self.max_num_batched_tokens
+        num_samples = len(prefill.samples)
+        return queues.num_generating + num_samples <= max(self.max_num_seqs, 0 if queues.active else num_samples)
 
-    def _drop(self, prefill: Prefill, *, held: bool) -> None:
-        self._unscore(prefill)
-        for _ in prefill.samples:
-            if held:
-                self.residency.release(prefill.end)
-            self.tree.remove_row(prefill.end)
-
-    def _leave(self, end: Node, request: Request) -> None:
-        """What stands under a root of its own is of no use to others."""
-        self.residency.release(end, keep_idle=request.root is None)
-        self.tree.remove_row(end)
-
-    def _close(self, sample: Sample) -> None:
-        if sample.tail is not None:
-            self.cache.close_tail(sample.tail)
-            sample.tail = None
-
-    # -- the step
-
-    def _fill(self, plan: StepPlan) -> None:
-        """Prefill in row order until the budget is spent."""
-        budget = self.max_num_batched_tokens - len(plan.decoding)
-        chosen: set[Node] = set()
-        for prefill in self.prefilling:
+    def _new_nodes(self, budget: int) -> dict[Node, None]:
+        """What to compute, in row order, until the budget is spent."""
+        chosen: dict[Node, None] = {}
+        for prefill in self._queues.prefilling:
             for node in prefill.end.path():
                 if node.is_computed or node in chosen:
                     continue
                 piece = self._piece(node, budget, is_first=not chosen)
                 if piece is None:
-                    return
-                plan.new_nodes.append(piece)
-                chosen.add(piece)
+                    return chosen
+                chosen[piece] = None
                 budget -= len(piece)
                 if piece is not node:
-                    return
+                    return chosen
+        return chosen
 
     def _piece(self, node: Node, budget: int, *, is_first: bool) -> Node | None:
         """The node, or as much of a causal one as the budget holds. An atomic one may exceed it when it is first."""
@@ -342,35 +191,8 @@ class Scheduler:
             return node
         if node.bidirectional or budget < (1 if is_first else MIN_PIECE_TOKENS):
             return None
-        return self.tree.split(node, budget)
+        return self._nodes.split(node, budget)
 
 
-def _above_own_end(end: Node, max_tokens: int) -> Node:
-    """What is above the last nodes of a prompt that no other row has, or that are next to nothing."""
-    above = end
-    while above.parent is not None and end.stop - above.start <= max_tokens:
-        if above.num_rows > 1 and above.num_rows * len(above) > FEW_COPIES:
-            break
-        above = above.parent
-    return above
-
-
-def _place_of(sample: Sample) -> tuple[int, int]:
-    """Of its tail: a step in this order reads and writes tails side by side, without gathering."""
-    assert sample.tail is not None
-    return sample.tail.capacity, sample.tail.place
-
-
-def _is_complete(end: Node, in_step: set[Node]) -> bool:
+def _is_complete(end: Node, in_step: Container[Node]) -> bool:
     return all(node.is_computed or node in in_step for node in end.path())
-
-
-def _age(sample: Sample) -> tuple[int, int]:
-    return (sample.request.order, sample.index)
-
-
-def _with_generated(segments: Sequence[Segment], token_ids: Sequence[int]) -> tuple[Segment, ...]:
-    """Generated tokens are causal, also when they follow a causal prompt as one run."""
-    if segments and not segments[-1].bidirectional:
-        return (*segments[:-1], Segment(segments[-1].token_ids + tuple(token_ids), False))
-    return (*segments, Segment(tuple(token_ids), False))

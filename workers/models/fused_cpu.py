@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segue.attention.backend import StepRun
-from segue.attention.cpu.backend import NativeStep
+from segue.attention.cpu.backend import KernelStep
 from segue.attention.cpu.kernels import DTYPES, Kernels
 from segue.workers.devices.devices import cpu_kernels
 from segue.workers.models.weights_cpu import (
@@ -84,7 +84,7 @@ class FusedDecoder:
         """ids and positions `[1, T]` -> `[T, E]`, with `run` as the attention of every layer."""
         hidden = self._embedding(ids)[0]
         cos, sin = self._rotary(hidden[None], positions)
-        if self._whole is not None and isinstance(run, NativeStep) and run.is_whole:
+        if self._whole is not None and isinstance(run, KernelStep) and run.is_whole:
             return self._norm(self._whole(hidden, cos[0], sin[0], run))
         for number, layer in enumerate(self._layers):
             hidden = layer(number, hidden, cos[0], sin[0], run)
@@ -143,7 +143,7 @@ class _WholeDecoder:
             self._layers.extend((*gate_up.pointers(), *down.pointers()))
         self._numbers = {"scale": float(attention.scaling), "epsilon": float(norm.variance_epsilon)}
 
-    def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, run: NativeStep) -> Tensor:
+    def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, run: KernelStep) -> Tensor:
         """hidden `[T, E]`, which is lost, cos and sin `[T, D]` -> `[T, E]`"""
         self._kernels.decode_(self._decoder, self._layers, hidden, cos, sin, run.tables, **self._numbers)
         return hidden

@@ -1,9 +1,9 @@
-"""Log-likelihood of given tokens: each node of the tree is scored once, whoever asks.
+"""Log-likelihoods of given tokens. Each node of the tree is scored once, however many rows want its scores.
 
-The probability of a token needs the hidden state before it: inside a node that is the node's own, for its first token
-it is the parent's last. The last token of a continuation is scored from its parent and never fed. A hidden state goes
-through the vocabulary once a step, however many choices follow it, and logits exist for a bounded number of positions
-at a time. Knows nodes and the model's head; no rows, no scheduler.
+The probability of a token needs the hidden state before it. Inside a node this is one of the node's own; for its first
+token it is the parent's last. The last token of a continuation is scored from its parent and never fed. In a step, a
+hidden state goes through the vocabulary once, however many choices follow it, and only a bounded number of positions
+have logits at the same time. Knows nodes and the model's head; no rows, no scheduler.
 
 Shapes: `N` positions, `M` tokens scored at them, `T` packed tokens of a step, `E` hidden width, `V` vocabulary.
 """
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from segue.attention.tree.blocks import SelfBlock
-from segue.attention.tree.tree import Node
+from segue.attention.tree.node import Node
 from segue.workers.sampling.vocabulary import summarise
 
 MAX_LOGITS = 1 << 22  # logits held at once: 16 MiB in fp32, whatever the vocabulary
 
 Head = Callable[[Tensor], Tensor]  # hidden [N, E] -> logits [N, V] of any type
-TokenScore = tuple[float, bool]  # log-probability; is the token the most likely one
+TokenScore = tuple[float, bool]  # log-probability, and whether the token is the most likely one
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +42,21 @@ class NodeScores:
         return self.hidden[-1]
 
 
+@dataclass(frozen=True, slots=True)
+class StepScores:
+    """The scores of a step."""
+
+    of_nodes: list[tuple[Node, NodeScores]]  # newly computed nodes that a row wants scored
+    of_ends: list[TokenScore]
+    num_states: int  # hidden states that went through the vocabulary
+
+
 def score_step(
     blocks: Sequence[SelfBlock], ends: Sequence[tuple[Node, int]], hidden: Tensor, head: Head, vocab_size: int
-) -> tuple[list[TokenScore], int]:
-    """Give every newly computed node that a row wants scored its scores.
+) -> StepScores:
+    """Score the newly computed nodes that rows want scored, and `ends`: (node, the token after it).
 
-    Returns the scores of `ends`, (node, the token after it), and the number of hidden states that went through the
-    vocabulary. hidden `[T, E]` is the step's; every node's last one is kept already.
+    hidden `[T, E]` is the step's; the last hidden state of every node is kept already.
     """
     wanted = [block for block in blocks if block.node.num_scoring]
     positions = _Positions()
@@ -57,12 +65,13 @@ def score_step(
     for node, token in ends:
         positions.add_end(node, token)
     found = positions.score(hidden, head, vocab_size)
+    of_nodes = []
     start = 0
     for block in wanted:
         stop = start + len(block.node)
-        block.node.scores = NodeScores(tuple(found[start:stop]), hidden[block.start : block.stop].clone())
+        of_nodes.append((block.node, NodeScores(tuple(found[start:stop]), hidden[block.start : block.stop].clone())))
         start = stop
-    return found[start:], positions.num_states
+    return StepScores(of_nodes, found[start:], positions.num_states)
 
 
 class _Positions:
@@ -98,7 +107,7 @@ class _Positions:
         """In the order of adding."""
         if not self._tokens:
             return []
-        states = [_last_hidden(node)[None] for node in self._ends]
+        states = [last_hidden(node)[None] for node in self._ends]
         if self._packed:
             states.append(hidden[torch.tensor(self._packed, device=hidden.device)])
         rows = [row if row >= 0 else len(self._ends) + ~row for row in self._rows]
@@ -143,7 +152,8 @@ def collect(end: Node, num_context_tokens: int) -> TokenScore:
     return math.fsum(logprob for logprob, _ in scores), all(is_greedy for _, is_greedy in scores)
 
 
-def _last_hidden(node: Node) -> Tensor:
+def last_hidden(node: Node) -> Tensor:
+    """`[E]`, the final hidden state of the node's last token. Raises ValueError if it is not there."""
     if not isinstance(node.last_hidden, Tensor):
         raise ValueError(f"the token at position {node.stop} has no hidden state before it")
     return node.last_hidden

@@ -1,4 +1,4 @@
-// Attention by vectors, of bf16 or fp32 and heads of any width, and what one layer calls.
+// Attention by vectors, in bf16 or fp32 and for heads of any width, and the function that one layer calls.
 
 #include "attend.h"
 
@@ -65,7 +65,8 @@ inline void attend_keys(const float* query, const float* keys, const float* valu
     }
 }
 
-// Rows in fp32, each filled up to whole vectors; of kVectors, if that is known, then there is nothing to fill.
+// Rows in fp32, each filled up to whole vectors. Where the number of vectors is known, it is `kVectors`, and rows are
+// full.
 template <int64_t kVectors, typename Number>
 inline void lay(const Number* from, int64_t stride, int64_t num_rows, int64_t width, int64_t num_vectors, float* to) {
     for (int64_t row = 0; row < num_rows; ++row, from += stride)
@@ -77,7 +78,7 @@ inline void lay(const Number* from, int64_t stride, int64_t num_rows, int64_t wi
         }
 }
 
-// kVectors: of a head, where it is known.
+// `kVectors`: the vectors of a head, where their number is known.
 template <typename Number_, int64_t kVectors>
 class VectorKeys {
    public:

@@ -1,7 +1,8 @@
-// Attention of queries over spans of keys as one softmax, whatever multiplies them.
+// Attention of queries over spans of keys as one softmax, by tiles or by vectors.
 //
-// A chunk is some of a run's queries, of one key head. Its rows are these queries, each `num_groups` times, once a
-// query head. Keys are staged, as many at a time as fit; a row adds up what it sees, scaled by its highest score.
+// A chunk is some queries of a run, for one key head. Its rows are these queries, each once for every query head of the
+// key head (`num_groups`). Keys are staged, as many at a time as fit; a row adds up what it sees, scaled by its highest
+// score.
 
 #pragma once
 
@@ -15,11 +16,12 @@
 
 namespace segue {
 
-struct alignas(64) Aligned {  // a load that straddles two cache lines takes twice as long
+struct alignas(64) Aligned {  // a load across two cache lines takes twice as long
     float numbers[kLanes];
 };
 
-// What rows have seen: sums of values, `width` numbers up to whole vectors, their weights' total, the highest score.
+// What rows have seen so far: sums of values (`width` numbers, filled up to whole vectors), the total of their weights,
+// the highest score.
 struct Seen {
     int64_t padded = 0;
     std::vector<Aligned> memory;
@@ -40,7 +42,7 @@ struct Chunk {
     int64_t whose;  // number of the run, or of the block
 };
 
-// What somebody has made of a query and other keys.
+// The result of a query over other keys.
 template <typename Number>
 void see_part(const Step& step, const Part& part, const Chunk& chunk, Seen& seen) {
     const int64_t width = step.head_dim, groups = step.num_groups;
@@ -61,14 +63,15 @@ void see_part(const Step& step, const Part& part, const Chunk& chunk, Seen& seen
     }
 }
 
-// Keys: `kAtOnce` can be staged, of `Number`s; `begin` takes the rows' queries, `stage` further keys, and `attend` has
-// all rows see those staged first, as many as it is told for each. `end` gives back what a thread holds.
+// `Keys` says how: it stages up to `kAtOnce` keys, made of `Number`s. `begin` takes the queries of the rows, `stage`
+// takes further keys, and `attend` lets each row see as many of the staged keys as it is told. `end` releases what a
+// thread holds.
 template <typename Keys>
 void see_spans(const Step& step, const Span* first_span, const Span* end_span, const Chunk& chunk, float scale,
                Keys& keys, Seen& seen) {
     using Number = typename Keys::Number;
     const int64_t head = chunk.head;
-    int64_t num_staged = 0, own = -1, own_token = 0;  // own: the first staged key that causality may hide; its token
+    int64_t num_staged = 0, own = -1, own_token = 0;  // own: the first staged key that some queries do not see
     const auto attend_staged = [&] {
         keys.attend(scale, num_staged, seen, [&](int64_t row) {
             const int64_t before = std::max<int64_t>(0, chunk.start + row / step.num_groups - own_token + 1);
@@ -102,7 +105,7 @@ void see_spans(const Step& step, const Span* first_span, const Span* end_span, c
     if (num_staged) attend_staged();
 }
 
-// By Keys.
+// Attention by `Keys`.
 template <typename Keys>
 class AttentionBy final : public Attention {
    public:
@@ -145,12 +148,12 @@ class AttentionBy final : public Attention {
    private:
     using Number = typename Keys::Number;
 
-    struct Scratch {  // of a thread
+    struct Scratch {  // of one thread
         Keys keys;
         Seen seen;
     };
 
-    // Queries in as few parts of about the same size as hold so many at most.
+    // Cuts queries into as few parts as hold at most so many each, of about the same size.
     void add_chunks(std::vector<Chunk>& chunks, int64_t start, int64_t stop, int64_t whose) {
         const int64_t most = Keys::tokens_at_once(step_), num_parts = (stop - start + most - 1) / most;
         for (int64_t part = 0; part < num_parts; ++part)
@@ -166,7 +169,7 @@ class AttentionBy final : public Attention {
         });
     }
 
-    // One part a block, in their order: out `[Hkv, n, G, D]`, log-sum-exp `[Hkv, n, G]`. Nobody else's are there then.
+    // One part for each block, in the same order: out `[Hkv, n, G, D]`, log-sum-exp `[Hkv, n, G]`. There are no others.
     void make_room_for_parts() {
         if (!tables_.num_blocks) return;
         const int64_t groups = step_.num_groups, width = step_.head_dim;
@@ -186,7 +189,7 @@ class AttentionBy final : public Attention {
         tables_.parts = parts_.data();
     }
 
-    // Keys and values of the step's tokens to where they stay.
+    // Copies keys and values of the step's tokens to their memory.
     void keep(Member& member, const Step& step) {
         const int64_t size = step.head_dim * static_cast<int64_t>(sizeof(Number)), heads = step.num_key_heads;
         member.share(tables_.num_kept * heads, [&](int64_t item, int64_t end) {
@@ -221,7 +224,7 @@ class AttentionBy final : public Attention {
         }
     }
 
-    // With the parts that the run has attended to before, to the step's `out`.
+    // Merges what rows have seen with the parts of the run, and writes it to the step's `out`.
     void attend_run(const Step& step, const Chunk& chunk, Scratch& scratch) {
         const Run& run = tables_.runs[chunk.whose];
         const int64_t groups = step.num_groups, num_rows = (chunk.stop - chunk.start) * groups;

@@ -1,4 +1,4 @@
-// Attention as a team computes it, whatever multiplies.
+// Attention as a team of threads computes it, by tiles or by vectors.
 
 #pragma once
 
@@ -9,12 +9,12 @@
 
 namespace segue {
 
-// Of a step, whose layers differ in nothing but their number.
+// The attention of a step. Its layers differ only in their number.
 class Attention {
    public:
     virtual ~Attention() = default;
-    virtual void attend(Member& member, int64_t layer) = 0;  // wait before what needs it
-    virtual int64_t num_numbers() const = 0;  // to compute in a layer, about
+    virtual void attend(Member& member, int64_t layer) = 0;  // the caller waits before it uses the results
+    virtual int64_t num_numbers() const = 0;  // roughly, how many numbers a layer computes
 };
 
 std::unique_ptr<Attention> attention_by_vectors(bool is_bf16, const Step& step, float scale, const Tables& tables,

@@ -1,4 +1,4 @@
-// A decoder's layers one after the other, as workers/models/fused_cpu.py does them call by call.
+// The layers of a decoder one after the other, as workers/models/fused_cpu.py computes them call by call.
 
 #include <memory>
 

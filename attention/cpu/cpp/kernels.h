@@ -9,29 +9,29 @@ namespace segue {
 
 struct Run {
     int64_t start, stop;  // queries
-    int64_t first_span, end_span;  // keys that all of them see, save for what comes after them in their own node
-    int64_t first_part, end_part;  // of the indices: what they have attended to already
+    int64_t first_span, end_span;  // keys that all of them see; of their own node each sees the keys up to itself
+    int64_t first_part, end_part;  // a range of `indices`: the parts with what they have seen already
 };
 
-struct Place {  // of keys and values in memory, those of layer 0
+struct Place {  // where keys and values are in memory, in layer 0
     int64_t address, layer_stride, value_offset, head_stride, token_stride;
 };
 
 struct Span {
-    Place place;  // without an address: keys of the step itself
-    int64_t start;  // the first one among the step's tokens, if they are its own
+    Place place;  // its address is 0 if the keys are the step's own
+    int64_t start;  // then the number of the first one among the step's tokens
     int64_t num_keys;
-    int64_t is_causal;  // a query then sees no key after itself; only a run's last span is, or a block's
+    int64_t is_causal;  // whether a query sees no key after itself; only the last span of a run, or a block's, may be
 };
 
 struct Block {
-    int64_t start, stop;  // queries, many: of all runs that see the span
+    int64_t start, stop;  // the queries of all runs that see the span, which are many
     Span span;
 };
 
 struct Kept {
-    Place place;  // of the first
-    int64_t start, stop;  // of the step's tokens
+    Place place;  // where the first of these tokens goes
+    int64_t start, stop;  // some of the step's tokens
 };
 
 struct Part {
@@ -47,8 +47,8 @@ struct Tables {
     int64_t num_runs;
     const Span* spans;
     const int64_t* indices;
-    const Part* parts;  // of blocks that are computed elsewhere
-    int64_t by_tiles;  // then these are, one part each:
+    const Part* parts;  // of blocks that torch has computed
+    int64_t by_tiles;  // if not 0, the kernel computes `blocks` instead, one part each
     const Block* blocks;
     int64_t num_blocks;
 };
@@ -59,7 +59,7 @@ struct Step {
     int64_t num_key_heads, num_groups, head_dim, layer;
 };
 
-struct Layer {  // addresses of bf16; 0 where there is none. Products' weights are as segue_pack writes them
+struct Layer {  // addresses of bf16 numbers, 0 for what a layer lacks; products' weights are as segue_pack writes them
     int64_t input_norm, query_norm, key_norm, qkv, qkv_bias, output, output_bias;
     int64_t mlp_norm, gate_up, gate_up_bias, down, down_bias;
 };
@@ -79,7 +79,7 @@ struct Decoder {
 
 extern "C" {
 
-// Whether this processor multiplies tiles of bf16, and this process may. What is marked (tiles) needs it.
+// Whether this processor multiplies tiles of bf16, and this process may. Functions marked (tiles) need that.
 int segue_has_tiles();
 
 void segue_rms_norm(int is_bf16, const void* inputs, const void* weight, void* outputs, int64_t num_tokens,
@@ -93,15 +93,15 @@ void segue_summarise(int is_bf16, const void* logits, int64_t num_rows, int64_t 
 
 void segue_attend(int is_bf16, const void* step, float scale, const void* tables, int num_threads);
 
-// (tiles) Weights `[N, K]` to `[N up to a multiple of 32, K]` in the order they are multiplied in.
+// (tiles) Copies weights `[N, K]` to `[N up to a multiple of 32, K]`, in the order in which they are multiplied.
 void segue_pack(const void* weights, void* packed, int64_t num_outputs, int64_t num_inputs);
 
-// (tiles) inputs `[T, K]` -> outputs `[T, N]`, or `[T, N / 2]` if gated. After: 0 nothing, 1 the sum with `other`, 2
-// the first 16 of each 32 outputs, through SiLU, times the others.
+// (tiles) inputs `[T, K]` -> outputs `[T, N]`, or `[T, N / 2]` if gated. `after` is 0: nothing; 1: add `other`; 2: put
+// the first 16 of each 32 outputs through SiLU and multiply them with the other 16.
 void segue_product(int after, const void* inputs, const void* packed, const void* bias, const void* other,
                    void* outputs, int64_t num_tokens, int64_t num_outputs, int64_t num_inputs, int num_threads);
 
-// (tiles) All layers of a decoder, from embeddings `[T, E]` to what the last norm gets, in place.
+// (tiles) All layers of a decoder, in place: from embeddings `[T, E]` to the input of the last norm.
 void segue_decode(const void* decoder, const void* layers, const void* tables, void* hidden, const void* cosines,
                   const void* sines, int64_t num_tokens, float scale, float epsilon, int num_threads);
 }

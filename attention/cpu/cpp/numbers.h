@@ -1,7 +1,7 @@
 // Numbers as the kernels read, compute and write them: bf16 or fp32 in memory, fp32 in registers, 16 at a time.
 //
-// Vectors of 16 numbers are what GCC and Clang make of them: one register of AVX-512, several of narrower ones. NaN and
-// infinities are kept.
+// GCC and Clang turn vectors of 16 numbers into one register of AVX-512 or several narrower ones. NaN and infinities
+// are kept.
 
 #pragma once
 
@@ -22,7 +22,7 @@ typedef uint32_t Bits __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
 
 constexpr float kNever = -std::numeric_limits<float>::infinity();
-constexpr float kPerBit = 1.44269504088896341f;  // what e is two to the power of
+constexpr float kPerBit = 1.44269504088896341f;  // log2(e)
 
 struct BFloat16 {
     uint16_t bits;
@@ -37,7 +37,7 @@ inline Floats load16(const float* from) {
 }
 
 inline Floats load16(const BFloat16* from) {
-#ifdef __AVX512F__  // what compilers make of the other form are five shuffles
+#ifdef __AVX512F__  // compilers turn the other form into five shuffles
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
     return reinterpret_cast<Floats>(_mm512_slli_epi32(wide, 16));
 #else
@@ -51,7 +51,7 @@ inline void store16(float* to, Floats numbers) { std::memcpy(to, &numbers, sizeo
 
 // To nearest, ties to even.
 inline void store16(BFloat16* to, Floats numbers) {
-#ifdef __AVX512BF16__  // which takes numbers below 1.2e-38 as zeros
+#ifdef __AVX512BF16__  // it takes numbers below 1.2e-38 as zeros
     const __m256bh halves = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(numbers));
     std::memcpy(to, &halves, sizeof halves);
 #else
@@ -78,7 +78,7 @@ inline Floats load_some(const Number* from, int64_t count) {
     return load16(padded);
 }
 
-// The first `count` numbers of 16 that are there, then others.
+// 16 numbers, of which only the first `count` have a meaning.
 inline Floats load_first(const float* from, int64_t count, float others) {
     if (count >= kLanes) return load16(from);
     const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -99,7 +99,7 @@ inline void store_some(Number* to, Floats numbers, int64_t count) {
 #define SEGUE_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Ints{__VA_ARGS__})
 #endif
 
-// Lane i of the result is vector i, all its lanes combined.
+// Lane i of the result combines all lanes of vector i.
 template <typename Combine>
 inline Floats combine_each(Floats (&v)[kLanes], Combine combine) {
     for (int i = 0; i < 8; ++i)
@@ -131,9 +131,9 @@ inline float sum_of(Floats numbers) {
     return reduce(numbers, [](Floats a, Floats b) { return a + b; });
 }
 
-// Of two, lane by lane; of a number and NaN either.
+// The larger of two, lane by lane; of a number and NaN, either.
 inline Floats higher_of(Floats a, Floats b) {
-#ifdef __AVX512F__  // what compilers make of the other form are two instructions
+#ifdef __AVX512F__  // compilers turn the other form into two instructions
     return reinterpret_cast<Floats>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
 #else
     return a > b ? a : b;
@@ -142,7 +142,7 @@ inline Floats higher_of(Floats a, Floats b) {
 
 inline float highest_of(Floats numbers) { return reduce(numbers, higher_of); }
 
-// Of numbers up to 0, within 2 units in the last place; below -87 it is 0. NaN stays.
+// exp(x) for x up to 0, within 2 units in the last place; 0 below -87. NaN stays.
 inline Floats exp_of(Floats numbers) {
     constexpr float kBit = 0.693147180559945309f;
 #ifdef __AVX512F__

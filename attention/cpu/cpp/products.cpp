@@ -1,5 +1,5 @@
-// Products of tokens and weights by tiles. What follows a product is done before its sums are rounded, and while the
-// next ones are added up.
+// Products of tokens and weights by tiles. What follows a product is applied before its sums are rounded, and while the
+// next sums are added up.
 
 #include "products.h"
 
@@ -16,15 +16,15 @@
 namespace segue {
 namespace {
 
-constexpr int64_t kCacheBytes = 768 << 10;  // of inputs, that weights pass by
+constexpr int64_t kCacheBytes = 768 << 10;  // of inputs, which stay in the cache while weights pass by
 
-// As exactly as bf16 needs it, which is rounded next.
+// As exact as bf16 needs, to which the result is rounded next.
 inline Floats silu(Floats numbers) {
     const auto total = reinterpret_cast<__m512>(power_of_two(numbers * -kPerBit) + 1.0f);
     return numbers * reinterpret_cast<Floats>(_mm512_rcp14_ps(total));
 }
 
-// A token's sums of a panel, on to where they stay.
+// Writes a token's sums of a panel to the outputs.
 template <After kAfter>
 inline void finish(const Product& product, const float* sums, int64_t token, int64_t panel) {
     const int64_t first = panel * kSums;
@@ -56,7 +56,7 @@ void multiply_then(Member& member, const Product& product) {
     const int64_t num_passes = (product.num_tokens + at_once - 1) / at_once;
     Tiles tiles;
     alignas(64) float buffers[2][kSums * kSums];
-    int64_t num_rows = 0, num_done = 0, first = 0, of_panel = 0;  // of the sums that are not finished
+    int64_t num_rows = 0, num_done = 0, first = 0, of_panel = 0;  // of the sums that are still to be written
     int current = 0;
     const auto finish_until = [&](int64_t end) {
         for (; num_done < end; ++num_done)
@@ -64,7 +64,7 @@ void multiply_then(Member& member, const Product& product) {
     };
     const auto multiply_panel = [&](int64_t start, int64_t stop, int64_t panel) {
         const BFloat16* columns = product.packed + panel * num_steps * kStepNumbers;
-        // The next panel, a part of it with each of the first rows.
+        // Fetches the next panel, a part of it with each of the first rows.
         const int64_t num_blocks = (stop - start + kSums - 1) / kSums;
         const int64_t num_lines = (8 + num_blocks - 1) / num_blocks;
         const auto fetch_of = [&](int64_t done) {

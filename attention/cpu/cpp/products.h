@@ -1,4 +1,4 @@
-// Products as a team multiplies them; wait before what needs them. Only where segue_has_tiles.
+// Products as a team of threads multiplies them; the caller waits before it uses the results. Needs segue_has_tiles.
 
 #pragma once
 
@@ -8,7 +8,7 @@
 
 namespace segue {
 
-struct Product {  // of what segue_product is told
+struct Product {  // the arguments of segue_product
     After after;
     const BFloat16 *inputs, *packed, *bias, *other;
     BFloat16* outputs;

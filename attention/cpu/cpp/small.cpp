@@ -1,4 +1,4 @@
-// Norms, rotary positions, and what is wanted of logits: each in one pass over its numbers.
+// Norms, rotary positions, and the summary of logits: each in one pass over its numbers.
 
 #include "small.h"
 
@@ -7,7 +7,7 @@
 namespace segue {
 namespace {
 
-// The largest of a row, the first place where it is, and, where wanted, the logarithm of the sum of all exponentials.
+// The largest number of a row, its first place, and, if asked for, the logarithm of the sum of all exponentials.
 template <typename Number>
 void summarise(const Number* logits, int64_t width, float* highest, int64_t* most_likely, float* log_total) {
     const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};

@@ -1,4 +1,4 @@
-// Norms and rotary positions as a team computes them; wait before what needs them.
+// Norms and rotary positions as a team of threads computes them; the caller waits before it uses the results.
 
 #pragma once
 
@@ -7,7 +7,7 @@
 
 namespace segue {
 
-// Of each token `num_rows` rows of `width` numbers, one after the other.
+// Each token has `num_rows` rows of `width` numbers, one after the other.
 template <typename Number>
 struct Norm {
     const Number *inputs, *weight;

@@ -1,8 +1,8 @@
-// Threads that compute together, and wait for each other without the system's help.
+// Threads that compute together, and wait for each other without the help of the operating system.
 //
-// Each has its own share of what there is to do, so that what it reads lies together, and who is done first takes of
-// what others have left: threads of one machine differ twofold where the other half of a core is somebody else's, or
-// where another process wants a core.
+// Each has its own share of the work, so that what it reads lies together. A thread that is done takes parts that
+// others have left: threads of one machine may differ twofold in speed, where the other half of a core or another
+// process is busy.
 
 #pragma once
 
@@ -20,13 +20,13 @@ class Team {
    public:
     class Member;
 
-    // Has `work(member)` done by so many threads, or as many as there are.
+    // Runs `work(member)` in so many threads, or in as many as there are.
     template <typename Work>
     static void run(int num_threads, Work&& work);
 
    private:
     struct alignas(64) Share {
-        std::atomic<int64_t> num_taken[2] = {};  // of its parts, in this round and in the next
+        std::atomic<int64_t> num_taken[2] = {};  // taken parts, in this round and in the next
     };
 
     explicit Team(int64_t most) : shares_(new Share[most]) {}
@@ -36,14 +36,14 @@ class Team {
     alignas(64) std::atomic<int64_t> num_arrivals_{0};
 };
 
-// One of a team, in its thread. All of a team call the same functions in the same order.
+// A member of a team, in its thread. All members call the same functions in the same order.
 class Team::Member {
    public:
     Member(Team& team, int64_t index) : team_(team), index_(index) {}
 
     int64_t index() const { return index_; }
 
-    // `function(start, stop)`, until all items are done or somebody's; once between two waits.
+    // Calls `function(start, stop)` until all items are done or taken. At most once between two waits.
     template <typename Function>
     void share(int64_t num_items, Function&& function) {
         const int64_t size = team_.size_, at_once = (num_items - 1) / (size * kPartsOfEach) + 1;
@@ -58,9 +58,10 @@ class Team::Member {
         }
     }
 
-    // Until all are here. What they have written can be read then.
+    // Waits until all members are here. What they have written can be read then.
     void wait() {
-        // Nobody takes of the next round's parts before all are here, nor of the last round's, whose place they have.
+        // Nobody takes parts of the next round before all are here, and nobody takes any of the last round any more,
+        // whose counter the next one uses.
         team_.shares_[index_].num_taken[++round_ % 2].store(0, std::memory_order_relaxed);
         const int64_t all = team_.size_ * round_;
         team_.num_arrivals_.fetch_add(1, std::memory_order_acq_rel);
@@ -70,7 +71,7 @@ class Team::Member {
 
    private:
     static constexpr int64_t kPartsOfEach = 32;
-    static constexpr int64_t kSpins = 1000;  // some tens of microseconds: longer, and another may need the core
+    static constexpr int64_t kSpins = 1000;  // some tens of microseconds; after that another process may need the core
 
     static void relax() {
 #if defined(__x86_64__)
@@ -102,7 +103,7 @@ void Team::run(int num_threads, Work&& work) {
     }
 }
 
-// How many threads are worth waking for so many numbers to compute.
+// How many threads are worth waking to compute so many numbers.
 inline int threads_for(int64_t size, int num_threads) {
     constexpr int64_t kAlone = 1 << 14;
     return size <= kAlone ? 1 : num_threads;

@@ -1,4 +1,4 @@
-// Attention by tiles, of bf16 and heads of a multiple of 32.
+// Attention by tiles, in bf16 and for heads with a multiple of 32 numbers.
 
 #include <algorithm>
 #include <cstdlib>
@@ -12,13 +12,13 @@ namespace segue {
 
 namespace {
 
-constexpr float kLowest = -200.0f;  // two to its power is 0
+constexpr float kLowest = -200.0f;  // 2 to this power counts as 0
 
 struct alignas(64) Line {
     BFloat16 numbers[kTileNumbers];
 };
 
-// 16 rows of 16 pairs of numbers to columns.
+// Turns 16 rows of 16 pairs of numbers into columns.
 inline void transpose(const BFloat16* from, int64_t stride, BFloat16* to) {
     __m512i rows[kTile], pairs[kTile];
     for (int64_t i = 0; i < kTile; ++i) rows[i] = _mm512_loadu_si512(from + i * stride);
@@ -43,8 +43,8 @@ inline void transpose(const BFloat16* from, int64_t stride, BFloat16* to) {
     }
 }
 
-// Keys as columns: of each 32 keys, of each 32 dimensions, 16 keys and then the others. Behind the last key anything
-// may be: nobody sees its scores.
+// Keys as columns: for each 32 keys and each 32 dimensions 16 keys, then the other 16. What lies behind the last key
+// does not matter: nobody sees its scores.
 inline void lay_keys(const BFloat16* from, int64_t stride, int64_t num_keys, int64_t width, BFloat16* to) {
     for (int64_t group = 0; group < num_keys; group += kSums)
         for (int64_t dim = 0; dim < width; dim += kTileNumbers)
@@ -52,8 +52,8 @@ inline void lay_keys(const BFloat16* from, int64_t stride, int64_t num_keys, int
                 transpose(from + key * stride + dim, stride, to);
 }
 
-// Dimensions as columns: of each 32 dimensions, of each 32 keys, 16 dimensions and then the others. Behind the last key
-// are zeros, since what nobody sees is multiplied, too, by 0.
+// Dimensions as columns: for each 32 dimensions and each 32 keys 16 dimensions, then the other 16. Zeros lie behind the
+// last key, since what nobody sees is multiplied as well, by 0.
 inline void lay_values(const BFloat16* from, int64_t stride, int64_t num_keys, int64_t width, BFloat16* to) {
     alignas(64) uint16_t places[2][kTileNumbers];
     for (uint16_t i = 0; i < kTile; ++i)
@@ -73,7 +73,7 @@ inline void lay_values(const BFloat16* from, int64_t stride, int64_t num_keys, i
             }
 }
 
-// Lane i is the highest number of vector i.
+// Lane i of the result is the highest number of vector i.
 inline Floats highest_of_each(Floats (&v)[kLanes]) {
     return combine_each(v, [](Floats a, Floats b) { return higher_of(a, b); });
 }
@@ -98,7 +98,7 @@ class TiledKeys {
           scores_(kSums * kScoreStride / kLanes),
           products_(kSums * kSums / kLanes) {}
 
-    // Many rows share what is laid out of the keys.
+    // So many rows share one layout of the keys.
     static int64_t tokens_at_once(const Step& step) { return std::max<int64_t>(1, kRows / step.num_groups); }
 
     void begin(const Step& step, const Chunk& chunk) {
@@ -116,7 +116,7 @@ class TiledKeys {
 
     void stage(const BFloat16* key, int64_t key_stride, const BFloat16* value, int64_t value_stride, int64_t num_keys,
                int64_t at) {
-        if (num_keys == kAtOnce) {  // nothing else will be with them: they can be laid out from where they are
+        if (num_keys == kAtOnce) {  // they fill all places: no copy is needed before they are laid out
             from_keys_ = key, key_stride_ = key_stride, from_values_ = value, value_stride_ = value_stride;
             return;
         }
@@ -138,7 +138,7 @@ class TiledKeys {
         lay_values(from_values_, value_stride_, num_keys, width_, values);
         for (int64_t first = 0; first < num_rows_; first += kSums) {
             const int64_t rows = std::min(kSums, num_rows_ - first);
-            const int64_t groups = (visible(first + rows - 1) + kSums - 1) / kSums;  // none sees more than the last
+            const int64_t groups = (visible(first + rows - 1) + kSums - 1) / kSums;  // no row sees more than the last
             if (!groups) continue;
             tiles_.set(rows);
             with_high(rows, [&](auto has_high) {
@@ -174,11 +174,11 @@ class TiledKeys {
 
    private:
     static constexpr int64_t kRows = 384;
-    static constexpr int64_t kScoreStride = kAtOnce + kTile;  // a power of two would crowd few sets of the cache
+    static constexpr int64_t kScoreStride = kAtOnce + kTile;  // a power of two would use few sets of the cache
     static constexpr int64_t kWeightStride = kAtOnce + kTileNumbers;
 
-    // Scores of up to 16 rows, the first of them `row`, to weights, with zeros for what a row does not see up to `end`.
-    // `kept`: what remains of earlier sums.
+    // Turns the scores of up to 16 rows, from `row` on, into weights, with zeros up to `end` for keys that a row does
+    // not see. `kept`: the factor of each row's earlier sums.
     template <typename Visible>
     void weigh(float scale, int64_t row, int64_t num_rows, int64_t end, int64_t low, Seen& seen, Visible&& visible,
                float* kept) {

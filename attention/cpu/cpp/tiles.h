@@ -1,7 +1,7 @@
 // Tiles of AMX: 16 rows of 64 bytes that a processor multiplies at once, here with bf16 numbers and fp32 sums.
 //
-// Tiles 0 to 3 are the sums of 32 rows by 32 columns, 4 and 5 the rows, 6 and 7 the columns; a tile of columns holds
-// two numbers of each of 16 columns in a row.
+// Tiles 0 to 3 hold the sums of 32 rows by 32 columns, 4 and 5 hold rows, 6 and 7 columns. Each row of a tile of
+// columns holds two numbers of each of 16 columns.
 
 #pragma once
 
@@ -16,13 +16,13 @@ namespace segue {
 constexpr int64_t kTile = 16;  // rows, or columns
 constexpr int64_t kTileNumbers = 32;  // in a row
 constexpr int64_t kSums = 2 * kTile;  // rows, and columns, of all four tiles of sums
-constexpr int64_t kStepNumbers = kSums * kTileNumbers;  // of 32 columns that a step multiplies
+constexpr int64_t kStepNumbers = kSums * kTileNumbers;  // of 32 columns, which a step multiplies
 
-// Each instruction on tiles has a line of decoded instructions for itself. While the other half of the core is busy,
-// perhaps with another machine's work, close ones take up to five times as long.
+// Each instruction on tiles gets a line of decoded instructions for itself. While the other half of the core is busy,
+// perhaps with another machine's work, instructions that are close together take up to five times as long.
 #define SEGUE_APART asm volatile(".p2align 6" ::: "memory")
 
-// For so many rows of sums; the tiles that hold none of them stay whole.
+// Configures the tiles for so many rows of sums; tiles that hold none of these rows keep their full size.
 inline void set_tiles(int64_t num_rows) {
     struct alignas(64) {
         uint8_t palette = 1, start = 0, unused[14] = {};
@@ -33,11 +33,11 @@ inline void set_tiles(int64_t num_rows) {
     const uint8_t low = num_rows < kTile ? num_rows : kTile, high = num_rows > kTile ? num_rows - kTile : kTile;
     config.rows[0] = config.rows[1] = config.rows[4] = low;
     config.rows[2] = config.rows[3] = config.rows[5] = high;
-    asm volatile("" ::"r"(&config) : "memory");  // GCC takes the next line to read eight bytes
+    asm volatile("" ::"r"(&config) : "memory");  // GCC believes that the next line reads eight bytes
     _tile_loadconfig(&config);
 }
 
-// The thread's tiles, given back in the end: a thread that holds some costs more to switch.
+// Holds the thread's tiles and releases them in the end: a thread with tiles costs more to switch.
 class Tiles {
    public:
     ~Tiles() { release(); }
@@ -53,10 +53,10 @@ class Tiles {
     int64_t num_rows_ = 0;
 };
 
-// Two to the power of numbers, within 8e-5 of it: a twenty-fifth of what rounding to bf16 may change.
+// Two to the power of numbers, with a relative error of 8e-5: a twenty-fifth of what rounding to bf16 may change.
 inline Floats power_of_two(Floats numbers) {
     const auto exponent = reinterpret_cast<__m512>(numbers);
-    const auto rest = reinterpret_cast<Floats>(_mm512_reduce_ps(exponent, 1));  // from the whole number below
+    const auto rest = reinterpret_cast<Floats>(_mm512_reduce_ps(exponent, 1));  // what is above the whole number below
     Floats power = rest * 7.802452147006989e-2f + 2.2606715559959412e-1f;
     power = power * rest + 6.958335638046265e-1f;
     power = power * rest + 9.999251961708069e-1f;
@@ -70,7 +70,7 @@ inline void zero_sums() {
     _tile_zero(3);
 }
 
-// What is wanted later, from memory: in each step a part of 2 KiB, in four times `num_lines` lines of 64 bytes.
+// Fetches from memory what is needed later: in each step a part of 2 KiB, in four times `num_lines` lines of 64 bytes.
 struct Fetch {
     const char* next = nullptr;
     int64_t num_lines = 0;
@@ -82,7 +82,7 @@ struct Fetch {
 };
 
 // Adds rows times columns, each with `num_steps` times 32 numbers, to the sums. The stride is in bytes; `between` is
-// called num_steps times, for work that the tiles leave time for. Of each step's columns first 16, then the others.
+// called num_steps times, for work that fits beside the tiles'. The columns of a step come as 16, then the other 16.
 template <bool kHasHigh, typename Between>
 inline void add_products(const BFloat16* low, const BFloat16* high, int64_t stride, const BFloat16* columns,
                          int64_t num_steps, Fetch fetch, Between&& between) {
@@ -115,7 +115,7 @@ inline void add_products(const BFloat16* low, const BFloat16* high, int64_t stri
     }
 }
 
-// `[32, stride]`, or 16 rows of it.
+// Writes the sums to `[32, stride]`, or 16 rows of them.
 template <bool kHasHigh>
 inline void store_sums(float* sums, int64_t stride) {
     const int64_t bytes = stride * static_cast<int64_t>(sizeof(float));

@@ -12,11 +12,12 @@ from commands import segue
 from echo_jobs import rows_of, write_job
 from hypothesis import given
 from hypothesis import strategies as st
+from ready_jobs import ready_job
 
 from segue.pipeline.dataset.blocks import InputUnreadable
 from segue.pipeline.dataset.selection import common_rows, sampled
 from segue.pipeline.problems import JobRefused
-from segue.pipeline.ready.checks import CheckedJob, check_job_file
+from segue.pipeline.ready.checks import CheckedJob
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray[.]")
 
@@ -39,7 +40,7 @@ def write_files(folder: Path, **more: object) -> Path:
 
 
 def checked(folder: Path, **inputs: object) -> CheckedJob:
-    return check_job_file(write_job(folder, input={"path": "in", **inputs}))
+    return ready_job(write_job(folder, input={"path": "in", **inputs})).checked
 
 
 def chosen(job: CheckedJob) -> list[int]:
@@ -103,7 +104,7 @@ def test_filter_does_not_need_more_than_the_lowest_limits(tmp_path):
     write_files(tmp_path)
     limits = {"row_memory_bytes": 64 * 2**20, "row_cpu_s": 1}
     job = write_job(tmp_path, input={"path": "in", "filters": [["lang", "==", "de"]]}, limits=limits)
-    assert len(chosen(check_job_file(job))) == 10
+    assert len(chosen(ready_job(job).checked)) == 10
 
 
 def test_limit_comes_after_sample_and_sample_after_filters(tmp_path):
@@ -120,7 +121,7 @@ def test_sample_is_of_its_size_and_differs_by_seed(tmp_path):
     half = chosen(checked(tmp_path, sample=0.5))
     assert len(half) == 15
     assert half == chosen(checked(tmp_path, sample=0.5))
-    assert half != chosen(check_job_file(write_job(tmp_path, seed=1, input={"path": "in", "sample": 0.5})))
+    assert half != chosen(ready_job(write_job(tmp_path, seed=1, input={"path": "in", "sample": 0.5})).checked)
     assert len(chosen(checked(tmp_path, sample=99))) == 30
     assert len(chosen(checked(tmp_path, sample=0.001))) == 1
 
@@ -200,7 +201,7 @@ def partitioned(folder: Path, *places: str) -> Path:
     return folder
 
 
-def test_partition_folders_are_columns_that_can_be_used_like_any(local_ray, tmp_path):
+def test_partition_folders_are_columns_that_can_be_used_like_any(here, tmp_path):
     partitioned(tmp_path, "lang=de/year=2024", "lang=de/year=2025", "lang=a%20b/year=2025")
     job = write_job(
         tmp_path,
@@ -241,7 +242,7 @@ def test_file_without_such_a_folder_has_null(tmp_path):
     }
 
 
-def test_retry_answers_only_failed_rows_that_the_filters_took(local_ray, tmp_path):
+def test_retry_answers_only_failed_rows_that_the_filters_took(here, tmp_path):
     write_files(tmp_path)
     table = pa.table({"prompt": ["x", None, "y", None], "lang": ["de", "de", "en", "en"]})
     (tmp_path / "in2").mkdir()
@@ -254,7 +255,7 @@ def test_retry_answers_only_failed_rows_that_the_filters_took(local_ray, tmp_pat
     assert rows_of(tmp_path / "again").keys() == {("a.parquet", 1)}
 
 
-def test_retry_of_a_sample_finds_its_rows_whatever_the_seed_and_the_limit(local_ray, tmp_path):
+def test_retry_of_a_sample_finds_its_rows_whatever_the_seed_and_the_limit(here, tmp_path):
     (tmp_path / "in").mkdir()
     pq.write_table(pa.table({"prompt": pa.array([None] * 90, pa.string())}), tmp_path / "in" / "a.parquet")
     inputs = {"path": "in", "sample": 2, "limit": 1}
@@ -266,7 +267,7 @@ def test_retry_of_a_sample_finds_its_rows_whatever_the_seed_and_the_limit(local_
     assert ("a.parquet", 0) not in rows_of(tmp_path / "again")
 
 
-def test_filter_that_takes_nothing_completes_an_empty_output(local_ray, tmp_path):
+def test_filter_that_takes_nothing_completes_an_empty_output(here, tmp_path):
     write_files(tmp_path)
     job = write_job(tmp_path, input={"path": "in", "filters": [["length", ">", 99]], "sample": 0.5})
     code, out, err = segue("run", job, "--quiet")

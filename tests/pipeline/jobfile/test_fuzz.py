@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from bad_parquet import GOOD, GOOD_DICTIONARY
-from bad_rows import CHAT
+from bad.parquet import GOOD, GOOD_DICTIONARY
+from bad.rows import CHAT
 from echo_jobs import awkward_table
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

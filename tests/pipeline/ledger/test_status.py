@@ -1,5 +1,6 @@
 """How far a job is, from its folder alone."""
 
+import asyncio
 import json
 import os
 import socket
@@ -7,10 +8,14 @@ import time
 
 import pytest
 from commands import finished_output, segue
-from echo_jobs import NUM_ROWS, outcome, segue_process, shards_in, wait_for, write_input, write_job
+from echo_jobs import NUM_ROWS, write_input, write_job
+from ready_jobs import ready_job
 
-from segue.pipeline.ledger.presence import FOLDER
+from segue.pipeline.ledger.completeness import write_success
+from segue.pipeline.ledger.presence import FOLDER, Presence
 from segue.pipeline.ledger.status import status_of
+from segue.pipeline.run.run import plan_job
+from segue.pipeline.run.worker import UnitWorker
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray[.]")
 
@@ -56,17 +61,20 @@ def test_status_of_what_is_no_output_is_refused(tmp_path):
     assert "is not an output folder of Segue" in err
 
 
-@pytest.mark.slow
 def test_status_of_a_run_at_work_and_done(tmp_path):
-    job = write_job(write_input(tmp_path), model={"source": "echo:0.3"}, workers={"units_in_flight": 1})
-    with segue_process(tmp_path, "run", str(job), "--json", "--quiet") as process:
-        wait_for(lambda: shards_in(tmp_path / "out"), process)
+    job = ready_job(write_job(write_input(tmp_path)))
+    manifest = plan_job(job, lambda line: None)
+    worker = UnitWorker(job.worker_spec(threads=1))
+    with Presence(job.store, lambda line: None):
+        asyncio.run(worker.run_unit(manifest.units[0]))
         found = status_of(str(tmp_path / "out"))
-        assert found.status == "running"
-        assert 0 < found.rows_done <= NUM_ROWS
+        assert (found.status, found.units_done, found.rows_done) == ("running", 1, manifest.units[0].num_rows)
         assert found.share_done == found.rows_done / NUM_ROWS
-        code, _, err = outcome(process)
-    assert code == 0, err
+        for unit in manifest.units[1:]:
+            asyncio.run(worker.run_unit(unit))
+        write_success(job.store, manifest)
+    assert worker._loop is not None
+    worker._loop.stop()
     done = status_of(str(tmp_path / "out"))
     assert (done.status, done.rows_done, done.share_done, done.runs) == ("done", NUM_ROWS, 1.0, [])
 

@@ -6,15 +6,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from typer.testing import CliRunner
+from commands import segue
 
-from segue.jobs.cli import app
 from segue.pipeline.ledger.columns import result_schema, result_table
+from segue.pipeline.ledger.completeness import write_success
 from segue.pipeline.ledger.manifest import Manifest
 from segue.pipeline.ledger.shards import FOOTER_KEY, PROTOCOL, ShardFooter, commit_shard, serialize_shard
 from segue.pipeline.ledger.units import UnitSpec, serialize_unit
 from segue.pipeline.ledger.verify import Damage, Verification, verify
-from segue.pipeline.run.run import write_success
 from segue.pipeline.storage.folder import LocalStore
 from segue.workers.rows.params import SamplingParams
 
@@ -164,10 +163,10 @@ def test_unfinished_folder_is_incomplete_and_its_plan_is_looked_at(tmp_path):
 
 def test_command_names_the_file_and_says_so_with_its_exit_code(finished):
     folder, shard = finished
-    assert CliRunner().invoke(app, ["verify", str(folder), "--json"]).exit_code == 0
+    assert segue("verify", folder, "--json")[0] == 0
     shard.unlink()
-    result = CliRunner().invoke(app, ["verify", str(folder)])
-    assert result.exit_code == 5
-    assert f"missing: {shard}: gone" in result.output
-    assert json.loads(result.output.splitlines()[-1])["damages"][0]["kind"] == "missing"
-    assert CliRunner().invoke(app, ["verify", str(folder.parent)]).exit_code == 2
+    code, out, err = segue("verify", folder)
+    assert code == 5
+    assert f"missing: {shard}: gone" in out + err
+    assert json.loads(out.splitlines()[-1])["damages"][0]["kind"] == "missing"
+    assert segue("verify", folder.parent)[0] == 2

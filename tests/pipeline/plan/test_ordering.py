@@ -5,12 +5,13 @@ from contextlib import contextmanager
 
 import pytest
 from echo_jobs import write_input, write_job
+from ready_jobs import ready_job
 
 from segue.pipeline.plan import order as ordering
 from segue.pipeline.plan.order import needs_ray, sorted_rows
 from segue.pipeline.problems import WorkersFailed
 from segue.pipeline.prompts.rows import PlannedRowReader, PreparationFailed
-from segue.pipeline.ready.job import prepare, today
+from segue.pipeline.ready.job import today
 from segue.pipeline.run.run import plan_job
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray[.]")
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray[.]")
 
 @pytest.fixture
 def job(tmp_path):
-    return prepare(write_job(write_input(tmp_path), output={"path": "out", "max_rows_per_file": 7}))
+    return ready_job(write_job(write_input(tmp_path), output={"path": "out", "max_rows_per_file": 7}))
 
 
 def by_ray_only(monkeypatch):
@@ -34,7 +35,7 @@ def test_plan_is_the_same_with_and_without_ray(job, local_ray, tmp_path, monkeyp
     here = plan_job(job, lambda line: None)
     by_ray_only(monkeypatch)
     by_ray = plan_job(
-        prepare(tmp_path / "job.yaml", [f"output.path={tmp_path / 'other'}"]),
+        ready_job(tmp_path / "job.yaml", f"output.path={tmp_path / 'other'}"),
         lambda line: None,
     )
     assert [unit.unit_id for unit in here.units] == [unit.unit_id for unit in by_ray.units]

@@ -11,28 +11,27 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from crash_points import sorted_without_ray
 from echo_jobs import origins, rows_of, wait_for, write_input, write_job
 from fsspec.implementations.local import LocalFileSystem
 from oracle import check_exact, echo_answer
 from ray.util.placement_group import placement_group, remove_placement_group
+from ready_jobs import ready_job
 
 from segue.pipeline.dataset.blocks import InputChanged
 from segue.pipeline.ledger.completeness import missing_units
 from segue.pipeline.ledger.failed_rows import FailedRows
-from segue.pipeline.ledger.manifest import ForeignOutput, Manifest, load_manifest
+from segue.pipeline.ledger.manifest import LONGEST_ROWS, ForeignOutput, Manifest, load_manifest
 from segue.pipeline.ledger.reading import finished_manifest
 from segue.pipeline.ledger.totals import RunSummary
 from segue.pipeline.ledger.units import UnitSpec, load_unit
 from segue.pipeline.ledger.verify import verify
 from segue.pipeline.plan import windows as planning
-from segue.pipeline.plan.tree import LONGEST_ROWS
 from segue.pipeline.processes.interrupt import Interrupt
 from segue.pipeline.processes.ray_session import num_cluster_cpus
+from segue.pipeline.processes.reservation import reserved_cpus
 from segue.pipeline.ready.checks import CheckedJob
-from segue.pipeline.ready.job import ReadyJob, prepare
+from segue.pipeline.ready.job import ReadyJob
 from segue.pipeline.run import passes
-from segue.pipeline.run.pool import reserved_cpus
 from segue.pipeline.run.run import plan_job, run_job
 from segue.pipeline.storage.folder import LocalStore
 from segue.pipeline.storage.store import OutputStorageError
@@ -43,7 +42,7 @@ WINDOWS = [range(25), range(25, 50), range(50, 60)]
 
 
 def window_job(folder: Path, **sections: Any) -> ReadyJob:
-    return prepare(write_job(folder, plan={"window_rows": WINDOW}, **sections))
+    return ready_job(write_job(folder, plan={"window_rows": WINDOW}, **sections))
 
 
 def run(job: ReadyJob) -> tuple[RunSummary, list[str]]:
@@ -73,10 +72,10 @@ def places(checked: CheckedJob, number: int) -> list[int]:
     return [*first, *(30 + row for row in second)]
 
 
-def test_windows_are_consecutive_rows_of_what_is_read(tmp_path):
+def test_windows_are_consecutive_rows_of_what_is_read(here, tmp_path):
     checked = window_job(write_input(tmp_path)).checked
     assert [places(checked, number) for number in range(checked.num_windows)] == [list(rows) for rows in WINDOWS]
-    limited = prepare(write_job(tmp_path, plan={"window_rows": 25}, input={"path": "in", "limit": 50})).checked
+    limited = ready_job(write_job(tmp_path, plan={"window_rows": 25}, input={"path": "in", "limit": 50})).checked
     assert (limited.num_windows, places(limited, 1)) == (2, list(range(25, 50)))
     failed = FailedRows("out", "f", "i", {"a.parquet": np.arange(0, 30, 2), "b.parquet": np.arange(1, 30, 2)})
     again = replace(checked, failed=failed)
@@ -84,7 +83,7 @@ def test_windows_are_consecutive_rows_of_what_is_read(tmp_path):
     others = replace(failed, rows={**failed.rows, "a.parquet": np.arange(1, 30, 2)})
     assert (others.identity == failed.identity, replace(failed).identity == failed.identity) == (False, True)
     assert [places(again, 0), places(again, 1)] == [[*range(0, 30, 2), *range(31, 50, 2)], [*range(51, 60, 2)]]
-    assert prepare(write_job(tmp_path, input={"path": "in", "limit": 0})).checked.num_windows == 1
+    assert ready_job(write_job(tmp_path, input={"path": "in", "limit": 0})).checked.num_windows == 1
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +204,7 @@ def test_window_that_is_gone_after_the_job_was_done_is_said(finished):
 
 def test_window_size_belongs_to_the_job(finished):
     folder, _ = finished
-    job = prepare(write_job(folder, "other.yaml", plan={"window_rows": 30}))
+    job = ready_job(write_job(folder, "other.yaml", plan={"window_rows": 30}))
     with pytest.raises(ForeignOutput, match=r"plan\.window_rows: there 25, here 30"):
         run(job)
     record = json.loads((folder / "out/_job/manifest.json").read_bytes())
@@ -217,8 +216,7 @@ def test_workers_leave_a_cpu_to_the_planner_while_there_is_more_to_plan():
     assert [reserved_cpus(threads, is_planning=True) for threads in (1, 2, 8)] == [0.5, 1, 7]
 
 
-def test_of_two_jobs_planned_at_once_the_later_takes_nothing_away_from_the_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(planning, "sorted_rows", sorted_without_ray)
+def test_of_two_jobs_planned_at_once_the_later_takes_nothing_away_from_the_first(here, tmp_path):
     jobs = [window_job(write_input(tmp_path)), window_job(tmp_path, seed=1)]  # the same rows in the same units
     planned = planning.plan_next(jobs[0], None)
     with pytest.raises(ForeignOutput, match="seed: there 0, here 1"):
@@ -228,8 +226,7 @@ def test_of_two_jobs_planned_at_once_the_later_takes_nothing_away_from_the_first
     assert len(store.names("_job/units")) == 2
 
 
-def test_planners_of_one_job_end_with_one_plan_whoever_is_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(planning, "sorted_rows", sorted_without_ray)
+def test_planners_of_one_job_end_with_one_plan_whoever_is_first(here, tmp_path):
     job = window_job(write_input(tmp_path))
     first = planning.plan_next(job, None)
     assert planning.plan_next(job, None) == first
@@ -250,10 +247,7 @@ def test_output_that_lost_a_window_is_not_complete_for_those_who_read_it(finishe
     assert finished_manifest(str(folder / "out")).is_complete
 
 
-def test_units_that_were_given_up_are_left_alone_when_more_is_planned(tmp_path, monkeypatch):
-    monkeypatch.setattr(planning, "sorted_rows", sorted_without_ray)
-    monkeypatch.setattr(passes, "threads_of", lambda workers: 1)
-    monkeypatch.setattr(passes, "workers_a_node", lambda workers, num_cpus: 1)
+def test_units_that_were_given_up_are_left_alone_when_more_is_planned(here, tmp_path):
     job = window_job(write_input(tmp_path))
     tried: list[list[int]] = []
 

@@ -31,9 +31,14 @@ def names_in(node: Any) -> list[str]:
     return [name for part in parts if part is not None for name in names_in(part)]
 
 
+def exported(metric: Metric) -> str:
+    """Its name in Prometheus."""
+    return f"ray_{metric.name}" + ("_total" if metric.kind == "counter" else "")
+
+
 @pytest.mark.parametrize("query", queries())
 def test_dashboard_queries_ask_for_what_there_is(query):
-    known = {metric.exported: metric for metric in (*OF_RUNS, *OF_ENGINES)}
+    known = {exported(metric): metric for metric in (*OF_RUNS, *OF_ENGINES)}
     asked = names_in(promql_parser.parse(query.replace("$job", "any")))
     assert asked
     assert set(asked) == set(re.findall(r"\bray_\w+", query))
@@ -47,7 +52,7 @@ def test_dashboard_queries_ask_for_what_there_is(query):
 
 def test_dashboard_shows_every_metric():
     asked = " ".join(queries())
-    assert [metric.exported for metric in (*OF_RUNS, *OF_ENGINES) if metric.exported not in asked] == []
+    assert [exported(metric) for metric in (*OF_RUNS, *OF_ENGINES) if exported(metric) not in asked] == []
 
 
 def scraped(cluster: LocalCluster) -> dict[tuple[str, str], float]:
@@ -70,7 +75,7 @@ def scraped(cluster: LocalCluster) -> dict[tuple[str, str], float]:
 
 
 def of(found: dict[tuple[str, str], float], metric: Metric) -> dict[str, float]:
-    return {tag: value for (name, tag), value in found.items() if name == metric.exported}
+    return {tag: value for (name, tag), value in found.items() if name == exported(metric)}
 
 
 @pytest.mark.long

@@ -1,19 +1,16 @@
-"""Jobs with a tiny real model through Ray: the plan's token counts are what the engines compute, to the token."""
+"""Jobs with a tiny real model: the plan's token counts are what the engines compute, to the token."""
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml_job
+from in_process import run, run_here
 
 from segue.pipeline.ledger.manifest import load_manifest
-from segue.pipeline.ready.job import prepare
-from segue.pipeline.run.run import run_job
+from segue.pipeline.storage.open import open_store
 
 # Ray's own code warns of itself; what it says of our calls stays an error.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray[.]"),
-    pytest.mark.usefixtures("local_ray"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray[.]")
 
 LEVELS = [
     {
@@ -53,17 +50,17 @@ def write_job(tmp_path, model, rows, **changes):
     )
 
 
-def run(path):
-    job = prepare(path)
-    summary = run_job(job, lambda line: None, quiet=True)
-    manifest = load_manifest(job.store)
+def outcome(path, run=run_here):
+    summary = run(path)
+    store = open_store(summary.output)
+    manifest = load_manifest(store)
     assert manifest is not None
-    return summary, manifest, pq.read_table(job.config.output.path).to_pylist()
+    return summary, manifest, pq.read_table(summary.output).to_pylist()
 
 
 @pytest.mark.parametrize("mask", ["segment", "causal"])
 def test_run_with_four_levels_of_sharing_and_one_worker_computes_the_plan_exactly(tmp_path, model_directory, mask):
-    summary, manifest, rows = run(write_job(tmp_path, model_directory, LEVELS, mask=mask))
+    summary, manifest, rows = outcome(write_job(tmp_path, model_directory, LEVELS, mask=mask))
     assert summary.tokens_computed == manifest.stats["tokens_distinct"]
     assert (
         summary.tokens_requested == manifest.stats["tokens_requested"] == sum(row["num_input_tokens"] for row in rows)
@@ -73,9 +70,9 @@ def test_run_with_four_levels_of_sharing_and_one_worker_computes_the_plan_exactl
     assert len(manifest.units) == 7
 
 
-def test_run_with_two_workers_computes_at_most_the_plans_bound(tmp_path, model_directory):
+def test_run_with_two_workers_computes_at_most_the_plans_bound(local_ray, tmp_path, model_directory):
     workers = {"min_size": 2, "max_size": 2}
-    summary, manifest, _ = run(write_job(tmp_path, model_directory, LEVELS, workers=workers))
+    summary, manifest, _ = outcome(write_job(tmp_path, model_directory, LEVELS, workers=workers), run)
     distinct, extra = manifest.stats["tokens_distinct"], manifest.stats["extra_tokens_bound"]
     assert distinct <= summary.tokens_computed <= distinct + extra
 
@@ -83,7 +80,7 @@ def test_run_with_two_workers_computes_at_most_the_plans_bound(tmp_path, model_d
 def test_run_of_flat_strings_with_a_common_beginning_reuses_it_by_token(tmp_path, model_directory):
     shots = "Q: one? A: 1. Q: two? A: 2. Q: three? A: 3. "
     rows = [{"prompt": f"{shots}Q: {number}? A:"} for number in range(40)]
-    summary, _, _ = run(write_job(tmp_path, model_directory, rows, mask="causal", prompt={"format": "text"}))
+    summary, _, _ = outcome(write_job(tmp_path, model_directory, rows, mask="causal", prompt={"format": "text"}))
     own = {row["prompt"].removeprefix(shots) for row in rows}
     # bytes are tokens: the shots and "Q: " once, then a radix over the numbers
     assert summary.tokens_computed < len(shots) + sum(len(text) for text in own)
@@ -102,7 +99,7 @@ def test_run_answers_equal_with_reuse_on_and_off_and_other_unit_sizes(tmp_path, 
         folder = tmp_path / str(index)
         folder.mkdir()
         sampled = {"max_tokens": 6, "temperature": 1.0}
-        _, _, rows = run(write_job(folder, model_directory, LEVELS, sampling_params=sampled, **changes))
+        _, _, rows = outcome(write_job(folder, model_directory, LEVELS, sampling_params=sampled, **changes))
         answers.append({row["src_row"]: row["generated_text"] for row in rows})
     assert len(answers[0]) == len(LEVELS)
     assert all(other == answers[0] for other in answers[1:])

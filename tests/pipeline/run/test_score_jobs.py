@@ -1,6 +1,5 @@
-"""Scoring jobs through Ray: the numbers of the engine in process, the token counts of the plan, kills and resumes."""
+"""Scoring jobs: the numbers of the engine in process, the token counts of the plan, kills and resumes."""
 
-import json
 import os
 import signal
 from pathlib import Path
@@ -9,20 +8,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml_job
+from commands import last_line, segue
 from echo_jobs import rows_of, segue_process, shards_in, wait_for
+from in_process import run_here
+from ready_jobs import ready_job
 from tiny_models import tiny_tree_model
-from typer.testing import CliRunner
 
-from segue.jobs.cli import app
 from segue.pipeline.ledger.columns import RESULT_COLUMNS
 from segue.pipeline.ledger.manifest import ForeignOutput, load_manifest
 from segue.pipeline.problems import JobRefused
-from segue.pipeline.ready.job import prepare
-from segue.pipeline.run.run import run_job
+from segue.pipeline.storage.open import open_store
 from segue.workers.engine.engine import Engine, EngineConfig
 
-# Ray's own code warns of itself; what it says of our calls stays an error.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray[.]")
+pytestmark = pytest.mark.usefixtures("here")
 
 SHOTS = "Q: one? A: 1.\nQ: two? A: 2.\n"
 TOLERANCE = 1e-3
@@ -44,11 +42,10 @@ def write(folder, source, rows, task, text="{prompt}", **changes):
 
 
 def run(path, *overrides):
-    job = prepare(path, overrides)
-    summary = run_job(job, lambda line: None, quiet=True)
-    manifest = load_manifest(job.store)
+    summary = run_here(path, *overrides)
+    manifest = load_manifest(open_store(summary.output))
     assert manifest is not None
-    return summary, manifest, [row for _, row in sorted(rows_of(Path(job.config.output.path)).items())]
+    return summary, manifest, [row for _, row in sorted(rows_of(Path(summary.output)).items())]
 
 
 def engine(**config):
@@ -73,7 +70,7 @@ NESTED = [
 ]
 
 
-def test_choose_job_computes_the_plan_exactly_and_scores_as_in_process(local_ray, tmp_path, model_directory):
+def test_choose_job_computes_the_plan_exactly_and_scores_as_in_process(tmp_path, model_directory):
     rows = QUIZ + NESTED
     changes = {
         "model": {"source": model_directory, "dtype": "float32"},
@@ -103,7 +100,7 @@ def _first_largest(values):
     return next(index for index, value in enumerate(values) if value > max(values) - 1e-6)
 
 
-def test_loglikelihood_job_scores_each_row_after_its_own_context(local_ray, tmp_path):
+def test_loglikelihood_job_scores_each_row_after_its_own_context(tmp_path):
     """The echo engine expects tokens of the context, with log-probability -1, and gives any other -2."""
     rows = [{"prompt": prompt, "continuation": text} for prompt in ("abc", "xyz", "") for text in ("ab", "ax", "ab")]
     _, _, found = run(write(tmp_path, "echo", rows, "loglikelihood"))
@@ -112,7 +109,7 @@ def test_loglikelihood_job_scores_each_row_after_its_own_context(local_ray, tmp_
     assert {row["num_tokens"] for row in found} == {2}
 
 
-def test_perplexity_job_of_long_and_equal_texts_computes_the_plan_exactly(local_ray, tmp_path, model_directory):
+def test_perplexity_job_of_long_and_equal_texts_computes_the_plan_exactly(tmp_path, model_directory):
     texts = [("once upon a time " * 20)[:length] for length in (3, 60, 64, 65, 200, 200, 330)]
     model = {"source": model_directory, "dtype": "float32"}
     path = write(
@@ -127,7 +124,7 @@ def test_perplexity_job_of_long_and_equal_texts_computes_the_plan_exactly(local_
     assert [row["num_bytes"] for row in found] == [len(text) for text in texts]
 
 
-def test_choose_job_under_the_segment_mask_differs_and_shares_whole_messages(local_ray, tmp_path, model_directory):
+def test_choose_job_under_the_segment_mask_differs_and_shares_whole_messages(tmp_path, model_directory):
     changes = {
         "model": {"source": model_directory, "dtype": "float32"},
         "prompt": {"format": "chat"},
@@ -143,7 +140,7 @@ def test_choose_job_under_the_segment_mask_differs_and_shares_whole_messages(loc
     assert found[0]["correct"] is None  # no label
 
 
-def test_scoring_rows_with_errors_are_in_the_same_schema(local_ray, tmp_path):
+def test_scoring_rows_with_errors_are_in_the_same_schema(tmp_path):
     rows = [*QUIZ[:6], {"prompt": "Q", "choices": [], "label": 0}, {"prompt": "Q", "choices": ["x"], "label": 5}]
     summary, manifest, found = run(write(tmp_path, "echo", rows, "choose"))
     assert summary.errors == {"BAD_CHOICES": 1, "BAD_LABEL": 1}
@@ -154,7 +151,7 @@ def test_scoring_rows_with_errors_are_in_the_same_schema(local_ray, tmp_path):
     assert manifest.stats["num_rows"] == len(rows)
 
 
-def test_scoring_job_with_another_delimiter_in_the_same_folder_is_refused_by_name(local_ray, tmp_path):
+def test_scoring_job_with_another_delimiter_in_the_same_folder_is_refused_by_name(tmp_path):
     path = write(tmp_path, "echo", QUIZ[:2], "choose")
     run(path)
     with pytest.raises(ForeignOutput, match="scoring: there"):
@@ -163,12 +160,12 @@ def test_scoring_job_with_another_delimiter_in_the_same_folder_is_refused_by_nam
 
 def evaluated(folder):
     """Exit code, and the groups that the command prints as JSON."""
-    result = CliRunner().invoke(app, ["evaluate", str(folder)])
-    return result.exit_code, json.loads(result.stdout.splitlines()[-1])["groups"] if result.exit_code == 0 else []
+    code, out, _ = segue("evaluate", folder)
+    return code, last_line(out)["groups"] if code == 0 else []
 
 
 @pytest.mark.long
-def test_choose_job_killed_and_resumed_evaluates_to_the_same_numbers(local_ray, tmp_path):
+def test_choose_job_killed_and_resumed_evaluates_to_the_same_numbers(tmp_path):
     rows = [QUIZ[number % len(QUIZ)] | {"task": "even" if number % 2 else "odd"} for number in range(48)]
     path = write(tmp_path, "echo:0.5", rows, "choose", workers={"units_in_flight": 1})
     with segue_process(tmp_path, "run", "job.yaml", "--quiet") as process:
@@ -200,11 +197,11 @@ def test_choose_job_killed_and_resumed_evaluates_to_the_same_numbers(local_ray, 
 def test_scoring_job_with_a_mistake_is_refused_by_key(tmp_path, changes, message):
     sections = {"scoring": {"choices": ["a"]}} | changes
     with pytest.raises(JobRefused, match=message):
-        prepare(write(tmp_path, "echo", QUIZ[:2], sections.pop("task", "choose"), **sections))
+        ready_job(write(tmp_path, "echo", QUIZ[:2], sections.pop("task", "choose"), **sections))
 
 
 def test_scoring_columns_may_have_other_names(tmp_path):
     rows = [{"prompt": "a", "options": ["x"], "gold": 0}]
     path = write(tmp_path, "echo", rows, "choose")
     columns = '{"choices": "options", "label": "gold"}'
-    assert prepare(path, [f"input.columns={columns}"]).checked.columns.prompt == ("gold", "options", "prompt")
+    assert ready_job(path, f"input.columns={columns}").checked.columns.prompt == ("gold", "options", "prompt")

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import S3_ENVIRONMENT
 from echo_jobs import outcome, segue_process, write_input, write_job
 from fault_proxy import Fault, FaultProxy, fault_proxy
 from oracle import check_exact, check_visible_are_whole, echo_answer
 from s3fs import S3FileSystem
-from store_servers import ADMIN, READER, StoreServer, rclone, seaweedfs
+from store_servers import ADMIN, READER, S3_ENVIRONMENT, StoreServer, rclone, seaweedfs
 
 from segue.pipeline.storage.bucket import ObjectStore
 from segue.pipeline.storage.store import OutputStorageError

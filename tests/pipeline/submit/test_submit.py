@@ -12,8 +12,8 @@ from echo_jobs import NUM_ROWS, origins, rows_of, shards_in, wait_for, write_inp
 from hypothesis import given
 from hypothesis import strategies as st
 from local_cluster import LocalCluster, local_cluster
+from ready_jobs import config_of
 
-from segue.pipeline.jobfile.read import load_job
 from segue.pipeline.problems import JobRefused
 from segue.pipeline.submit.job_queue import LogLines
 from segue.pipeline.submit.submission import copied_package, read_runtime_env, read_submitted
@@ -229,8 +229,8 @@ def test_submitted_job_is_the_job_with_its_prompt_files_and_paths(tmp_path):
     there.mkdir()
     submitted = read_submitted(path, ["sampling_params.max_tokens=9"])
     (there / "job.json").write_bytes(submitted.content)
-    found = load_job(there / "job.json")
-    assert found == load_job(path, ["sampling_params.max_tokens=9"])
+    found = config_of(there / "job.json")
+    assert found == config_of(path, "sampling_params.max_tokens=9")
     assert "Be {kind}." in str(found.prompt)
     assert submitted.local_paths == (str(tmp_path / "in"), str(tmp_path / "out"))
     assert read_submitted(path).submission_id != submitted.submission_id

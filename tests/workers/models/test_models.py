@@ -245,7 +245,7 @@ def test_decoder_whose_blocks_only_torch_attends_to_goes_layer_by_layer(monkeypa
 
 def _tiles() -> Kernels:
     kernels = cpu_kernels()
-    if kernels is None or not kernels.has_tiles:
+    if kernels is None or not kernels.multiplies():
         pytest.skip("this processor multiplies no tiles, or there is no compiler")
     return kernels
 

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from ready_jobs import ready_job
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
@@ -15,7 +16,6 @@ from yaml_job import write
 
 from segue.attention.segments import Segment
 from segue.pipeline.problems import JobRefused
-from segue.pipeline.ready.job import prepare
 from segue.pipeline.run.worker import make_engine
 from segue.workers.engine.engine import Engine
 from segue.workers.models.facts import FoundModel, ModelFacts, find_model, inspect_model
@@ -133,7 +133,7 @@ def test_a_job_hands_it_to_its_workers_and_is_another_job_with_it(tmp_path, mode
         "prompt": {"format": "text", "text": "{prompt}"},
     }
     jobs = [
-        prepare(write(tmp_path, {"model": {"source": model_directory, "quantization": quantization}, **shared}))
+        ready_job(write(tmp_path, {"model": {"source": model_directory, "quantization": quantization}, **shared}))
         for quantization in (INT8, None)
     ]
     kinds: list[str] = []
@@ -150,7 +150,7 @@ def test_values_that_yaml_has_and_json_has_not_are_refused_by_key(tmp_path):
         tmp_path, {"name": "q", "model": {"source": "echo", "quantization": {"bits": datetime.date(2020, 1, 1)}}}
     )
     with pytest.raises(JobRefused, match=r"model\.quantization"):
-        prepare(path)
+        ready_job(path)
 
 
 def test_adapter_over_quantised_weights_is_refused(model_directory):

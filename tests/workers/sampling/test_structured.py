@@ -16,6 +16,7 @@ from echo_jobs import rows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from ready_jobs import ready_job
 from render_specs import render_spec
 from tiny_models import tiny_tree_model
 from yaml_job import write
@@ -24,7 +25,6 @@ from segue.attention.segments import Segment
 from segue.pipeline.dataset.blocks import block_of
 from segue.pipeline.problems import JobRefused
 from segue.pipeline.prompts.render import render_block
-from segue.pipeline.ready.checks import check_job_file
 from segue.workers.engine.echo import EchoEngine
 from segue.workers.engine.engine import Engine, EngineConfig
 from segue.workers.errors import RowError
@@ -334,15 +334,15 @@ def job_with(folder: Path, form: dict[str, Any], source: str) -> Path:
 @pytest.mark.parametrize(
     ("source", "form", "said"),
     [
-        ("some/model", {"json": {"type": "array", "uniqueItems": True}}, "structured_outputs.json: got what it says"),
-        ("some/model", {"json": 7}, "sampling_params.structured_outputs.json"),
-        ("some/model", {"jsonn": {}}, "did you mean 'json'"),
+        ("./no-model", {"json": {"type": "array", "uniqueItems": True}}, "structured_outputs.json: got what it says"),
+        ("./no-model", {"json": 7}, "sampling_params.structured_outputs.json"),
+        ("./no-model", {"jsonn": {}}, "did you mean 'json'"),
         ("echo", {"regex": "a"}, "an echo has none"),
     ],
 )
 def test_job_with_such_a_form_is_refused_by_its_key(tmp_path, source, form, said):
     with pytest.raises(JobRefused, match=re.escape(said)):
-        check_job_file(job_with(tmp_path, form, source))
+        ready_job(job_with(tmp_path, form, source))
 
 
 @pytest.mark.parametrize(

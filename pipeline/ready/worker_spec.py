@@ -1,0 +1,31 @@
+"""What a worker process must know of its job: small, and the same for every worker."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from segue.workers.devices.names import Device, DeviceMap
+from segue.workers.rows.params import SamplingParams
+from segue.workers.scoring.template import Task
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """What a worker must know; no secret, no handle."""
+
+    name: str  # of the job
+    output: str
+    fingerprint: str
+    source: str  # of the model, or echo
+    revision: str | None
+    adapter: str | None
+    dtype: str
+    quantization: dict[str, Any] | None  # transformers' own configuration
+    mask: str
+    task: Task
+    params: SamplingParams
+    has_row_params: bool
+    max_model_len: int
+    engine: dict[str, Any] = field(default_factory=dict)  # EngineConfig fields
+    threads: int | None = None
+    device: Device = "auto"
+    device_map: DeviceMap = None  # auto: layers on all the GPUs that the worker has
