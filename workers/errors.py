@@ -1,6 +1,7 @@
-"""Why a row has no answer: a closed list of codes, carried as values in the output, never as a crash.
+"""Why a row has no answer, and why a model cannot be used.
 
-Knows nothing of models or storage. A message never contains text of the row.
+The reasons for rows are a closed list of codes. They are values in the output and never end a worker. A message never
+contains text of the row. Knows nothing of models or storage.
 """
 
 from enum import StrEnum
@@ -113,3 +114,7 @@ class RowError(Exception):
 
     def __reduce__(self) -> tuple[type["RowError"], tuple[RowErrorCode, str]]:
         return (RowError, (self.code, self.message))
+
+
+class ModelRefused(ValueError):
+    """The model cannot be used. The message says why: what was found and what is wanted."""

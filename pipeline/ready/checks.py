@@ -23,7 +23,7 @@ from segue.pipeline.ledger.failed_rows import FailedRows, failed_rows
 from segue.pipeline.ledger.manifest import ForeignOutput
 from segue.pipeline.problems import JobRefused, Problem, nearest, shown
 from segue.pipeline.storage.store import OutputStorageError, open_store
-from segue.workers.engine.echo import is_echo
+from segue.workers.models.echo import is_echo
 from segue.workers.prompts.template import PromptTemplate
 from segue.workers.rows.forms import problem_of
 from segue.workers.scoring.template import ScoringTemplate

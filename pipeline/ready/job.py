@@ -30,10 +30,10 @@ from segue.pipeline.storage.models import local_source
 from segue.pipeline.storage.store import Store, open_store
 from segue.workers.devices.gpus import num_gpus_here
 from segue.workers.devices.memory import GPU_KV_SHARE, KV_SHARE, free_memory_bytes
-from segue.workers.engine.echo import is_echo
+from segue.workers.errors import ModelRefused
 from segue.workers.models.adapter_record import AdapterRecord
+from segue.workers.models.echo import is_echo
 from segue.workers.models.facts import ConfigFacts, FoundModel, ModelFacts, find_model, inspect_model
-from segue.workers.models.source import ModelRefused
 
 IDENTITY_DIGITS = 16  # of a model, in an adapter's record
 GIB = 2**30

@@ -28,9 +28,10 @@ from segue.pipeline.run.roster import Reporter
 from segue.pipeline.storage.models import local_source
 from segue.pipeline.storage.store import OutputStorageError, open_store
 from segue.workers.devices.names import Device, DeviceMap
-from segue.workers.engine.echo import EchoEngine, is_echo
+from segue.workers.engine.echo import EchoEngine
 from segue.workers.engine.loop import EngineLoop, EngineRow, EngineStopped, RowEngine
 from segue.workers.errors import RowError
+from segue.workers.models.echo import is_echo
 from segue.workers.rows.params import SamplingParams
 from segue.workers.rows.request import GenerationRequest, RequestOutput
 from segue.workers.scoring.rows import requests_of

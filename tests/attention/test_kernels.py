@@ -16,7 +16,7 @@ from segue.attention.cpu.flash import flash
 from segue.attention.cpu.kernels import After, Kernels, Tables, load_kernels
 from segue.attention.memory.budget import KVShape
 from segue.workers.devices.devices import cpu_kernels, make_backend
-from segue.workers.models.source import ModelRefused
+from segue.workers.errors import ModelRefused
 
 CPU = torch.device("cpu")
 SCALE = 0.3

@@ -7,7 +7,7 @@ import pytest
 from segue.jobs.bench.arc import NUM_SHOTS, context_of, load, pairs_of, write_job
 from segue.pipeline.prompts.render import encoder_of
 from segue.pipeline.ready.job import prepare
-from segue.workers.engine.echo import echo_tokenizer
+from segue.workers.models.echo import echo_tokenizer
 
 
 def line(number: int, question: str = "Why {braces}?", answer: str = "answer2") -> str:

@@ -18,8 +18,9 @@ from segue.attention.cpu.plain import CpuBackend
 from segue.attention.cuda.backend import FLASH_DTYPES, VarlenBackend
 from segue.attention.memory.budget import KVShape
 from segue.attention.reference import ReferenceBackend
+from segue.workers.devices.cache import cache_root
 from segue.workers.devices.memory import GPU_KV_SHARE, KV_SHARE, free_memory_bytes
-from segue.workers.models.source import ModelRefused, cache_root
+from segue.workers.errors import ModelRefused
 
 BackendName = Literal["auto", "native", "cpu", "reference", "varlen"]
 RESERVED_SHARE = 0.9  # of what is free on a GPU, at most

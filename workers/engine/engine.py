@@ -21,10 +21,9 @@ from segue.workers.devices.names import Device, DeviceMap
 from segue.workers.engine.coalescing import RequestCoalescer
 from segue.workers.engine.core import EngineConfig, EngineCore, last_hidden
 from segue.workers.engine.stats import EngineStats
-from segue.workers.errors import RowError
+from segue.workers.errors import ModelRefused, RowError
 from segue.workers.models.adapter_record import AdapterRecord, load_record
 from segue.workers.models.load import TreeModel, load_model
-from segue.workers.models.source import ModelRefused
 from segue.workers.prompts.encoder import PromptEncoder
 from segue.workers.prompts.template import PromptTemplate
 from segue.workers.rows.params import SamplingParams

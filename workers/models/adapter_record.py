@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from segue.workers.models.source import ModelRefused
+from segue.workers.errors import ModelRefused
 
 RECORD = "segue.json"
 

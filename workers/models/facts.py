@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from segue.workers.devices.gpus import num_gpus_here
-from segue.workers.engine import echo
+from segue.workers.errors import ModelRefused
+from segue.workers.models import echo
 from segue.workers.models.adapter_record import AdapterRecord, load_record
-from segue.workers.models.source import ModelRefused, file_digest, locate, safetensors_directory, weights_identity
+from segue.workers.models.source import file_digest, locate, safetensors_directory, weights_identity
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,10 +23,11 @@ from segue.attention.tree.cache import Residency
 from segue.attention.tree.tree import SegmentTree
 from segue.workers.devices.devices import make_backend, resolve_device, resolve_dtype
 from segue.workers.devices.names import DeviceMap
+from segue.workers.errors import ModelRefused
 from segue.workers.models import support
 from segue.workers.models.fused_cpu import FusedDecoder
 from segue.workers.models.quantization import checked_quantization, refusal
-from segue.workers.models.source import ModelRefused, locate, safetensors_directory
+from segue.workers.models.source import locate, safetensors_directory
 
 ATTENTION_NAME = "segue_tree"
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}  # of the logits' norm

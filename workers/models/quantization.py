@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from segue.workers.models.source import ModelRefused
+from segue.workers.errors import ModelRefused
 
 
 @dataclass(frozen=True, slots=True)

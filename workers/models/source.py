@@ -19,13 +19,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from segue.workers.devices.cache import cache_root
+from segue.workers.errors import ModelRefused
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-WEIGHT_SUFFIXES = (".safetensors", ".gguf")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
-
-class ModelRefused(ValueError):
-    """The model cannot be used, and why: what was got, what is wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +43,6 @@ class ModelFiles:
         if self.gguf_file:
             return [self.directory / self.gguf_file]
         return sorted(self.directory.glob("*.safetensors"))
-
-
-def cache_root() -> Path:
-    """Where converted models are kept: SEGUE_CACHE, else the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "segue"
-    return Path(os.environ.get("SEGUE_CACHE") or default)
 
 
 def locate(source: str, revision: str | None = None) -> ModelFiles:

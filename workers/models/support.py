@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from segue.workers.models.source import ModelRefused
+from segue.workers.errors import ModelRefused
 
 SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention", "attention"})
 

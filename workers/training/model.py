@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from segue.attention.visibility import block_sequence_ids, visible
 from segue.workers.devices.devices import resolve_device
+from segue.workers.errors import ModelRefused
 from segue.workers.models.load import (
     PROBE_TOLERANCE,
     check_attention_call,
@@ -31,7 +32,7 @@ from segue.workers.models.load import (
     vocabulary_logits,
 )
 from segue.workers.models.quantization import own_quantization
-from segue.workers.models.source import ModelRefused, locate, safetensors_directory
+from segue.workers.models.source import locate, safetensors_directory
 from segue.workers.training.batches import TrainingExample
 from segue.workers.training.params import LoraParams
 

@@ -32,9 +32,9 @@ from segue.pipeline.train.examples import Holdout, load_training_data
 from segue.pipeline.train.finetune import prepare_finetune, run_finetune
 from segue.pipeline.train.metrics import METRICS, read_metrics
 from segue.pipeline.train.process import NothingToTrain, train_process
-from segue.workers.engine.echo import echo_tokenizer
 from segue.workers.engine.engine import Engine
-from segue.workers.models.source import ModelRefused
+from segue.workers.errors import ModelRefused
+from segue.workers.models.echo import echo_tokenizer
 from segue.workers.rows.params import SamplingParams
 from segue.workers.training.params import TrainingDiverged
 from segue.workers.training.ranks import Ranks

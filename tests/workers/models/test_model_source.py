@@ -12,10 +12,11 @@ from tiny_models import oracle_logits, tiny_model, tiny_tokenizer
 from segue.attention.segments import Segment
 from segue.workers.devices.devices import resolve_dtype
 from segue.workers.engine.engine import Engine, EngineConfig
+from segue.workers.errors import ModelRefused
 from segue.workers.models.facts import find_model, inspect_model
 from segue.workers.models.inspect import config_facts
 from segue.workers.models.load import load_model
-from segue.workers.models.source import ModelRefused, file_digest, locate, safetensors_directory, weights_identity
+from segue.workers.models.source import file_digest, locate, safetensors_directory, weights_identity
 
 PROMPT = [Segment((5, 6, 7), True), Segment((8, 9), False)]
 

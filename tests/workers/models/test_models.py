@@ -24,10 +24,10 @@ from segue.attention.cpu.kernels import Kernels
 from segue.attention.segments import Segment
 from segue.workers.devices.devices import cpu_kernels
 from segue.workers.engine.engine import Engine, EngineConfig
+from segue.workers.errors import ModelRefused
 from segue.workers.models import support
 from segue.workers.models.fused_cpu import FusedDecoder
 from segue.workers.models.load import tree_model
-from segue.workers.models.source import ModelRefused
 from segue.workers.models.weights_cpu import OneDnnProduct, OneDnnWeights, PlainWeights, TiledWeights
 from segue.workers.rows.params import SamplingParams
 
