@@ -11,7 +11,7 @@ from segue.attention.cpu.kv_cache import KVCache
 from segue.attention.cpu.plain import CpuBackend
 from segue.attention.segments import Segment
 from segue.workers.engine.engine import Engine, EngineConfig
-from segue.workers.models.load import tree_model
+from segue.workers.models.tree_model import tree_model
 from segue.workers.rows.params import SamplingParams
 from segue.workers.rows.request import GenerationRequest
 

@@ -59,7 +59,7 @@ def resolve_dtype(dtype: str, device: torch.device | None = None) -> torch.dtype
     if dtype == "auto":
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-        return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+        return torch.bfloat16 if cpu_multiplies_bf16() else torch.float32
     if dtype not in DTYPES:
         raise ModelRefused(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
     if device.type == "cpu" and dtype == "float16":
@@ -67,6 +67,14 @@ def resolve_dtype(dtype: str, device: torch.device | None = None) -> torch.dtype
     if device.type == "cuda" and DTYPES[dtype] not in FLASH_DTYPES:
         raise ModelRefused(f"dtype {dtype} is not computed by the attention kernels of GPUs; use bfloat16 or float16")
     return DTYPES[dtype]
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether oneDNN multiplies bf16 on this processor: on x86 that takes AVX-512 or avx_ne_convert.
+
+    Elsewhere bf16 works too, by torch's own loops, but is slower than fp32, and oneDNN refuses to pack such weights.
+    """
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def make_backend(name: str, shape: KVShape, layer_devices: Sequence[torch.device]) -> Backend:

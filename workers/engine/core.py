@@ -25,7 +25,7 @@ from segue.workers.engine.decode_graphs import DecodeGraphs
 from segue.workers.engine.scheduler import Prefill, Scheduler, StepPlan
 from segue.workers.engine.stats import EngineStats
 from segue.workers.errors import RowError, RowErrorCode
-from segue.workers.models.load import TreeModel
+from segue.workers.models.tree_model import TreeModel
 from segue.workers.rows.params import SamplingParams
 from segue.workers.rows.request import GenerationRequest, Request, RequestOutput, Sample, Score, ScoringRequest
 from segue.workers.sampling.draw import draw

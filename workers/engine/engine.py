@@ -23,7 +23,8 @@ from segue.workers.engine.core import EngineConfig, EngineCore, last_hidden
 from segue.workers.engine.stats import EngineStats
 from segue.workers.errors import ModelRefused, RowError
 from segue.workers.models.adapter_record import AdapterRecord, load_record
-from segue.workers.models.load import TreeModel, load_model
+from segue.workers.models.load import load_model
+from segue.workers.models.tree_model import TreeModel
 from segue.workers.prompts.encoder import PromptEncoder
 from segue.workers.prompts.template import PromptTemplate
 from segue.workers.rows.params import SamplingParams

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from segue.attention.segments import Segment, canonical_segments
 from segue.attention.visibility import block_sequence_ids, visible
-from segue.workers.models.load import checked_config, load_weights, merge_adapter
+from segue.workers.models.load import load_weights, merge_adapter
 from segue.workers.models.source import locate, safetensors_directory
+from segue.workers.models.support import checked_config
 
 MAX_TOKENS = 1024  # the weights of all layers and heads are held at once: a gigabyte for SmolLM2-135M
 

@@ -13,8 +13,8 @@ import torch
 from segue.workers.devices.devices import resolve_dtype
 from segue.workers.models import support
 from segue.workers.models.facts import ConfigFacts
-from segue.workers.models.load import checked_config
 from segue.workers.models.quantization import checked_quantization
+from segue.workers.models.support import checked_config
 
 
 def import_models() -> None:

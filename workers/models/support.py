@@ -1,7 +1,7 @@
 """Which models the tree can express, decided from the configuration alone, before any weight is read.
 
 A model is refused by name and reason, never run on hope. What a configuration does not show is caught by the probe in
-`workers/models/load.py`, which compares the tree with the model's own attention.
+`workers/models/tree_model.py`, which compares the tree with the model's own attention.
 """
 
 import json
@@ -70,6 +70,23 @@ def _objections(config: Any) -> list[str]:
     if text.model_type == "gpt_oss":
         reasons.append("it has attention sinks")
     return reasons
+
+
+def checked_config(directory: Path) -> tuple[Any, Any]:
+    """Configuration and tokenizer of a model directory that passes every check that needs no weights in memory."""
+    from transformers import AutoTokenizer
+
+    config = read_config(directory)
+    check_supported(config)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:
+        raise ModelRefused(f"the model has no readable tokenizer: {error}") from error
+    if not tokenizer.is_fast:
+        raise ModelRefused("the model has no fast tokenizer (tokenizer.json)")
+    check_vocabulary(config, tokenizer)
+    check_weights_match(directory, config)
+    return config, tokenizer
 
 
 def sliding_window(config: Any) -> int | None:

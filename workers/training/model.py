@@ -21,18 +21,18 @@ from torch.utils.checkpoint import checkpoint
 from segue.attention.visibility import block_sequence_ids, visible
 from segue.workers.devices.devices import resolve_device
 from segue.workers.errors import ModelRefused
-from segue.workers.models.load import (
+from segue.workers.models.load import load_weights
+from segue.workers.models.quantization import own_quantization
+from segue.workers.models.source import locate, safetensors_directory
+from segue.workers.models.support import checked_config
+from segue.workers.models.tree_model import (
     PROBE_TOLERANCE,
     check_attention_call,
-    checked_config,
     eos_token_ids,
-    load_weights,
     own_logits,
     probe_ids,
     vocabulary_logits,
 )
-from segue.workers.models.quantization import own_quantization
-from segue.workers.models.source import locate, safetensors_directory
 from segue.workers.training.batches import TrainingExample
 from segue.workers.training.params import LoraParams
 

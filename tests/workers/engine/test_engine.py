@@ -17,7 +17,7 @@ from tiny_models import oracle_greedy, oracle_logits, oracle_model, tiny_model, 
 from segue.attention.segments import Segment, num_tokens
 from segue.attention.tree.tree import SegmentTree
 from segue.workers.engine.engine import Engine, EngineConfig
-from segue.workers.models.load import tree_model
+from segue.workers.models.tree_model import tree_model
 from segue.workers.rows.params import SamplingParams
 from segue.workers.rows.request import GenerationRequest
 

@@ -27,7 +27,7 @@ from segue.workers.engine.engine import Engine, EngineConfig
 from segue.workers.errors import ModelRefused
 from segue.workers.models import support
 from segue.workers.models.fused_cpu import FusedDecoder
-from segue.workers.models.load import tree_model
+from segue.workers.models.tree_model import tree_model
 from segue.workers.models.weights_cpu import OneDnnProduct, OneDnnWeights, PlainWeights, TiledWeights
 from segue.workers.rows.params import SamplingParams
 
