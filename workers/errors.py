@@ -10,7 +10,7 @@ MAX_MESSAGE_CHARS = 500
 
 
 class RowErrorCode(StrEnum):
-    """Every reason a row may be left unanswered, its `meaning`, and a `remedy`: pages for users are made of these."""
+    """Every reason why a row has no answer, with its `meaning` and a `remedy`. The pages for users show both."""
 
     meaning: str
     remedy: str
@@ -104,7 +104,7 @@ class RowErrorCode(StrEnum):
 class RowError(Exception):
     """One row cannot be answered; all other rows go on.
 
-    `message` says what was found and what was wanted, without quoting the row.
+    `message` says what was found and what was wanted. It never quotes the row.
     """
 
     def __init__(self, code: RowErrorCode, message: str) -> None:
