@@ -17,7 +17,7 @@ import os
 
 # torch reads these when it is loaded. Threads that wait in a loop take the processor from those that they wait for:
 # three engines on two cores took 180 seconds for what takes 8 when threads sleep. Threads that sleep at once make a
-# step of few tokens a quarter longer, as each of its hundreds of calls wakes them. So they wait some microseconds first.
+# step of few tokens a quarter longer, as each of its hundreds of calls wakes them. They wait some microseconds first.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 # transformers imports torchao wherever it is installed, and torchao warns if there is no card.

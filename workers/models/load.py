@@ -29,10 +29,10 @@ def load_model(
     device_map: DeviceMap = None,
     quantization: Mapping[str, Any] | None = None,
 ) -> TreeModel:
-    """Load, check and probe. `device_map` is for a model larger than a device: where its layers go; `quantization` is
-    transformers' own configuration of weights of fewer bits.
+    """Load a model, check it and probe it.
 
-    Raises ModelRefused with the reason.
+    `device_map` says where the layers of a model go that is larger than a device. `quantization` is transformers' own
+    configuration of weights of fewer bits. Raises ModelRefused with the reason.
     """
     directory = safetensors_directory(locate(source, revision))
     torch_device = resolve_device(device)
@@ -48,7 +48,7 @@ def load_model(
                 raise
             raise refusal(error) from error
         return tree_model(model, tokenizer)
-    # An adapter is merged in fp32 and rounded once.
+    # An adapter is merged in fp32, so that the sum is rounded only once.
     model = load_weights(directory, config, torch.float32 if adapter else torch_dtype, device_map)
     if adapter:
         model = merge_adapter(model, adapter).to(torch_dtype)
@@ -79,7 +79,7 @@ def load_weights(
 
 
 def merge_adapter(model: Any, adapter: str) -> Any:
-    """The model with an adapter's weights added to its own. Raises ModelRefused for what is no PEFT adapter."""
+    """The model with an adapter's weights added to its own. Raises ModelRefused if it is not a PEFT adapter."""
     try:
         from peft import PeftModel
     except ImportError as error:

@@ -1,7 +1,8 @@
 """A transformers model whose attention runs over the segment tree.
 
 The model's own code does everything but attention: embeddings, projections, rotary positions, experts, norms. Attention
-is registered as one more of transformers' implementations, with no mask function, so no mask is ever built.
+is registered as one more of transformers' implementations. It has no mask function, so no mask is ever built. Does not
+know files or jobs.
 
 Shapes: `T` packed tokens, `N` selected tokens, `V` vocabulary, `E` hidden width.
 """
@@ -39,7 +40,7 @@ def tree_attention(
     segue_step: StepRun | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention signature; query `[1, H, T, D]` -> `[1, T, H, D]`."""
+    """Has the signature of transformers' attention; query `[1, H, T, D]` -> `[1, T, H, D]`."""
     if segue_step is None:
         raise ModelRefused(f"{type(module).__name__} does not pass extra arguments to its attention")
     check_attention_call(module, attention_mask, kwargs)
@@ -49,7 +50,7 @@ def tree_attention(
 
 
 def check_attention_call(module: nn.Module, attention_mask: Tensor | None, kwargs: Mapping[str, Any]) -> None:
-    """Raises ModelRefused for what a model hands its attention and ours, served or trained, would leave out."""
+    """Raises ModelRefused for arguments of a model's attention that ours, in serving or training, would ignore."""
     if attention_mask is not None:
         raise ModelRefused(f"{type(module).__name__} insists on a mask of its own")
     for name in ("softcap", "s_aux", "position_bias"):
@@ -59,18 +60,18 @@ def check_attention_call(module: nn.Module, attention_mask: Tensor | None, kwarg
 
 @dataclass(eq=False)
 class TreeModel:
-    """A loaded model, its tokenizer, and what the engine must know of it."""
+    """A loaded model, its tokenizer, and what the engine must know about it."""
 
     model: Any  # PreTrainedModel; its attention is the tree's
     tokenizer: Any  # PreTrainedTokenizerBase
     kv_shape: KVShape
     max_model_len: int
     eos_token_ids: frozenset[int]
-    fused: FusedDecoder | None = None  # the same decoder in fewer calls, where there is one
+    fused: FusedDecoder | None = None  # the same decoder in fewer calls, for kinds of models that have one
 
     @property
     def layer_devices(self) -> list[torch.device]:
-        """Where each layer's attention runs: one device, unless a model is larger than that."""
+        """The device of each layer's attention. All are one device, unless the model is larger than a device."""
         return [_device_of(layer) for layer in self.model.get_decoder().layers]
 
     @property
@@ -79,7 +80,7 @@ class TreeModel:
 
     @torch.inference_mode()
     def forward(self, step: TreeStep) -> Tensor:
-        """The final hidden states of a step's tokens, `[T, E]`, after the last norm. Writes its keys and values."""
+        """The final hidden states of a step's tokens, `[T, E]`, after the last norm. Writes their keys and values."""
         device = self.kv_shape.device
         ids = torch.tensor([step.blocks.token_ids], device=device)
         positions = torch.tensor([step.blocks.position_ids], device=device)
@@ -88,7 +89,7 @@ class TreeModel:
         return hidden
 
     def hidden(self, ids: Tensor, positions: Tensor, run: StepRun) -> Tensor:
-        """ids and positions `[1, T]` -> `[T, E]`, with `run` as the attention of every layer."""
+        """ids and positions `[1, T]` -> `[T, E]`. `run` is the attention of every layer."""
         if self.fused is not None:
             return self.fused(ids, positions, run)
         output = self.model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False, segue_step=run)
@@ -101,7 +102,7 @@ class TreeModel:
 
     @torch.inference_mode()
     def rounded_logits(self, hidden: Tensor) -> Tensor:
-        """The same in the model's own type, half of what there is to read, where nothing is done to them any more."""
+        """The same in the model's own precision: half the bytes to read, for callers that only read them."""
         return vocabulary_logits(self.model, hidden, self.fused and self.fused.head)
 
 
@@ -123,9 +124,9 @@ def tree_model(model: Any, tokenizer: Any) -> TreeModel:
 
 
 def vocabulary_logits(model: Any, hidden: Tensor, head: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """Final hidden states `[..., E]` of a transformers model -> `[..., V]`, scaled and capped, in fp32, as it does.
+    """Final hidden states `[..., E]` -> `[..., V]`, scaled and capped as the transformers model does it.
 
-    `head` computes what the model's own output embeddings do.
+    `head` replaces the model's own output embeddings.
     """
     config = model.config.get_text_config()
     logits = (head or model.get_output_embeddings())(hidden)
@@ -134,7 +135,7 @@ def vocabulary_logits(model: Any, hidden: Tensor, head: Callable[[Tensor], Tenso
         logits = logits.float() * scale
     cap = getattr(config, "final_logit_softcapping", None)
     logits = torch.tanh(logits.float() / cap) * cap if cap else logits
-    return logits.to(hidden.device)  # the head may be elsewhere
+    return logits.to(hidden.device)  # the head may be on another device
 
 
 def _register_attention() -> None:
@@ -155,7 +156,7 @@ def _kv_shape(model: Any) -> KVShape:
 
 
 def _device_of(layer: nn.Module) -> torch.device:
-    """Where it computes. accelerate may keep its weights elsewhere until then."""
+    """The device on which a layer computes. accelerate may keep its weights on another one until then."""
     hook: Any = getattr(layer, "_hf_hook", None)
     where = getattr(hook, "execution_device", None)
     if where is None:
@@ -164,7 +165,7 @@ def _device_of(layer: nn.Module) -> torch.device:
 
 
 def eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Every id that ends a generation: the generation defaults' and the tokenizer's."""
+    """Every token id that ends an answer: those of the generation defaults and of the tokenizer."""
     found: set[int] = set()
     for ids in (model.generation_config and model.generation_config.eos_token_id, tokenizer and tokenizer.eos_token_id):
         if ids is not None:
@@ -173,21 +174,21 @@ def eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
 
 
 def probe_ids(model: Any) -> list[int]:
-    """A few tokens of any vocabulary."""
+    """A few token ids that every vocabulary has."""
     vocab_size = int(model.config.get_text_config().vocab_size)
     return [(7 * i + 3) % vocab_size for i in range(9)]
 
 
 @torch.no_grad()
 def own_logits(model: Any) -> Tensor:
-    """`[V]` at the last probe token, by the model's own eager attention."""
+    """`[V]`: the logits at the last probe token, by the model's own eager attention."""
     model.set_attn_implementation("eager")
     ids = torch.tensor([probe_ids(model)], device=model.device)
     return model(input_ids=ids, use_cache=False).logits[0, -1].float()
 
 
 def _probe(loaded: TreeModel, wanted: Tensor) -> None:
-    """Run a short causal prompt through the tree: whatever a configuration hides shows as different logits."""
+    """Run a short causal prompt through the tree. Raises ModelRefused if the logits differ from the model's own."""
     error = _probed_error(loaded, wanted)
     if not error <= _tolerance(loaded):
         raise ModelRefused(
@@ -197,19 +198,19 @@ def _probe(loaded: TreeModel, wanted: Tensor) -> None:
 
 
 def _tolerance(loaded: TreeModel) -> float:
-    """Of the logits' norm. Where activations are rounded to a few bits the last bit of attention tips many of them."""
+    """A share of the logits' norm. Where activations have few bits, a small difference in attention changes many."""
     is_quantized = getattr(loaded.model.config, "quantization_config", None) is not None
     return QUANTIZED_TOLERANCE if is_quantized else PROBE_TOLERANCE[loaded.kv_shape.dtype]
 
 
 def _probed_error(loaded: TreeModel, wanted: Tensor) -> float:
-    """As a share of the logits' norm."""
+    """How far the tree's logits are from the model's own, as a share of their norm."""
     got = chain_logits(loaded, [Segment(tuple(probe_ids(loaded.model)), False)])
     return float((got - wanted).norm() / wanted.norm().clamp_min(1e-6))
 
 
 def chain_logits(loaded: TreeModel, segments: list[Segment]) -> Tensor:
-    """`[V]` after one chain of segments, in one pass with a cache of its own; the engine does it for many rows."""
+    """`[V]`: the logits after one chain of segments, in one forward pass with memory of its own."""
     tree = SegmentTree()
     end = tree.insert(segments)
     backend = make_backend("auto", loaded.kv_shape, loaded.layer_devices)
