@@ -47,7 +47,7 @@ def _tuple(value: object) -> object:
 
 
 class StructuredOutputs(BaseModel, frozen=True):
-    """Exactly one of these is set. The answer has this form and nothing around it, unless `max_tokens` cuts it off."""
+    """Exactly one of these. The answer has this form and nothing before or after it, unless it ends for its length."""
 
     model_config = ConfigDict(extra="forbid", strict=True, serialize_by_alias=True)
 
@@ -57,7 +57,7 @@ class StructuredOutputs(BaseModel, frozen=True):
         WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "string"}, {"type": "null"}], "default": None}),
         Field(alias="json", max_length=MAX_FORM_CHARS),
     ] = None  # a JSON schema: a mapping, or its text
-    regex: Annotated[str | None, Field(min_length=1, max_length=MAX_FORM_CHARS)] = None  # Rust's; of the whole answer
+    regex: Annotated[str | None, Field(min_length=1, max_length=MAX_FORM_CHARS)] = None  # of the whole answer, Rust's
     choice: Annotated[
         tuple[Annotated[str, Field(min_length=1)], ...] | None, BeforeValidator(_tuple), Field(min_length=1)
     ] = None  # one of these texts

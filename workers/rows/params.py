@@ -12,9 +12,8 @@ from segue.workers.rows.forms import StructuredOutputs
 
 
 class SamplingParams(BaseModel):
-    """One row's sampling parameters. Names, ranges and defaults are vLLM's, with one exception.
-
-    `temperature` defaults to 0 (greedy), because an offline job should be repeatable unless its author wants otherwise.
+    """One row's sampling parameters; names, ranges and defaults are vLLM's, except that
+    `temperature` defaults to 0 (greedy): an offline job should be repeatable unless asked otherwise.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
