@@ -14,7 +14,7 @@ from segue.workers.rows.params import SamplingParams
 
 if TYPE_CHECKING:
     from segue.attention.memory.budget import Tail  # it imports torch, which planning does not need
-    from segue.workers.rows.grammar import Grammar
+    from segue.workers.sampling.grammars import Grammar
 
 FinishReason = Literal["stop", "length", "error"]
 

@@ -12,10 +12,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from segue.workers.rows.grammar import Grammar
 from segue.workers.rows.params import SamplingParams
 from segue.workers.rows.request import Sample, TokenLogprobs
-from segue.workers.sampling.grammars import forbidden_tokens
+from segue.workers.sampling.grammars import Grammar, forbidden_tokens
 from segue.workers.sampling.vocabulary import summarise
 
 
