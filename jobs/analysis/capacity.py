@@ -4,7 +4,7 @@ from segue.pipeline.ledger.manifest import Manifest
 from segue.pipeline.problems import JobRefused, Problem, shown
 from segue.pipeline.ready.job import ReadyJob
 from segue.workers.devices.card import CARDS, Card, MemoryPlan, ModelSize, Workload, memory_plan
-from segue.workers.engine.core import EngineConfig
+from segue.workers.engine.config import EngineConfig
 
 
 def card_of(name: str | None) -> Card | None:

@@ -4,8 +4,8 @@ Knows requests, limits and forms; no tree, no batch.
 """
 
 from segue.workers.errors import RowError, RowErrorCode
-from segue.workers.rows.request import Request
 from segue.workers.sampling.grammars import Grammars
+from segue.workers.sampling.sample import Request
 
 
 def objection(request: Request, max_model_len: int, grammars: Grammars) -> RowError | None:

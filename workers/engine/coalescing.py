@@ -1,13 +1,14 @@
 """Request coalescing: rows that ask exactly the same are computed once, and the answer is given to each of them.
 
-Only what is certain to come out equal: scored rows, and greedy ones under equal parameters. Sampled rows draw for
-themselves. Knows requests and outputs; no model, no tree.
+Only rows whose answers are certain to be equal: scored rows, rows that want logits, and greedy rows under equal
+parameters. Sampled rows draw for themselves. Knows requests and outputs; no model, no tree.
 """
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Container, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from segue.workers.rows.request import Request, RequestOutput
+from segue.workers.rows.request import RequestOutput
+from segue.workers.sampling.sample import Request
 
 
 @dataclass(slots=True)
@@ -16,6 +17,7 @@ class _First:
 
     identity: Hashable
     followers: list[Hashable] = field(default_factory=list)
+    is_wanted: bool = True  # False: the row itself was aborted, and is computed for its followers
 
 
 class RequestCoalescer:
@@ -38,21 +40,39 @@ class RequestCoalescer:
         self._firsts[request.request_id] = _First(identity)
         return False
 
+    def forget(self, request_ids: Container[Hashable]) -> set[Hashable]:
+        """These rows want no answer any more. Returns those of them that are still computed, for rows that joined."""
+        still_needed = set()
+        for request_id, first in list(self._firsts.items()):
+            first.followers = [follower for follower in first.followers if follower not in request_ids]
+            first.is_wanted = first.is_wanted and request_id not in request_ids
+            if first.followers:
+                still_needed.add(request_id)
+            elif not first.is_wanted:
+                self._pop(request_id)
+        return still_needed
+
     def answers(self, outputs: Iterable[RequestOutput]) -> Iterator[RequestOutput]:
-        """Each output, followed by those of the rows that joined it, whose prompts were wholly there."""
+        """Each output, followed by those of the rows that joined it. Their prompts count as cached."""
         for output in outputs:
-            yield output
-            first = self._firsts.pop(output.request_id, None)
-            if first is None:
-                continue
-            del self._id_of[first.identity]
+            first = self._pop(output.request_id)
+            if first is None or first.is_wanted:
+                yield output
             num_cached = output.num_prompt_tokens if output.error is None else 0
-            for request_id in first.followers:
+            for request_id in first.followers if first else ():
                 yield replace(output, request_id=request_id, num_cached_tokens=num_cached)
+
+    def _pop(self, request_id: Hashable) -> _First | None:
+        first = self._firsts.pop(request_id, None)
+        if first is not None:
+            del self._id_of[first.identity]
+        return first
 
 
 def _identity(request: Request) -> Hashable | None:
     """What decides a row's answer; None if its own draws do."""
     if request.continuation is not None:
         return (request.segments, request.continuation)
+    if request.wants_logits:
+        return (request.segments, "logits")
     return (request.segments, request.params) if request.params.temperature == 0 else None

@@ -8,8 +8,9 @@ Knows prompts and models; batching is `workers/engine/core.py`. No Ray, no stora
 """
 
 import datetime
-from collections.abc import Hashable, Mapping, Sequence
-from itertools import islice
+from collections.abc import Container, Hashable, Mapping, Sequence
+from dataclasses import replace
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,17 +19,24 @@ from torch import Tensor
 
 from segue.attention.segments import Segment, canonical_segments
 from segue.workers.devices.names import Device, DeviceMap
-from segue.workers.engine.coalescing import RequestCoalescer
-from segue.workers.engine.core import EngineConfig, EngineCore, last_hidden
+from segue.workers.engine.config import EngineConfig
+from segue.workers.engine.core import EngineCore
 from segue.workers.engine.stats import EngineStats
-from segue.workers.errors import ModelRefused, RowError
+from segue.workers.errors import ModelRefused
 from segue.workers.models.adapter_record import AdapterRecord, load_record
 from segue.workers.models.load import load_model
 from segue.workers.models.tree_model import TreeModel
 from segue.workers.prompts.encoder import PromptEncoder
 from segue.workers.prompts.template import PromptTemplate
 from segue.workers.rows.params import SamplingParams
-from segue.workers.rows.request import GenerationRequest, RequestOutput, Score, ScoringRequest
+from segue.workers.rows.request import (
+    EngineRow,
+    GenerationRequest,
+    LogitsRequest,
+    RequestOutput,
+    Score,
+    ScoringRequest,
+)
 from segue.workers.scoring.pairs import PairEncoder
 from segue.workers.scoring.windows import rolling_requests, total_score
 
@@ -37,11 +45,19 @@ __all__ = ["Engine", "EngineConfig", "EngineStats", "Prompt"]
 Prompt = str | Sequence[dict[str, Any]] | Sequence[Segment]
 
 
-class Engine(EngineCore):
-    """One model on one device, in process."""
+class Engine:
+    """One model on one device, in process.
+
+    After an exception or Ctrl-C in one of its methods it can still be used: rows of the interrupted call are dropped.
+    """
 
     def __init__(self, model: TreeModel, config: EngineConfig | None = None) -> None:
-        super().__init__(model, config)
+        self.core = EngineCore(model, config)
+        self.model = model
+        self.config = self.core.config
+        self.stats = self.core.stats
+        self._calls = count()
+        self._unclaimed: list[RequestOutput] = []  # of rows that were added, finished while another call ran
         self._encoder: PromptEncoder | None = None
         self._chat_encoder: PromptEncoder | None = None
         self._adapter = AdapterRecord()  # what chats are checked against
@@ -94,36 +110,13 @@ class Engine(EngineCore):
         if len(each) != len(prompts):
             raise ValueError(f"as many sampling params as prompts wanted ({len(prompts)}), got {len(each)}")
         chains = [self._chain(prompt) for prompt in prompts]
-        for index in sorted(range(len(chains)), key=lambda i: _tree_order(chains[i])):
-            self.add(index, GenerationRequest(chains[index], each[index], str(index).encode()))
-        outputs: dict[Hashable, RequestOutput] = {}
-        while self.has_work:
-            outputs.update((output.request_id, output) for output in self.step())
-        return [outputs[index] for index in range(len(prompts))]
+        keys = [str(index).encode() for index in range(len(prompts))]
+        return self._run([GenerationRequest(*row) for row in zip(chains, each, keys, strict=True)])
 
-    @torch.inference_mode()
     def logits(self, prompts: Sequence[Prompt]) -> Tensor:
         """`[N, V]` fp32, at each prompt's last token. Raises RowError for a prompt that cannot run."""
-        chains = [canonical_segments(self._chain(prompt), mask=self.config.mask) for prompt in prompts]
-        first_with = {chain: index for index, chain in reversed(list(enumerate(chains)))}
-        rows: dict[Hashable, Tensor] = {}
-        for chain in sorted(first_with, key=_tree_order):
-            self.add(first_with[chain], GenerationRequest(chain, SamplingParams(max_tokens=1), b""))
-        errors: list[RowError] = []
-        while self.has_work:
-            plan = self.scheduler.plan_step()
-            errors += [output.error for output in (*self._refused, *self._take_failed()) if output.error]
-            self._refused = []
-            self._compute(plan)
-            for prefill in plan.ready:
-                rows[prefill.request.request_id] = self.model.logits(last_hidden(prefill)[None])[0]
-                prefill.samples[0].finish_reason = "length"
-                self.scheduler.start_decoding(prefill)
-            self._count(plan)
-        self._coalescer = RequestCoalescer()
-        if errors:
-            raise errors[0]
-        return torch.stack([rows[first_with[chain]] for chain in chains])
+        outputs = self._run([LogitsRequest(self._chain(prompt)) for prompt in prompts])
+        return torch.stack([logits for output in _answered(outputs) if (logits := output.logits) is not None])
 
     def loglikelihood(self, pairs: Sequence[tuple[Prompt, str | Sequence[int]]]) -> list[Score]:
         """The log-likelihood of each continuation after its context, in the order of `pairs`.
@@ -144,22 +137,62 @@ class Engine(EngineCore):
         later windows have one token of context. Raises RowError for a text without tokens.
         """
         encoder = PairEncoder(self._prompt_encoder(), self.model.tokenizer)
-        windows = [list(rolling_requests(*encoder.encode_text(text), self.max_model_len)) for text in texts]
+        windows = [list(rolling_requests(*encoder.encode_text(text), self.core.max_model_len)) for text in texts]
         scores = iter(self._scores([window for text in windows for window in text]))
         return [total_score(islice(scores, len(text))) for text in windows]
 
     def _scores(self, requests: Sequence[ScoringRequest]) -> list[Score]:
         """Raises RowError if a request has no score, once the others are done."""
-        chains = [canonical_segments(request.fed_segments, mask=self.config.mask) for request in requests]
-        for index in sorted(range(len(requests)), key=lambda i: _tree_order(chains[i])):
-            self.add(index, requests[index])
+        return [score for output in _answered(self._run(requests)) if (score := output.score)]
+
+    # -- rows one by one, as the loop of a worker drives them
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._unclaimed or self.core.has_work)
+
+    def add(self, request_id: Hashable, row: EngineRow | LogitsRequest) -> None:
+        """Queue a row; see EngineCore.add."""
+        self.core.add(request_id, row)
+
+    def step(self) -> list[RequestOutput]:
+        """One forward pass; returns the rows that finished with it, or before it in another call's steps."""
+        done, self._unclaimed = self._unclaimed, []
+        return done + self.core.step()
+
+    def _run(self, rows: Sequence[EngineRow | LogitsRequest]) -> list[RequestOutput]:
+        """Run rows to their end; their outputs, with their places in `rows` as ids, in this order.
+
+        Ids inside the core are new for each call, and whatever ends it, none of its rows stays in the engine.
+        """
+        call = next(self._calls)
+        ids = [(self, call, index) for index in range(len(rows))]
         outputs: dict[Hashable, RequestOutput] = {}
-        while self.has_work:
-            outputs.update((output.request_id, output) for output in self.step())
-        for index in range(len(requests)):
-            if error := outputs[index].error:
-                raise error
-        return [score for index in range(len(requests)) if (score := outputs[index].score)]
+        try:
+            for index in sorted(range(len(rows)), key=lambda i: self._tree_order(rows[i])):
+                self.core.add(ids[index], rows[index])
+            while len(outputs) < len(rows) and self.core.has_work:
+                self._take(self.core.step(), {*ids}, outputs)
+        finally:
+            if len(outputs) < len(rows):
+                self.core.abort({*ids})
+        return [replace(outputs[request_id], request_id=index) for index, request_id in enumerate(ids)]
+
+    def _take(
+        self, done: Sequence[RequestOutput], wanted: Container[Hashable], outputs: dict[Hashable, RequestOutput]
+    ) -> None:
+        """Put the outputs of wanted rows into `outputs`; others wait for the next `step`."""
+        for output in done:
+            if output.request_id in wanted:
+                outputs[output.request_id] = output
+            else:
+                self._unclaimed.append(output)
+
+    def _tree_order(self, row: EngineRow | LogitsRequest) -> list[tuple[bool, Sequence[int]]]:
+        """Sorts rows that share a beginning together, shorter prompts before their continuations."""
+        fed = row.fed_segments if isinstance(row, ScoringRequest) else row.segments
+        chain = canonical_segments(fed, mask=self.config.mask)
+        return [(segment.bidirectional, segment.token_ids) for segment in chain]
 
     def _chain(self, prompt: Prompt) -> Sequence[Segment]:
         if not isinstance(prompt, str) and all(isinstance(part, Segment) for part in prompt):
@@ -193,6 +226,9 @@ def _check_adapter(trained: AdapterRecord, used: AdapterRecord) -> None:
         raise ModelRefused(f"the adapter wants another use: {differing[0]}; check_adapter=False runs it all the same")
 
 
-def _tree_order(chain: Sequence[Segment]) -> list[tuple[bool, Sequence[int]]]:
-    """Sorts rows that share a beginning together, shorter prompts before their continuations."""
-    return [(segment.bidirectional, segment.token_ids) for segment in chain]
+def _answered(outputs: Sequence[RequestOutput]) -> Sequence[RequestOutput]:
+    """Raises the first row's error, if there is one."""
+    for output in outputs:
+        if output.error is not None:
+            raise output.error
+    return outputs

@@ -12,9 +12,7 @@ from queue import Empty, SimpleQueue
 from typing import Protocol
 
 from segue.workers.engine.stats import EngineStats
-from segue.workers.rows.request import GenerationRequest, RequestOutput, ScoringRequest
-
-EngineRow = GenerationRequest | ScoringRequest
+from segue.workers.rows.request import EngineRow, RequestOutput
 
 
 class EngineStopped(Exception):

@@ -5,47 +5,18 @@ token budget goes to prefill, whole bidirectional segments at a time. Knows the 
 """
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterator, Sequence
 
 from segue.attention.memory.budget import TAIL_CAPACITIES, KVMemory, KVMemoryExceeded, next_capacity
 from segue.attention.segments import Segment
 from segue.attention.tree.cache import Residency
 from segue.attention.tree.tree import Node, SegmentTree
+from segue.workers.engine.plan import Prefill, StepPlan
 from segue.workers.errors import RowError, RowErrorCode
-from segue.workers.rows.request import Request, Sample
+from segue.workers.sampling.sample import Request, Sample
 
 FEW_COPIES = 64  # tokens of a node, times its rows: so many are rather copied than attended to in a call of their own
 MIN_PIECE_TOKENS = 64  # a causal run is not cut for less: every cut is one more block in each later step
-
-
-@dataclass(eq=False, slots=True)
-class Prefill:
-    """Samples that wait for the prompt ending at `end`: all of a new row's, or one that was preempted."""
-
-    request: Request
-    samples: list[Sample]
-    end: Node
-
-    @property
-    def num_tail_tokens(self) -> int:
-        """Memory to keep free for the first generated tokens."""
-        is_short = self.request.is_scored or self.request.params.max_tokens == 1
-        return 0 if is_short else TAIL_CAPACITIES[0] * len(self.samples)
-
-
-@dataclass(slots=True)
-class StepPlan:
-    """What one forward pass computes."""
-
-    new_nodes: list[Node] = field(default_factory=list)
-    decoding: list[Sample] = field(default_factory=list)
-    ready: list[Prefill] = field(default_factory=list)  # prompts complete after this step: their samples draw
-    scored: list[Prefill] = field(default_factory=list)  # of scored rows, what is fed is complete after this step
-
-    @property
-    def is_empty(self) -> bool:
-        return not (self.new_nodes or self.decoding or self.ready or self.scored)
 
 
 class Scheduler:
@@ -66,7 +37,7 @@ class Scheduler:
         self.waiting: deque[Prefill] = deque()
         self.prefilling: list[Prefill] = []
         self.running: list[Sample] = []
-        self.failed: list[tuple[Request, RowError]] = []  # taken by the engine after each plan
+        self._failed: list[tuple[Request, RowError]] = []
         self.num_preemptions = 0
 
     @property
@@ -92,34 +63,44 @@ class Scheduler:
             context = self.tree.fork_last_token(context)
         return self.tree.insert_scored(context, continuation[:-1])
 
+    def requests(self) -> Iterator[Request]:
+        """All rows, each once."""
+        prefills = [*self.waiting, *self.prefilling]
+        return iter(dict.fromkeys([*(p.request for p in prefills), *(s.request for s in self.running)]))
+
     def plan_step(self) -> StepPlan:
-        """Grow tails, admit rows, fill the token budget. Rows that can never fit are put into `failed`."""
-        plan = StepPlan()
+        """Grow tails, admit rows, fill the token budget. Rows that can never fit leave; see `take_failed`."""
         self._grow_tails()
         self._admit()
-        plan.decoding = sorted(self.running, key=_place_of)
-        self._fill(plan)
-        new = set(plan.new_nodes)
+        decoding = sorted(self.running, key=_place_of)
+        new = self._new_nodes(self.max_num_batched_tokens - len(decoding))
         complete = [prefill for prefill in self.prefilling if _is_complete(prefill.end, new)]
-        plan.ready = [prefill for prefill in complete if not prefill.request.is_scored]
-        plan.scored = [prefill for prefill in complete if prefill.request.is_scored]
-        return plan
+        return StepPlan(tuple(new), tuple(decoding), tuple(complete))
 
     def start_decoding(self, prefill: Prefill) -> None:
         """The prompt is computed and every sample has drawn; what is unfinished goes on."""
         self.prefilling.remove(prefill)
         for sample in prefill.samples:
             if sample.finish_reason:
-                self._unscore(prefill)
                 self._leave(sample.end, sample.request)
             elif self._open_tail(sample):
                 self.running.append(sample)
+
+    def finish_prompt(self, prefill: Prefill) -> None:
+        """The prompt is computed, and the row wants nothing more."""
+        self.prefilling.remove(prefill)
+        self._drop(prefill, held=True)
 
     def finish(self, sample: Sample) -> None:
         """A running sample is done: free what only it needed."""
         self.running.remove(sample)
         self._close(sample)
         self._leave(sample.end, sample.request)
+
+    def take_failed(self) -> list[tuple[Request, RowError]]:
+        """Rows that have left since the last call because they can never fit."""
+        failed, self._failed = self._failed, []
+        return failed
 
     def abort(self, request: Request) -> None:
         """Take every sample of a row out, wherever it is."""
@@ -193,11 +174,12 @@ class Scheduler:
         """Alone, with everything else evicted, the row does not fit."""
         wanted = prefill.end.stop + prefill.num_tail_tokens
         self._drop(prefill, held=False)
+        self.abort(prefill.request)
         message = (
             f"the row needs {wanted} tokens of KV memory, the limit is "
             f"{self.cache.budget_tokens} tokens (workers.kv_cache_memory_bytes)"
         )
-        self.failed.append((prefill.request, RowError(RowErrorCode.ROW_OOM, message)))
+        self._failed.append((prefill.request, RowError(RowErrorCode.ROW_OOM, message)))
 
     def _grow_tails(self) -> None:
         """Room for one more token a running sample; the latest rows give way to the earliest."""
@@ -304,8 +286,9 @@ class Scheduler:
         self._unscore(prefill)
         for _ in prefill.samples:
             if held:
-                self.residency.release(prefill.end)
-            self.tree.remove_row(prefill.end)
+                self._leave(prefill.end, prefill.request)
+            else:
+                self.tree.remove_row(prefill.end)
 
     def _leave(self, end: Node, request: Request) -> None:
         """What stands under a root of its own is of no use to others."""
@@ -319,22 +302,21 @@ class Scheduler:
 
     # -- the step
 
-    def _fill(self, plan: StepPlan) -> None:
-        """Prefill in row order until the budget is spent."""
-        budget = self.max_num_batched_tokens - len(plan.decoding)
-        chosen: set[Node] = set()
+    def _new_nodes(self, budget: int) -> dict[Node, None]:
+        """What to compute, in row order, until the budget is spent."""
+        chosen: dict[Node, None] = {}
         for prefill in self.prefilling:
             for node in prefill.end.path():
                 if node.is_computed or node in chosen:
                     continue
                 piece = self._piece(node, budget, is_first=not chosen)
                 if piece is None:
-                    return
-                plan.new_nodes.append(piece)
-                chosen.add(piece)
+                    return chosen
+                chosen[piece] = None
                 budget -= len(piece)
                 if piece is not node:
-                    return
+                    return chosen
+        return chosen
 
     def _piece(self, node: Node, budget: int, *, is_first: bool) -> Node | None:
         """The node, or as much of a causal one as the budget holds. An atomic one may exceed it when it is first."""
@@ -361,7 +343,7 @@ def _place_of(sample: Sample) -> tuple[int, int]:
     return sample.tail.capacity, sample.tail.place
 
 
-def _is_complete(end: Node, in_step: set[Node]) -> bool:
+def _is_complete(end: Node, in_step: Container[Node]) -> bool:
     return all(node.is_computed or node in in_step for node in end.path())
 
 

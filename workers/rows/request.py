@@ -1,20 +1,19 @@
-"""A row in the engine: what was asked, what was drawn so far, and what comes out.
+"""What a row asks of an engine, and the answer it gets.
 
-Outputs have vLLM's shape and names. Knows tokens and parameters; no tensor, no text, no scheduler.
+Outputs have vLLM's shape and names. Knows tokens and parameters; no text, no tree, no scheduler. The internal state of
+a row in the engine is in `workers/sampling/sample.py`.
 """
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from segue.attention.segments import Segment, num_tokens
-from segue.attention.tree.tree import Node
+from segue.attention.segments import Segment
 from segue.workers.errors import RowError
 from segue.workers.rows.params import SamplingParams
 
 if TYPE_CHECKING:
-    from segue.attention.memory.budget import Tail  # it imports torch, which planning does not need
-    from segue.workers.sampling.grammars import Grammar
+    from torch import Tensor  # planning does without torch
 
 FinishReason = Literal["stop", "length", "error"]
 
@@ -34,12 +33,22 @@ class ScoringRequest:
 
     context: Sequence[Segment]
     continuation: tuple[int, ...]
-    is_shared: bool = True  # may others have its beginning
+    is_shared: bool = True  # whether other rows may share its beginning
 
     @property
     def fed_segments(self) -> list[Segment]:
         """Context and continuation without the last token, which is scored but not fed; not canonical."""
         return [*self.context, Segment(self.continuation[:-1], False)]
+
+
+@dataclass(frozen=True, slots=True)
+class LogitsRequest:
+    """A prompt whose logits at the last token are wanted; nothing is generated."""
+
+    segments: Sequence[Segment]
+
+
+EngineRow = GenerationRequest | ScoringRequest  # what rows of a job may be
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,87 +83,18 @@ class Score:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """The answer to one row. `error` is set, and `outputs` empty, when there is none."""
+    """The answer to one row. If there is none, `error` is set and `outputs` is empty."""
 
     request_id: Hashable
     prompt_token_ids: list[int]  # empty for a scored row: there may be hundreds over one long context
     num_cached_tokens: int  # prompt tokens whose keys were there, or were being made by another row
     outputs: list[CompletionOutput] = field(default_factory=list)
-    score: Score | None = None  # of the given continuation, if the request had one
+    score: Score | None = None  # of a ScoringRequest
     error: RowError | None = None
     num_scored_prompt_tokens: int | None = None  # of a scored row: context, and continuation without its last token
+    logits: "Tensor | None" = None  # of a LogitsRequest: [V] fp32
 
     @property
     def num_prompt_tokens(self) -> int:
-        """What was to be fed, generated tokens aside."""
+        """The tokens to feed, generated ones not counted."""
         return len(self.prompt_token_ids) if self.num_scored_prompt_tokens is None else self.num_scored_prompt_tokens
-
-
-@dataclass(eq=False, slots=True)
-class Request:
-    """One row. `random_key` and the seed, not the batch, decide what it draws."""
-
-    request_id: Hashable
-    segments: tuple[Segment, ...]  # canonical
-    params: SamplingParams
-    random_key: bytes
-    order: int  # arrival; earlier rows are never preempted for later ones
-    root: Node | None = None  # a tree of its own, for a row that shares nothing
-    continuation: tuple[int, ...] | None = None  # tokens to score after the prompt, instead of generating
-    num_cached_tokens: int | None = None  # known once admitted
-    samples: list["Sample"] = field(default_factory=list)
-
-    @property
-    def is_scored(self) -> bool:
-        return self.continuation is not None
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return num_tokens(self.segments)
-
-    @property
-    def num_fed_tokens(self) -> int:
-        """The prompt, and of a continuation all but the last token."""
-        return self.num_prompt_tokens + max(0, len(self.continuation or ()) - 1)
-
-    @property
-    def prompt_token_ids(self) -> list[int]:
-        return [token for segment in self.segments for token in segment.token_ids]
-
-    def output(
-        self,
-        *,
-        num_cached_tokens: int = 0,
-        outputs: "list[CompletionOutput] | None" = None,
-        score: "Score | None" = None,
-        error: RowError | None = None,
-    ) -> "RequestOutput":
-        """The answer to this row."""
-        ids, num_scored = ([], self.num_fed_tokens) if self.is_scored else (self.prompt_token_ids, None)
-        return RequestOutput(self.request_id, ids, num_cached_tokens, outputs or [], score, error, num_scored)
-
-    @property
-    def is_finished(self) -> bool:
-        return all(sample.finish_reason for sample in self.samples)
-
-
-@dataclass(eq=False, slots=True)
-class Sample:
-    """One answer being drawn. Its tokens since `end` live in `tail`; the last one is not fed yet."""
-
-    request: Request
-    index: int
-    end: Node  # of the prompt, after preemption with the tokens generated until then; without what `tail` has of it
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    tail: "Tail | None" = None
-    copied: Node | None = None  # where the prompt ends whose last nodes `tail` has, too
-    finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None
-    text: str | None = None  # set when a stop string cut it
-    grammar: "Grammar | None" = None  # from its first token on, if it must have a form
-
-    @property
-    def num_tokens(self) -> int:
-        """Prompt and generated tokens."""
-        return self.request.num_prompt_tokens + len(self.token_ids)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from segue.workers.rows.params import SamplingParams
-from segue.workers.rows.request import Sample, TokenLogprobs
+from segue.workers.rows.request import TokenLogprobs
 from segue.workers.sampling.grammars import Grammar, forbidden_tokens
+from segue.workers.sampling.sample import Sample
 from segue.workers.sampling.vocabulary import summarise
 
 

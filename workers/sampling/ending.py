@@ -5,7 +5,8 @@ Knows tokens, text and parameters; no tree, no batch.
 
 from typing import Any
 
-from segue.workers.rows.request import CompletionOutput, Sample
+from segue.workers.rows.request import CompletionOutput
+from segue.workers.sampling.sample import Sample
 
 MAX_STOP_WINDOW_TOKENS = 64  # a stop string is looked for in the last tokens only; decoding all of them is quadratic
 

@@ -42,13 +42,21 @@ class NodeScores:
         return self.hidden[-1]
 
 
+@dataclass(frozen=True, slots=True)
+class StepScores:
+    """What a step gave to score."""
+
+    of_nodes: list[tuple[Node, NodeScores]]  # newly computed nodes that a row wants scored
+    of_ends: list[TokenScore]
+    num_states: int  # hidden states that went through the vocabulary
+
+
 def score_step(
     blocks: Sequence[SelfBlock], ends: Sequence[tuple[Node, int]], hidden: Tensor, head: Head, vocab_size: int
-) -> tuple[list[TokenScore], int]:
-    """Give every newly computed node that a row wants scored its scores.
+) -> StepScores:
+    """Score the newly computed nodes that rows want scored, and `ends`: (node, the token after it).
 
-    Returns the scores of `ends`, (node, the token after it), and the number of hidden states that went through the
-    vocabulary. hidden `[T, E]` is the step's; every node's last one is kept already.
+    hidden `[T, E]` is the step's; the last hidden state of every node is kept already.
     """
     wanted = [block for block in blocks if block.node.num_scoring]
     positions = _Positions()
@@ -57,12 +65,13 @@ def score_step(
     for node, token in ends:
         positions.add_end(node, token)
     found = positions.score(hidden, head, vocab_size)
+    of_nodes = []
     start = 0
     for block in wanted:
         stop = start + len(block.node)
-        block.node.scores = NodeScores(tuple(found[start:stop]), hidden[block.start : block.stop].clone())
+        of_nodes.append((block.node, NodeScores(tuple(found[start:stop]), hidden[block.start : block.stop].clone())))
         start = stop
-    return found[start:], positions.num_states
+    return StepScores(of_nodes, found[start:], positions.num_states)
 
 
 class _Positions:
@@ -98,7 +107,7 @@ class _Positions:
         """In the order of adding."""
         if not self._tokens:
             return []
-        states = [_last_hidden(node)[None] for node in self._ends]
+        states = [last_hidden(node)[None] for node in self._ends]
         if self._packed:
             states.append(hidden[torch.tensor(self._packed, device=hidden.device)])
         rows = [row if row >= 0 else len(self._ends) + ~row for row in self._rows]
@@ -143,7 +152,8 @@ def collect(end: Node, num_context_tokens: int) -> TokenScore:
     return math.fsum(logprob for logprob, _ in scores), all(is_greedy for _, is_greedy in scores)
 
 
-def _last_hidden(node: Node) -> Tensor:
+def last_hidden(node: Node) -> Tensor:
+    """`[E]`, the final hidden state of the node's last token. Raises ValueError if it is not there."""
     if not isinstance(node.last_hidden, Tensor):
         raise ValueError(f"the token at position {node.stop} has no hidden state before it")
     return node.last_hidden
