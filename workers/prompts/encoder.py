@@ -68,17 +68,13 @@ class PromptEncoder:
         *,
         date: datetime.date,
         max_prompt_bytes: int = DEFAULT_MAX_PROMPT_BYTES,
-        gguf_file: str | None = None,
     ) -> "PromptEncoder":
-        """With the tokenizer of a local model directory; `gguf_file` names a GGUF file in it. No network."""
+        """An encoder with the tokenizer of a local model directory. Uses no network."""
         from transformers import AutoTokenizer
 
-        options = {} if gguf_file is None else {"gguf_file": gguf_file}
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         encoder = cls(tokenizer, template, date=date, max_prompt_bytes=max_prompt_bytes)
-        encoder._rebuild = partial(
-            cls.from_directory, path, template, date=date, max_prompt_bytes=max_prompt_bytes, gguf_file=gguf_file
-        )
+        encoder._rebuild = partial(cls.from_directory, path, template, date=date, max_prompt_bytes=max_prompt_bytes)
         return encoder
 
     def __reduce__(self) -> tuple[Callable[[], "PromptEncoder"], tuple[()]]:
