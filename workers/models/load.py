@@ -13,7 +13,7 @@ import torch
 from segue.workers.devices.devices import resolve_device, resolve_dtype
 from segue.workers.devices.names import DeviceMap
 from segue.workers.errors import ModelRefused
-from segue.workers.models.quantization import checked_quantization, refusal
+from segue.workers.models.quantization import Quantization, checked_quantization, refusal
 from segue.workers.models.source import locate, safetensors_directory
 from segue.workers.models.support import checked_config
 from segue.workers.models.tree_model import TreeModel, tree_model
@@ -41,13 +41,7 @@ def load_model(
     quantized = checked_quantization(config, quantization, has_adapter=adapter is not None)
     if quantized is not None:
         device_map = device_map or ({"": str(torch_device)} if torch_device.type != "cpu" else None)
-        try:
-            model = load_weights(directory, config, torch_dtype, device_map, quantized.wanted)
-        except (ImportError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise refusal(error) from error
-        return tree_model(model, tokenizer)
+        return tree_model(_load_quantized(directory, config, torch_dtype, device_map, quantized), tokenizer)
     # An adapter is merged in fp32, so that the sum is rounded only once.
     model = load_weights(directory, config, torch.float32 if adapter else torch_dtype, device_map)
     if adapter:
@@ -76,6 +70,17 @@ def load_weights(
         device_map=device_map,
         **options,
     )
+
+
+def _load_quantized(
+    directory: Path, config: Any, dtype: torch.dtype, device_map: DeviceMap, quantized: Quantization
+) -> Any:
+    try:
+        return load_weights(directory, config, dtype, device_map, quantized.wanted)
+    except torch.OutOfMemoryError:
+        raise
+    except (ImportError, RuntimeError) as error:
+        raise refusal(error) from error
 
 
 def merge_adapter(model: Any, adapter: str) -> Any:

@@ -142,23 +142,13 @@ class Trainer:
         return total / count, int(count)
 
     def _step(self) -> StepReport:
-        started = time.monotonic()
-        step = self._progress.step
+        started, step = time.monotonic(), self._progress.step
         chosen = batch_of_step(step, len(self._examples), self._params.batch_size, self._seed)
         examples = [self._examples[index] for index in chosen]
-        num_answer_tokens = sum(len(example.answer) for example in examples)
         num_tokens = sum(example.num_fed_tokens for example in examples)
+        num_answer_tokens = sum(len(example.answer) for example in examples)
+        loss, grad_norm = self._gradients(examples, num_answer_tokens, step)
         learning_rate = self._params.learning_rate_at(step, self.num_steps)
-        loss = self._backward(examples, num_answer_tokens, step)
-        gradients = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
-        self._ranks.sum_(gradients)
-        (loss,) = self._ranks.sum(loss)
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._params.max_grad_norm))
-        if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            raise TrainingDiverged(
-                f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; wanted finite numbers. "
-                "Try a lower training.learning_rate, in another output.path"
-            )
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step()
@@ -178,6 +168,22 @@ class Trainer:
             tokens_per_second=num_tokens / seconds,
             seconds_left=mean * (self.num_steps - step - 1),
         )
+
+    def _gradients(self, examples: Sequence[TrainingExample], num_answer_tokens: int, step: int) -> tuple[float, float]:
+        """Computes the gradients of a step, summed over all processes and clipped.
+
+        Returns (loss, norm of the gradients before clipping). Raises TrainingDiverged.
+        """
+        loss = self._backward(examples, num_answer_tokens, step)
+        self._ranks.sum_([parameter.grad for parameter in self._parameters.values() if parameter.grad is not None])
+        (loss,) = self._ranks.sum(loss)
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._params.max_grad_norm))
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            raise TrainingDiverged(
+                f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; wanted finite numbers. "
+                "Try a lower training.learning_rate, in another output.path"
+            )
+        return loss, grad_norm
 
     def _backward(self, examples: Sequence[TrainingExample], num_answer_tokens: int, step: int) -> float:
         """Computes the gradients of this process's share of the step. Returns its share of the loss."""
