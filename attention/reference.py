@@ -1,16 +1,14 @@
 """The specification: attention with a dense mask, in the obvious way. Slow on purpose; every backend is held to it."""
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from segue.attention.cpu.kv_cache import KVCache
-from segue.attention.cpu.step_memory import StepMemory, kv_of
 from segue.attention.memory.budget import KVMemory, KVShape, Tail
+from segue.attention.memory.pieces import KVPieces, Piece
 from segue.attention.tree.blocks import StepBlocks
-from segue.attention.tree.tree import Node
+from segue.attention.tree.node import Node
 from segue.attention.visibility import block_sequence_ids, visible
 
 
@@ -27,52 +25,65 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sca
 class ReferenceBackend:
     """One chain at a time: gathers the chain's keys and builds the mask from the rule."""
 
-    def new_memory(self, shape: KVShape, budget_bytes: int) -> KVCache:
-        return KVCache(shape, budget_bytes)
+    def new_memory(self, shape: KVShape, budget_bytes: int) -> KVPieces:
+        return KVPieces(shape, budget_bytes)
 
     def begin(self, blocks: StepBlocks, tails: Sequence[Tail], memory: KVMemory) -> "_ReferenceStep":
-        return _ReferenceStep(blocks, StepMemory(blocks, tails, memory))
+        if not isinstance(memory, KVPieces):
+            raise TypeError(f"wanted memory of pieces, got {type(memory).__name__}")
+        return _ReferenceStep(blocks, [list(memory.pieces(tail, tail.length + 1)) for tail in tails])
 
 
 class _ReferenceStep:
-    def __init__(self, blocks: StepBlocks, memory: StepMemory) -> None:
-        self.blocks = blocks
-        self.memory = memory
-        self._new = {block.node: slice(block.start, block.stop) for block in blocks.self_blocks}
+    """`tails`: of each decode query, the pieces with its new token and how much of each is used."""
+
+    def __init__(self, blocks: StepBlocks, tails: Sequence[Sequence[tuple[Piece, int]]]) -> None:
+        self._blocks = blocks
+        self._ends = _decode_ends(blocks)
+        self._tails = list(zip(blocks.decode_index, tails, strict=True))
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """query `[H, T, D]`, key and value `[Hkv, T, D]` -> `[T, H, D]`."""
-        self.memory.write(layer, key, value)
+        self._keep(layer, key, value)
         out = query.new_empty(query.shape[1], query.shape[0], query.shape[2])
-        gather = partial(_chain, layer=layer, new=self._new, key=key, value=value)
-        for block in self.blocks.self_blocks:
-            keys, values = gather(block.node)
+        for block in self._blocks.self_blocks:
+            keys, values = _joined(_chain(block.node, layer))
             mask = visible(block_sequence_ids(block.node.segments()))[block.node.start :].to(query.device)
             attended = dense_attention(query[:, block.start : block.stop], keys, values, mask, scale)
             out[block.start : block.stop] = attended.to(out.dtype)
-        ends = _decode_ends(self.blocks)
-        for batch in self.memory.tails:
-            for slot, index in enumerate(torch.arange(query.shape[1])[batch.rows].tolist()):
-                length = int(batch.lengths[slot])
-                keys, values = batch.keys(layer)[slot, :, :length], batch.values(layer)[slot, :, :length]
-                if index in ends:  # else its whole prompt is in its tail
-                    above = gather(ends[index])
-                    keys, values = torch.cat([above[0], keys], dim=1), torch.cat([above[1], values], dim=1)
-                mask = torch.ones(1, keys.shape[1], dtype=torch.bool, device=query.device)
-                attended = dense_attention(query[:, index : index + 1], keys, values, mask, scale)
-                out[index] = attended[0].to(out.dtype)
+        for index, pieces in self._tails:
+            generated = [piece.read(layer, used) for piece, used in pieces]
+            keys, values = _joined([*_chain(self._ends[index], layer), *generated])
+            mask = torch.ones(1, keys.shape[1], dtype=torch.bool, device=query.device)
+            out[index] = dense_attention(query[:, index : index + 1], keys, values, mask, scale)[0].to(out.dtype)
         return out
 
     def finish(self) -> None:
-        self.memory.finish()
+        """All keys and values are where they stay."""
+
+    def _keep(self, layer: int, key: Tensor, value: Tensor) -> None:
+        for block in self._blocks.self_blocks:
+            _piece_of(block.node).write(layer, key[:, block.start : block.stop], value[:, block.start : block.stop])
+        for index, pieces in self._tails:
+            last, used = pieces[-1]
+            last.write(layer, key[:, index : index + 1], value[:, index : index + 1], used - 1)
 
 
-def _chain(end: Node, *, layer: int, new: dict[Node, slice], key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values `[Hkv, end.stop, D]` of the whole prompt that ends at `end`; `new` nodes are in this step's."""
-    path = end.path()
-    keys = [key[:, new[node]] if node in new else kv_of(node).keys(layer) for node in path]
-    values = [value[:, new[node]] if node in new else kv_of(node).values(layer) for node in path]
+def _chain(end: Node, layer: int) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of the whole prompt that ends at `end`, node by node."""
+    return [_piece_of(node).read(layer) for node in end.path()]
+
+
+def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """`[Hkv, n, D]` each -> `[Hkv, sum of n, D]`"""
+    keys, values = zip(*parts, strict=True)
     return torch.cat(keys, dim=1), torch.cat(values, dim=1)
+
+
+def _piece_of(node: Node) -> Piece:
+    if not isinstance(node.kv, Piece):
+        raise ValueError(f"a node of {len(node)} tokens at position {node.start} has no KV memory")
+    return node.kv
 
 
 def _decode_ends(blocks: StepBlocks) -> dict[int, Node]:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from segue.attention.cpu.flash import attend_all, attend_self
 from segue.attention.cpu.kernels import SPAN_FIELDS, Kernels, Tables
-from segue.attention.cpu.step_memory import kv_of
+from segue.attention.cpu.node_pieces import piece_of, pieces_of
 from segue.attention.memory.budget import KVMemory, KVShape, Tail
-from segue.attention.memory.pieces import KVPieces, Piece, piece_of
+from segue.attention.memory.pieces import KVPieces, Piece
 from segue.attention.tree.blocks import CrossBlock, SelfBlock, StepBlocks
 
 FEW_PAIRS = 8192  # of a query and a key it sees: up to here a block is cheaper in the kernel than in a call of its own
@@ -39,14 +39,11 @@ class NativeBackend:
         return KVPieces(shape, budget_bytes)
 
     def begin(self, blocks: StepBlocks, tails: Sequence[Tail], memory: KVMemory) -> "NativeStep":
-        if not isinstance(memory, KVPieces):
-            raise TypeError(f"wanted memory of pieces, got {type(memory).__name__}")
-        seen = [list(memory.pieces(tail, tail.length + 1)) for tail in tails]
+        tails_of = dict(zip(blocks.decode_index, pieces_of(tails, memory), strict=True))
         shape = memory.shape
         by_tiles = shape.dtype == torch.bfloat16 and self._kernels.multiplies(shape.head_dim)
         candidates = _of_short_runs(blocks) if by_tiles else (*blocks.self_blocks, *blocks.cross_blocks)
         large = [block for block in candidates if _num_pairs(block) > self._few_pairs]
-        tails_of = dict(zip(blocks.decode_index, seen, strict=True))
         return NativeStep(self._kernels, blocks, large, tails_of, by_tiles=by_tiles)
 
 
@@ -120,8 +117,7 @@ class NativeStep:
             place = self._own[block.node]
             keys, values = key[:, place], value[:, place]
         else:
-            kv = kv_of(block.node)
-            keys, values = kv.keys(layer), kv.values(layer)
+            keys, values = piece_of(block.node).read(layer)
         return attend_all(packed[:, block.start : block.stop], keys, values, scale)
 
     def _span(self, block: Block) -> tuple[int, ...]:

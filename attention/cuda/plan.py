@@ -16,7 +16,7 @@ import numpy as np
 from segue.attention.memory.budget import Tail
 from segue.attention.memory.pool import Extent, ranges
 from segue.attention.tree.blocks import StepBlocks
-from segue.attention.tree.tree import Node
+from segue.attention.tree.node import Node
 
 QUERY_TILE = 128  # tokens; a kernel's block has as many queries
 KEY_TILE = 2048
@@ -67,7 +67,7 @@ class VarlenPlan:
             extent = _extent(block.node)
             others.append((block.start, block.stop - block.start, extent.start, extent.length))
         for index, tail in zip(blocks.decode_index, tails, strict=True):
-            others.append((index, 1, tail.place, tail.length + 1))
+            others.append((index, 1, tail.start, tail.length + 1))
         dense = Sequences.of(_tiled(_array(others, 4)))
         causal = Sequences.of(_tiled_causal(_array(squares, 3)))
         slots = _slots(blocks, [(block.start, extent) for block, extent in own], tails)
@@ -79,7 +79,7 @@ def _slots(blocks: StepBlocks, own: Sequence[tuple[int, Extent]], tails: Sequenc
     slots = np.empty(blocks.num_tokens, dtype=np.int64)
     for start, extent in own:
         slots[start : start + extent.length] = np.arange(extent.start, extent.start + extent.length)
-    slots[list(blocks.decode_index)] = [tail.place + tail.length for tail in tails]
+    slots[list(blocks.decode_index)] = [tail.start + tail.length for tail in tails]
     return slots
 
 

@@ -1,20 +1,18 @@
-"""What rows and nodes need of the memory for keys and values, whatever it is made of: a budget, and who takes of it.
+"""What nodes and generating rows need of the memory for keys and values: a budget in bytes, and what is taken from it.
 
-A node's keys are stored once, whatever the number of rows below it. A generating row appends its tokens to a *tail*,
-which may begin with the end of its prompt, and which moves to a larger place when it is full. Knows no tensor's layout,
-no tree and no scheduler.
+A node's keys are stored once, however many rows are below it. A generating row appends its tokens to its *tail*, which
+grows when it is full. Knows no tensor's layout, no tree and no scheduler.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from segue.attention.tree.node_memory import NodeMemory
+from segue.attention.memory.node_memory import NodeMemory
 
 CPU = torch.device("cpu")
-TAIL_CAPACITIES = tuple(16 << power for power in range(17))  # tokens; a full tail moves to the next
+TAIL_CAPACITIES = tuple(16 << power for power in range(17))  # tokens; a full tail grows to the next
 
 
 class KVMemoryExceeded(Exception):
@@ -38,17 +36,19 @@ class KVShape:
 
 @dataclass(eq=False, slots=True)
 class Tail:
-    """A row's own tokens, generated and at the end of its prompt: where they are and how many."""
+    """The tokens that a row has generated: how many there are, and for how many there is room."""
 
     capacity: int
-    place: int  # a slot of an arena, the first token in a pool, or just a number
+    start: int = 0  # in a pool: the place of the first token
     length: int = 0
+
+    @property
+    def is_full(self) -> bool:
+        return self.length >= self.capacity
 
 
 class KVMemory(ABC):
     """The one owner of KV memory. `allocated_bytes` never exceeds `budget_bytes`."""
-
-    max_copied_tokens = 0  # of a prompt's end that no other row has, how many a tail had better begin with
 
     def __init__(self, shape: KVShape, budget_bytes: int) -> None:
         self.shape = shape
@@ -75,20 +75,20 @@ class KVMemory(ABC):
         """Give back what `allocate_node` gave, or one of the parts it was split into."""
 
     @abstractmethod
-    def open_tail(self, prompt: Sequence[NodeMemory] = ()) -> Tail:
-        """A tail that begins with a copy of these consecutive nodes. Raises KVMemoryExceeded."""
+    def open_tail(self) -> Tail:
+        """An empty tail. Raises KVMemoryExceeded."""
+
+    @abstractmethod
+    def num_tokens_to_grow(self, tail: Tail) -> int:
+        """How many tokens must be free before `grow_tail`."""
 
     @abstractmethod
     def grow_tail(self, tail: Tail) -> None:
-        """Make room for one more token, moving a full tail to the next capacity. Raises KVMemoryExceeded."""
+        """Make room for one more token: a full tail gets the next capacity. Raises KVMemoryExceeded."""
 
     @abstractmethod
     def close_tail(self, tail: Tail) -> None:
         """Give back a tail's memory."""
-
-    @abstractmethod
-    def trim(self) -> None:
-        """Give back what is kept ready for further rows."""
 
     @abstractmethod
     def shrink(self, budget_bytes: int) -> None:
@@ -102,5 +102,5 @@ class KVMemory(ABC):
 
 
 def next_capacity(num_tokens: int) -> int:
-    """Of a tail that has so many tokens and room for one more: what a new one begins with, what a full one moves to."""
+    """The smallest capacity with room for one token more than `num_tokens`."""
     return next(capacity for capacity in TAIL_CAPACITIES if capacity > num_tokens)

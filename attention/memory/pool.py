@@ -17,7 +17,7 @@ import torch
 
 from segue.attention.memory.budget import KVMemory, KVMemoryExceeded, KVShape, Tail, next_capacity
 from segue.attention.memory.extents import Extents
-from segue.attention.tree.node_memory import NodeMemory
+from segue.attention.memory.node_memory import NodeMemory
 
 MAX_POOL_TOKENS = 2**31 - 1  # kernels count in 32 bits
 
@@ -63,7 +63,7 @@ class KVPool(KVMemory):
         self.generation = 0  # of the tensors: a smaller pool has other ones
         self._extents = Extents(self.budget_tokens)
         self._nodes: dict[Extent, None] = {}
-        self._tails: dict[int, Tail] = {}  # by id
+        self._tails: dict[Tail, None] = {}
 
     @property
     def scratch(self) -> int:
@@ -89,30 +89,29 @@ class KVPool(KVMemory):
         self._nodes |= {upper: None, lower: None}
         return upper, lower
 
-    def open_tail(self, prompt: Sequence[NodeMemory] = ()) -> Tail:
-        if prompt:
-            raise ValueError("tails of a pool begin empty: a sequence more costs its kernel nothing")
+    def open_tail(self) -> Tail:
         capacity = next_capacity(0)
         tail = Tail(capacity, self._allocate(capacity))
-        self._tails[id(tail)] = tail
+        self._tails[tail] = None
         return tail
 
+    def num_tokens_to_grow(self, tail: Tail) -> int:
+        """The whole new tail's: it is allocated before the old one is copied and freed."""
+        return next_capacity(tail.capacity) if tail.is_full else 0
+
     def grow_tail(self, tail: Tail) -> None:
-        if tail.length < tail.capacity:
+        capacity = self.num_tokens_to_grow(tail)
+        if not capacity:
             return
-        capacity = next_capacity(tail.capacity)
-        place = self._allocate(capacity)  # may move the tail
+        start = self._allocate(capacity)  # may move the tail
         for tensor in self.tensors:
-            tensor[:, place : place + tail.length] = tensor[:, tail.place : tail.place + tail.length]
-        self._free(tail.place, tail.capacity)
-        tail.capacity, tail.place = capacity, place
+            tensor[:, start : start + tail.length] = tensor[:, tail.start : tail.start + tail.length]
+        self._free(tail.start, tail.capacity)
+        tail.capacity, tail.start = capacity, start
 
     def close_tail(self, tail: Tail) -> None:
-        del self._tails[id(tail)]
-        self._free(tail.place, tail.capacity)
-
-    def trim(self) -> None:
-        """Nothing is kept ready."""
+        del self._tails[tail]
+        self._free(tail.start, tail.capacity)
 
     def shrink(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
@@ -137,8 +136,8 @@ class KVPool(KVMemory):
 
     def _compact(self, size: int) -> None:
         """Move all that is in use to the beginning of a pool of `size` tokens; one layer at a time is held twice."""
-        used: list[Extent | Tail] = sorted([*self._nodes, *self._tails.values()], key=_start_of)
-        starts = np.array([_start_of(each) for each in used], dtype=np.int64)
+        used: list[Extent | Tail] = sorted([*self._nodes, *self._tails], key=lambda each: each.start)
+        starts = np.array([each.start for each in used], dtype=np.int64)
         lengths = np.array(
             [each.length if isinstance(each, Extent) else each.capacity for each in used], dtype=np.int64
         )
@@ -161,10 +160,7 @@ class KVPool(KVMemory):
             start = self._extents.allocate(length)
             if start is None:
                 raise RuntimeError("an empty pool has one gap")
-            if isinstance(each, Extent):
-                each.start = start
-            else:
-                each.place = start
+            each.start = start
         self.num_compactions += 1
 
 
@@ -174,7 +170,3 @@ def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         return np.empty(0, dtype=np.int64)
     before = np.cumsum(lengths) - lengths
     return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
-
-
-def _start_of(each: Extent | Tail) -> int:
-    return each.start if isinstance(each, Extent) else each.place

@@ -10,7 +10,7 @@ Knows integers and tree nodes only: no model, no tensor, no Ray.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from segue.attention.tree.tree import Node
+from segue.attention.tree.node import Node
 
 
 class SegmentTooLong(ValueError):

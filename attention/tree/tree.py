@@ -1,103 +1,18 @@
-"""The tree of segments that many prompts share: one node for each stretch of tokens computed once.
+"""The tree of segments that many prompts share: one node for each stretch of tokens that is computed once.
 
-A bidirectional segment is one node and is matched as a whole. A causal run is a token-level radix: it is cut
-where two prompts part, without anybody declaring it. A node is named by where it *ends*, so cutting puts a new
-node above and leaves every holder of the old one right.
-
-Knows token ids and, opaquely, the keys and values a node owns. No model, no scheduler.
+A bidirectional segment is one node and is matched as a whole. Causal runs are matched token by token, as in a radix
+tree: a run is cut where two prompts part; nobody has to declare it. Structure and counts only: what a node owns is
+`NodeCache`'s. No model, no scheduler, no torch.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol, Self
 
 from segue.attention.segments import Segment
-from segue.attention.tree.node_memory import NodeMemory
-
-KEY_BYTES = 16
-
-
-class SplittableScores(Protocol):
-    """What a node needs of its tokens' scores: to be cut in two, and to give the hidden state at the cut."""
-
-    def split(self, num_tokens: int) -> tuple[Self, Self]: ...
-
-    @property
-    def last_hidden(self) -> object: ...
-
-
-def chain_key(parent_key: bytes, segment: Segment) -> bytes:
-    """The identity of everything up to this segment's end: parent key, kind and token ids, hashed.
-
-    Equal keys mean equal keys and values. The first parent key is the salt: whatever else changes the numbers
-    (model, revision, adapter, dtype, mask).
-    """
-    kind = b"b" if segment.bidirectional else b"c"
-    tokens = b"".join(token.to_bytes(4, "big") for token in segment.token_ids)
-    return hashlib.blake2b(parent_key + kind + tokens, digest_size=KEY_BYTES).digest()
-
-
-@dataclass(eq=False, slots=True)
-class Node:
-    """A stretch of tokens under one parent. `kv` is present from admission, valid once `is_computed`."""
-
-    token_ids: tuple[int, ...]
-    bidirectional: bool
-    parent: "Node | None"
-    start: int  # position of the first token
-    children: dict[int | tuple[int, ...], "Node"] = field(default_factory=dict)
-    num_rows: int = 0  # unfinished rows whose prompt passes through here
-    is_shared: bool = False  # or has been: a second row has come
-    num_active: int = 0  # of these, the rows that may not lose its keys and values
-    num_scoring: int = 0  # rows that want the log-probabilities of its tokens
-    is_listed: bool = True  # found by later prompts; False for a token computed again for its logits
-    is_computed: bool = False
-    kv: NodeMemory | None = None
-    last_hidden: object | None = None  # final hidden state of the last token, for the logits after it
-    scores: SplittableScores | None = None  # of its own tokens, if a row wanted them when it was computed
-
-    def __len__(self) -> int:
-        return len(self.token_ids)
-
-    @property
-    def stop(self) -> int:
-        """Position after the last token: the length of the prompt that ends here."""
-        return self.start + len(self.token_ids)
-
-    @property
-    def is_root(self) -> bool:
-        return self.parent is None
-
-    def path(self, above: "Node | None" = None) -> list["Node"]:
-        """Root to here, the empty root left out; what is below `above`, if that is given."""
-        nodes: list[Node] = []
-        node: Node | None = self
-        while node is not None and node.parent is not None and node is not above:
-            nodes.append(node)
-            node = node.parent
-        return nodes[::-1]
-
-    def segments(self) -> tuple[Segment, ...]:
-        """The chain of segments that ends here; causal nodes cut from one run are joined again."""
-        chain: list[Segment] = []
-        for node in self.path():
-            if chain and not node.bidirectional and not chain[-1].bidirectional:
-                chain[-1] = Segment(chain[-1].token_ids + node.token_ids, False)
-            else:
-                chain.append(Segment(node.token_ids, node.bidirectional))
-        return tuple(chain)
-
-    def key(self, salt: bytes = b"") -> bytes:
-        """The chained key of the prompt that ends here: independent of where causal runs happen to be cut."""
-        key = salt
-        for segment in self.segments():
-            key = chain_key(key, segment)
-        return key
+from segue.attention.tree.node import Node
 
 
 class SegmentTree:
-    """All prompts known at the moment, merged. Structure only: it never computes and never evicts by itself."""
+    """All prompts known at the moment, merged."""
 
     def __init__(self) -> None:
         self.root = self.new_root()
@@ -107,9 +22,9 @@ class SegmentTree:
         return Node((), False, None, 0)
 
     def insert(self, segments: Sequence[Segment], root: Node | None = None) -> Node:
-        """The node at which this prompt ends, made where missing. `segments` are canonical and not empty.
+        """The node at which this prompt ends; missing nodes are made. `segments` are canonical and not empty.
 
-        Does not count the row: call `add_row` on the result.
+        Does not count the row: call `add_row` on the result. Raises ValueError for a prompt without tokens.
         """
         node = self.root if root is None else root  # an empty node is falsy
         for segment in segments:
@@ -135,7 +50,10 @@ class SegmentTree:
         return node
 
     def split(self, node: Node, num_tokens: int) -> Node:
-        """Cut a causal node after `num_tokens`; returns the new upper part, `node` keeps the lower one."""
+        """Cut a causal node after `num_tokens`: returns the new upper half, `node` becomes the lower one.
+
+        Raises ValueError for a bidirectional node.
+        """
         if node.bidirectional:
             raise ValueError("a bidirectional segment is atomic and cannot be cut")
         parent = _parent_of(node)
@@ -143,11 +61,6 @@ class SegmentTree:
         upper.is_shared = node.is_shared
         upper.num_rows, upper.num_active, upper.num_scoring = node.num_rows, node.num_active, node.num_scoring
         upper.is_computed, upper.is_listed = node.is_computed, node.is_listed
-        if node.kv is not None:
-            upper.kv, node.kv = node.kv.split(num_tokens)
-        if node.scores is not None:
-            upper.scores, node.scores = node.scores.split(num_tokens)
-            upper.last_hidden = upper.scores.last_hidden
         node.token_ids = node.token_ids[num_tokens:]
         node.start += num_tokens
         node.parent = upper
@@ -159,8 +72,8 @@ class SegmentTree:
     def fork_last_token(self, node: Node) -> Node:
         """A second, unlisted node for the last token of `node`'s prompt, not computed.
 
-        For a prompt that ends inside what was already computed as a longer run: its keys are there, but not the
-        final hidden state of its last token. One token is computed again.
+        For a prompt that ends inside a longer run that is computed already: its keys are there, but the final hidden
+        state of its last token is not. One token is computed again.
         """
         parent = _parent_of(node) if len(node) == 1 else self.split(node, len(node) - 1)
         return Node(node.token_ids[-1:], False, parent, node.stop - 1, is_listed=False)
@@ -168,7 +81,7 @@ class SegmentTree:
     def insert_scored(self, context: Node, token_ids: tuple[int, ...]) -> Node:
         """The node at which a continuation of `context` ends whose tokens are to be scored; counts it on each node.
 
-        Where such tokens were computed for somebody who wanted no scores, they are computed again, unlisted.
+        Tokens that were computed for a row that wanted no scores are computed again, in an unlisted node.
         """
         end = self.insert((Segment(token_ids, False),), context) if token_ids else context
         below = [node for node in end.path() if node.start >= context.stop]
@@ -192,10 +105,9 @@ class SegmentTree:
             node.is_shared = node.is_shared or node.num_rows > 0 or node.kv is not None
             node.num_rows += 1
 
-    def remove_row(self, end: Node, *, above: Node | None = None) -> None:
-        """Uncount a row that is done with a path, or with what is below `above`, and drop structure that nobody needs
-        and that owns nothing."""
-        for node in reversed(end.path(above)):
+    def remove_row(self, end: Node) -> None:
+        """Uncount a row on every node of its path, and drop nodes that nobody needs and that own nothing."""
+        for node in reversed(end.path()):
             node.num_rows -= 1
             self.prune(node)
 

@@ -153,7 +153,7 @@ def _segue(model: TreeModel, prompts: Sequence[Any], ceilings: dict[str, Any], *
 
     def fresh(num_new: int) -> float:
         """With nothing left of the run before."""
-        engine.core.scheduler.residency.make_room(engine.core.runner.memory.budget_tokens)
+        engine.core.nodes.make_room(engine.core.runner.memory.budget_tokens)
         return run(num_new)
 
     computed, requested = engine.stats.num_computed_tokens, engine.stats.num_prompt_tokens

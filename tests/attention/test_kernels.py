@@ -345,7 +345,7 @@ def test_machine_without_a_working_compiler_uses_torchs_operations_and_says_so(
         assert cpu_kernels() is None
     assert len(caplog.records) == 1
     assert told in caplog.text
-    assert _backend_names()["auto"] == "CpuBackend"
+    assert _backend_names()["auto"] == "TorchBackend"
     with pytest.raises(ModelRefused, match=r"native wants a C\+\+ compiler"):
         make_backend("native", _shape(), [CPU])
 
@@ -370,13 +370,13 @@ def test_library_that_lacks_a_function_is_not_used(tmp_path, fresh, monkeypatch,
 def test_switched_off_by_the_environment(monkeypatch):
     monkeypatch.setenv("SEGUE_CPU_KERNELS", "0")
     assert cpu_kernels() is None
-    assert _backend_names()["auto"] == "CpuBackend"
+    assert _backend_names()["auto"] == "TorchBackend"
 
 
 def test_auto_is_the_kernels_where_they_can_be_had():
     if cpu_kernels() is None:
         pytest.skip("no C++ compiler on this machine")
-    assert _backend_names() == {"auto": "NativeBackend", "cpu": "CpuBackend", "native": "NativeBackend"}
+    assert _backend_names() == {"auto": "NativeBackend", "cpu": "TorchBackend", "native": "NativeBackend"}
     assert isinstance(make_backend("auto", _shape(torch.bfloat16), [CPU]), NativeBackend)
     assert not isinstance(make_backend("auto", _shape(torch.float16), [CPU]), NativeBackend)
 

@@ -50,9 +50,3 @@ def test_what_does_not_fit_is_refused_and_nothing_is_counted():
     subject.free_node(node)
     subject.grow_tail(tail)
     assert (subject.allocated_bytes, tail.capacity) == (subject.bytes_for(32), 32)
-
-
-def test_tail_begins_empty():
-    subject = memory(40)
-    with pytest.raises(ValueError, match="begin empty"):
-        subject.open_tail([subject.allocate_node(3)])

@@ -75,7 +75,7 @@ class Holder:
         for tail, number in self.tails.items():
             for _ in range(self.rng.randrange(20)):
                 self.pool.grow_tail(tail)
-                fill(self.pool, tail.place + tail.length, 1, number)
+                fill(self.pool, tail.start + tail.length, 1, number)
                 tail.length += 1
 
     def close(self, _):
@@ -88,7 +88,7 @@ class Holder:
         for extent, number in self.nodes.items():
             assert holds(self.pool, extent.start, extent.length, number)
         for tail, number in self.tails.items():
-            assert holds(self.pool, tail.place, tail.length, number)
+            assert holds(self.pool, tail.start, tail.length, number)
         used = sum(extent.length for extent in self.nodes) + sum(tail.capacity for tail in self.tails)
         assert self.pool.allocated_bytes == used * SHAPE.bytes_per_token <= self.pool.budget_bytes
 

@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segue.attention.segments import Segment, canonical_segments, num_tokens
-from segue.attention.tree.tree import SegmentTree, chain_key
+from segue.attention.tree.node import chain_key
+from segue.attention.tree.tree import SegmentTree
 
 
 def distinct_tokens(rows):

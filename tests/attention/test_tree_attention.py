@@ -11,17 +11,14 @@ from varlen_emulation import EmulatedBackend
 
 from segue.attention.backend import TreeStep
 from segue.attention.cpu.backend import FEW_PAIRS, NativeBackend
+from segue.attention.cpu.by_torch import TorchBackend, merge_part_
 from segue.attention.cpu.flash import FEW_KEYS, flash
-from segue.attention.cpu.merge import merge_part_
-from segue.attention.cpu.plain import CpuBackend
 from segue.attention.memory.budget import KVShape
-from segue.attention.memory.pieces import KVPieces
 from segue.attention.memory.pool import KVPool
 from segue.attention.reference import ReferenceBackend, dense_attention
 from segue.attention.segments import Segment, canonical_segments
 from segue.attention.tree.blocks import DecodeQuery, blocks_of
-from segue.attention.tree.cache import Residency
-from segue.attention.tree.tree import SegmentTree
+from segue.attention.tree.cache import NodeCache
 from segue.attention.visibility import block_sequence_ids, visible
 from segue.workers.devices.devices import cpu_kernels
 
@@ -39,7 +36,7 @@ class TiledBackend(NativeBackend):
 
 
 TILED = NATIVE if KERNELS and KERNELS.has_tiles else {}
-BACKENDS = [CpuBackend(), ReferenceBackend(), EmulatedBackend()]
+BACKENDS = [TorchBackend(), ReferenceBackend(), EmulatedBackend()]
 BACKENDS += [NativeBackend(KERNELS, few_pairs) for few_pairs in NATIVE.values() if KERNELS]
 BACKENDS += [TiledBackend(KERNELS, few_pairs) for few_pairs in TILED.values() if KERNELS]
 NAMES = ["cpu", "reference", "varlen", *NATIVE, *(f"{name}, tiles" for name in TILED)]
@@ -50,16 +47,15 @@ class Harness:
 
     def __init__(self, backend, rows, num_generated):
         self.rows, self.num_generated = rows, num_generated
-        self.tree = SegmentTree()
         self.shape = getattr(backend, "shape", SHAPE)
         self.tolerance = TOLERANCE[self.shape.dtype]
         self.cache = backend.new_memory(self.shape, 1 << 22)
-        self.residency = Residency(self.tree, self.cache)
+        self.tree = NodeCache(self.cache)
         self.backend = backend
         self.ends = [self.tree.insert(row) for row in rows]
         for end in self.ends:
             self.tree.add_row(end)
-            self.residency.acquire(end)
+            self.tree.acquire(end)
         self.generator = torch.Generator().manual_seed(sum(len(row) for row in rows))
         self.node_qkv = {}
 
@@ -77,7 +73,7 @@ class Harness:
         out = step.run.attend(0, packed[0], packed[1], packed[2], SCALE)
         step.run.finish()
         for node in nodes:
-            node.is_computed = True
+            self.tree.keep_computed(node, None)
         return {b.node: out[b.start : b.stop] for b in blocks.self_blocks}
 
     def decode(self, tails, fed):
@@ -146,7 +142,7 @@ def check_tree(backend, rows, cut, tails):
     open_tails = [harness.cache.open_tail() for _ in rows]
     fed = [[] for _ in rows]
     for step in range(3):
-        for tail, head_start in zip(open_tails, tails, strict=False):  # ragged tails, some beyond one arena's capacity
+        for tail, head_start in zip(open_tails, tails, strict=False):  # ragged tails, some of several pieces
             if step == 0:
                 _prefeed(harness, tail, fed[open_tails.index(tail)], head_start)
         harness.check_decode(harness.decode(open_tails, fed), fed)
@@ -205,27 +201,24 @@ def _prefeed(harness, tail, fed, count):
         harness.cache.grow_tail(tail)
         q, k, v = harness.random_qkv(1)
         if isinstance(harness.cache, KVPool):
-            place = tail.place + tail.length
+            place = tail.start + tail.length
             harness.cache.tensors[0][0, place], harness.cache.tensors[0][1, place] = k[:, 0], v[:, 0]
-        elif isinstance(harness.cache, KVPieces):
-            *_, (piece, used) = harness.cache.pieces(tail, tail.length + 1)
-            piece.tensor[0, 0, :, used - 1], piece.tensor[0, 1, :, used - 1] = k[:, 0], v[:, 0]
         else:
-            arena = harness.cache.arenas[tail.capacity].tensor
-            arena[0, 0, tail.place, :, tail.length], arena[0, 1, tail.place, :, tail.length] = k[:, 0], v[:, 0]
+            *_, (piece, used) = harness.cache.pieces(tail, tail.length + 1)
+            piece.write(0, k, v, used - 1)
         tail.length += 1
         fed.append([q, k, v])
 
 
 def test_blocks_of_node_before_its_parent_is_computed_is_refused():
-    harness = Harness(CpuBackend(), _two_segments(), 0)
+    harness = Harness(TorchBackend(), _two_segments(), 0)
     with pytest.raises(ValueError, match="before it is computed"):
         blocks_of([harness.ends[0]], [])
 
 
 def test_blocks_of_shared_node_is_one_block_over_all_rows_below():
     rows = [(Segment((1, 2), True), Segment((i,), False)) for i in range(5)]
-    harness = Harness(CpuBackend(), rows, 0)
+    harness = Harness(TorchBackend(), rows, 0)
     blocks = blocks_of(list(harness.tree), [])
     assert [(b.start, b.stop, len(b.node)) for b in blocks.cross_blocks] == [(2, 7, 2)]
 
@@ -234,11 +227,12 @@ def _two_segments():
     return [(Segment((1, 2), True), Segment((3,), False))]
 
 
-def test_merge_part_of_absent_keys_changes_nothing():
-    out, lse = torch.randn(3, D), torch.randn(3)
-    before = out.clone(), lse.clone()
-    merge_part_(out, lse, torch.zeros(3, D), torch.full((3,), -torch.inf))
-    torch.testing.assert_close((out, lse), before)
+def test_merge_of_parts_is_attention_over_their_union():
+    q, k = torch.randn(1, H, 5, D), torch.randn(1, H, 9, D)
+    out, lse = torch.zeros(1, H, 5, D), torch.full((1, H, 5), -torch.inf)
+    for keys in (k[:, :, :2], k[:, :, 2:8], k[:, :, 8:]):
+        merge_part_(out, lse, *flash(q, keys, keys, scale=SCALE))
+    torch.testing.assert_close((out, lse), flash(q, k, k, scale=SCALE))
 
 
 def test_flash_without_keys_is_refused_instead_of_killing_the_process():

@@ -145,9 +145,9 @@ MUTATIONS = {
 
 
 def _grow_without_telling(self, tail):
-    place = tail.place
+    place = tail.start
     _GROW(self, tail)
-    tail.place = place
+    tail.start = place
 
 
 _GROW = kv_pool.KVPool.grow_tail

@@ -12,9 +12,9 @@ import torch
 
 from segue.attention.backend import Backend
 from segue.attention.cpu.backend import NativeBackend
+from segue.attention.cpu.by_torch import TorchBackend
 from segue.attention.cpu.kernels import DTYPES as KERNEL_DTYPES
 from segue.attention.cpu.kernels import Kernels, load_kernels
-from segue.attention.cpu.plain import CpuBackend
 from segue.attention.cuda.backend import FLASH_DTYPES, VarlenBackend
 from segue.attention.memory.budget import KVShape
 from segue.attention.reference import ReferenceBackend
@@ -29,7 +29,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 BACKENDS: dict[str, Callable[[Sequence[torch.device]], Backend]] = {
     "native": lambda _: NativeBackend(_wanted_kernels()),
-    "cpu": lambda _: CpuBackend(),
+    "cpu": lambda _: TorchBackend(),
     "reference": lambda _: ReferenceBackend(),
     "varlen": lambda layer_devices: VarlenBackend(layer_devices=layer_devices),
 }

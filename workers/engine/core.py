@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from segue.attention.segments import Segment, canonical_segments
-from segue.attention.tree.tree import Node, SegmentTree
+from segue.attention.tree.node import Node
 from segue.workers.engine.admission import objection
 from segue.workers.engine.coalescing import RequestCoalescer
 from segue.workers.engine.config import EngineConfig
@@ -41,13 +41,11 @@ class EngineCore:
         self.config = config or EngineConfig()
         self.max_model_len = min(self.config.max_model_len or model.max_model_len, model.max_model_len)
         self.runner = StepRunner(model, self.config, self.max_model_len)
-        self.tree = SegmentTree()
+        self.nodes = self.runner.nodes
         self.scheduler = Scheduler(
-            self.tree,
-            self.runner.memory,
+            self.nodes,
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
-            keep_idle=self.config.enable_prefix_caching,
         )
         self._shrinking = Shrinking(self.scheduler)
         self._finisher = Finisher(model.tokenizer, model.eos_token_ids, self.max_model_len)
@@ -94,7 +92,7 @@ class EngineCore:
         return canonical_segments(segments, mask=self.config.mask)
 
     def _root(self, *, is_shared: bool = True) -> Node | None:
-        return None if self.config.enable_prefix_caching and is_shared else self.tree.new_root()
+        return None if self.config.enable_prefix_caching and is_shared else self.nodes.new_root()
 
     def abort(self, request_ids: Collection[Hashable]) -> None:
         """Take rows out wherever they are; they are not answered."""
@@ -197,10 +195,10 @@ class EngineCore:
 
     def _discard(self, request: Request) -> None:
         """Take out a row whose numbers are not to be trusted, with what was computed for it."""
-        ends = {sample.copied or sample.end for sample in request.samples}
+        ends = {sample.end for sample in request.samples}
         self.scheduler.abort(request)
         for end in ends:
-            self.scheduler.residency.discard(end)
+            self.nodes.discard(end)
 
     # -- counters
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from segue.attention.memory.budget import TAIL_CAPACITIES
-from segue.attention.tree.tree import Node
+from segue.attention.tree.node import Node
 from segue.workers.sampling.sample import Request, Sample
 from segue.workers.scoring.likelihood import TokenScore
 

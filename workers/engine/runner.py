@@ -16,14 +16,14 @@ from segue.attention.cuda.backend import VarlenBackend
 from segue.attention.memory.budget import Tail
 from segue.attention.memory.pool import KVPool
 from segue.attention.tree.blocks import DecodeQuery, StepBlocks, blocks_of
-from segue.attention.tree.tree import Node
+from segue.attention.tree.cache import NodeCache
 from segue.workers.devices.devices import kv_memory_bytes, make_backend
 from segue.workers.engine.config import EngineConfig
 from segue.workers.engine.graphs import DecodeGraphs
 from segue.workers.engine.plan import Prefill, StepPlan, StepResult, StepTooLarge
 from segue.workers.models.tree_model import TreeModel
 from segue.workers.sampling.sample import Sample
-from segue.workers.scoring.likelihood import NodeScores, StepScores, last_hidden, score_step
+from segue.workers.scoring.likelihood import StepScores, last_hidden, score_step
 
 ENOUGH_KV_BYTES = 1 << 30  # however long the model's context is
 
@@ -36,6 +36,7 @@ class StepRunner:
         kv_bytes = config.kv_cache_memory_bytes or _measured_kv_bytes(model, max_model_len, config.kv_memory_share)
         self.backend = make_backend(config.backend, model.kv_shape, model.layer_devices)
         self.memory = self.backend.new_memory(model.kv_shape, kv_bytes)
+        self.nodes = NodeCache(self.memory, keep_idle=config.enable_prefix_caching)
         self.graphs = self._decode_graphs() if config.decode_graphs else None
 
     def _decode_graphs(self) -> DecodeGraphs:
@@ -80,7 +81,7 @@ class StepRunner:
         """Node by node a copy of the last hidden state, so that the step's other hidden states are freed."""
         ends = torch.tensor([block.stop - 1 for block in blocks.self_blocks], dtype=torch.long, device=hidden.device)
         for block, end in zip(blocks.self_blocks, hidden[ends].unbind(), strict=True):
-            self._keep_computed(block.node, end)
+            self.nodes.keep_computed(block.node, end)
         for tail in tails:
             tail.length += 1
 
@@ -88,15 +89,8 @@ class StepRunner:
         ends = [(prefill.end, prefill.request.last_continuation_token) for prefill in plan.scored]
         scores = score_step(blocks.self_blocks, ends, hidden, self.model.rounded_logits, self.model.vocab_size)
         for node, of_node in scores.of_nodes:
-            self._keep_scores(node, of_node)
+            self.nodes.keep_scores(node, of_node)
         return scores
-
-    def _keep_computed(self, node: Node, end: Tensor) -> None:
-        node.is_computed = True
-        node.last_hidden = end
-
-    def _keep_scores(self, node: Node, scores: NodeScores) -> None:
-        node.scores = scores
 
     def _logits(self, plan: StepPlan, hidden: Tensor, decode_index: Sequence[int]) -> Tensor | None:
         """`[B, V]`, of `plan.drawing`."""

@@ -7,31 +7,27 @@ token budget goes to prefill, whole bidirectional segments at a time. Knows the 
 from collections import deque
 from collections.abc import Container, Iterator, Sequence
 
-from segue.attention.memory.budget import TAIL_CAPACITIES, KVMemory, KVMemoryExceeded, next_capacity
+from segue.attention.memory.budget import TAIL_CAPACITIES, KVMemoryExceeded
 from segue.attention.segments import Segment
-from segue.attention.tree.cache import Residency
-from segue.attention.tree.tree import Node, SegmentTree
+from segue.attention.tree.cache import NodeCache
+from segue.attention.tree.node import Node
 from segue.workers.engine.plan import Prefill, StepPlan
 from segue.workers.errors import RowError, RowErrorCode
 from segue.workers.sampling.sample import Request, Sample
 
-FEW_COPIES = 64  # tokens of a node, times its rows: so many are rather copied than attended to in a call of their own
 MIN_PIECE_TOKENS = 64  # a causal run is not cut for less: every cut is one more block in each later step
 
 
 class Scheduler:
     """Queues of rows over one tree. `max_num_batched_tokens` bounds a step, save for a longer atomic segment."""
 
-    def __init__(
-        self, tree: SegmentTree, cache: KVMemory, *, max_num_seqs: int, max_num_batched_tokens: int, keep_idle: bool
-    ) -> None:
+    def __init__(self, nodes: NodeCache, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens must be at least max_num_seqs ({max_num_seqs}), got {max_num_batched_tokens}"
             )
-        self.tree = tree
-        self.cache = cache
-        self.residency = Residency(tree, cache, keep_idle=keep_idle)
+        self.nodes = nodes
+        self.memory = nodes.memory
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: deque[Prefill] = deque()
@@ -51,7 +47,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a new row behind the others."""
-        end = self.tree.insert(request.segments, request.root)
+        end = self.nodes.insert(request.segments, request.root)
         if request.continuation is not None:
             end = self._insert_continuation(end, request.continuation)
         request.samples = [Sample(request, index, end) for index in range(request.params.n)]
@@ -60,8 +56,8 @@ class Scheduler:
     def _insert_continuation(self, context: Node, continuation: tuple[int, ...]) -> Node:
         """The last token is scored from its parent and never fed. The first needs the context's last hidden state."""
         if context.is_computed and context.last_hidden is None:
-            context = self.tree.fork_last_token(context)
-        return self.tree.insert_scored(context, continuation[:-1])
+            context = self.nodes.fork_last_token(context)
+        return self.nodes.insert_scored(context, continuation[:-1])
 
     def requests(self) -> Iterator[Request]:
         """All rows, each once."""
@@ -72,7 +68,7 @@ class Scheduler:
         """Grow tails, admit rows, fill the token budget. Rows that can never fit leave; see `take_failed`."""
         self._grow_tails()
         self._admit()
-        decoding = sorted(self.running, key=_place_of)
+        decoding = list(self.running)
         new = self._new_nodes(self.max_num_batched_tokens - len(decoding))
         complete = [prefill for prefill in self.prefilling if _is_complete(prefill.end, new)]
         return StepPlan(tuple(new), tuple(decoding), tuple(complete))
@@ -149,24 +145,24 @@ class Scheduler:
         if prefill.end.is_computed and prefill.end.last_hidden is None:
             self._fork_end(prefill)
         try:
-            num_cached = self.residency.acquire(prefill.end)
+            num_cached = self.nodes.acquire(prefill.end)
         except KVMemoryExceeded:
             return False
-        if not self.residency.make_room(num_promised + prefill.num_tail_tokens):
-            self.residency.release(prefill.end)
+        if not self.nodes.make_room(num_promised + prefill.num_tail_tokens):
+            self.nodes.release(prefill.end)
             return False
         for _ in prefill.samples[1:]:
-            self.residency.acquire(prefill.end)
+            self.nodes.acquire(prefill.end)
         if prefill.request.num_cached_tokens is None:
             prefill.request.num_cached_tokens = num_cached
         return True
 
     def _fork_end(self, prefill: Prefill) -> None:
         """The prompt ends inside a longer run that is already computed: its last token is computed again."""
-        forked = self.tree.fork_last_token(prefill.end)
+        forked = self.nodes.fork_last_token(prefill.end)
         for sample in prefill.samples:
-            self.tree.add_row(forked)
-            self.tree.remove_row(sample.end)
+            self.nodes.add_row(forked)
+            self.nodes.remove_row(sample.end)
             sample.end = forked
         prefill.end = forked
 
@@ -177,7 +173,7 @@ class Scheduler:
         self.abort(prefill.request)
         message = (
             f"the row needs {wanted} tokens of KV memory, the limit is "
-            f"{self.cache.budget_tokens} tokens (workers.kv_cache_memory_bytes)"
+            f"{self.memory.budget_tokens} tokens (workers.kv_cache_memory_bytes)"
         )
         self._failed.append((prefill.request, RowError(RowErrorCode.ROW_OOM, message)))
 
@@ -185,70 +181,43 @@ class Scheduler:
         """Room for one more token a running sample; the latest rows give way to the earliest."""
         for sample in sorted(self.running, key=_age):
             while sample.tail is not None and sample.finish_reason is None:
-                try:
-                    self.cache.grow_tail(sample.tail)
+                if self.nodes.make_room(self.memory.num_tokens_to_grow(sample.tail)):
+                    self.memory.grow_tail(sample.tail)
                     break
-                except KVMemoryExceeded:
-                    self._relieve(sample, next_capacity(sample.tail.capacity))
+                self._give_way(sample)
 
     def _open_tail(self, sample: Sample) -> bool:
         """False if the sample had to give way and waits again."""
-        if self._copy_prompt(sample):
-            return True
-        if not self.residency.make_room(TAIL_CAPACITIES[0]):
-            self.cache.trim()
-            if not self.residency.make_room(TAIL_CAPACITIES[0]):
-                self._requeue(sample)
-                return False
-        sample.tail = self.cache.open_tail()
-        return True
-
-    def _copy_prompt(self, sample: Sample) -> bool:
-        """Begin the tail with the prompt's own end, if memory is not short: many tails are one call of attention, and
-        every node is one of its own. The nodes may go then."""
-        above = _above_own_end(sample.end, self.cache.max_copied_tokens)
-        nodes = sample.end.path(above)
-        promised = sum(prefill.num_tail_tokens for prefill in self.prefilling)
-        promised += TAIL_CAPACITIES[0] * len(sample.request.samples)
-        wanted = 2 * next_capacity(sample.end.stop - above.stop) + promised
-        if not nodes or not self.residency.make_room(wanted, from_unwanted=True):
+        if not self.nodes.make_room(TAIL_CAPACITIES[0]):
+            self._requeue(sample)
             return False
-        sample.tail = self.cache.open_tail([node.kv for node in nodes if node.kv is not None])
-        self.residency.release(sample.end, above=above, keep_idle=sample.request.root is None)
-        self.tree.remove_row(sample.end, above=above)
-        sample.copied, sample.end = sample.end, above
+        sample.tail = self.memory.open_tail()
         return True
 
-    def _relieve(self, sample: Sample, num_tokens: int) -> None:
-        """Free memory for `sample`: trim and evict, else preempt the latest row, else give up on this one."""
-        self.cache.trim()
-        if self.residency.make_room(num_tokens):
-            return
-        latest = max([*self.running, *(s for p in self.prefilling for s in p.samples)], key=_age)
-        may_need_less = latest.copied is not None  # without a copy of its prompt in a tail that doubles
-        self._preempt(latest)
-        if not self.num_active and not may_need_less:
+    def _give_way(self, sample: Sample) -> None:
+        """Preempt the latest row, since eviction makes no room for `sample`; give up on this one if it is alone."""
+        self._preempt(max([*self.running, *(s for p in self.prefilling for s in p.samples)], key=_age))
+        if not self.num_active:
             self._fail(self._take_waiting(sample))
 
     def shrink_memory(self, budget_bytes: int) -> bool:
         """Have less KV memory from now on; the latest rows give way. False if the earliest alone needs more."""
-        before = self.cache.budget_bytes
-        self.cache.trim()
-        self.cache.budget_bytes = budget_bytes
-        while not self.residency.make_room(0):
+        before = self.memory.budget_bytes
+        self.memory.budget_bytes = budget_bytes
+        while not self.nodes.make_room(0):
             held = [*self.running, *(s for p in self.prefilling for s in p.samples)]
             if len(held) < 2:
-                self.cache.budget_bytes = before
+                self.memory.budget_bytes = before
                 return False
             self._preempt(max(held, key=_age))
-        self.cache.shrink(budget_bytes)
+        self.memory.shrink(budget_bytes)
         return True
 
     def _preempt(self, sample: Sample) -> None:
         for prefill in [p for p in self.prefilling if sample in p.samples]:
             self.prefilling.remove(prefill)
             for _ in prefill.samples:
-                self.residency.release(prefill.end)
+                self.nodes.release(prefill.end)
             self.waiting.appendleft(prefill)
             self.num_preemptions += 1
             return
@@ -261,8 +230,8 @@ class Scheduler:
         self.num_preemptions += 1
         request, old_end = sample.request, sample.end
         chain = _with_generated(request.segments, sample.token_ids)
-        end = self.tree.insert(chain, request.root)
-        sample.copied, sample.end = None, end
+        end = self.nodes.insert(chain, request.root)
+        sample.end = end
         self.waiting.appendleft(self._prefill(request, [sample], end))
         self._leave(old_end, request)
 
@@ -275,12 +244,12 @@ class Scheduler:
 
     def _prefill(self, request: Request, samples: list[Sample], end: Node) -> Prefill:
         for _ in samples:
-            self.tree.add_row(end)
+            self.nodes.add_row(end)
         return Prefill(request, samples, end)
 
     def _unscore(self, prefill: Prefill) -> None:
         if prefill.request.is_scored:
-            self.tree.remove_scored(prefill.end, prefill.request.num_prompt_tokens)
+            self.nodes.remove_scored(prefill.end, prefill.request.num_prompt_tokens)
 
     def _drop(self, prefill: Prefill, *, held: bool) -> None:
         self._unscore(prefill)
@@ -288,16 +257,16 @@ class Scheduler:
             if held:
                 self._leave(prefill.end, prefill.request)
             else:
-                self.tree.remove_row(prefill.end)
+                self.nodes.remove_row(prefill.end)
 
     def _leave(self, end: Node, request: Request) -> None:
         """What stands under a root of its own is of no use to others."""
-        self.residency.release(end, keep_idle=request.root is None)
-        self.tree.remove_row(end)
+        self.nodes.release(end, keep_idle=request.root is None)
+        self.nodes.remove_row(end)
 
     def _close(self, sample: Sample) -> None:
         if sample.tail is not None:
-            self.cache.close_tail(sample.tail)
+            self.memory.close_tail(sample.tail)
             sample.tail = None
 
     # -- the step
@@ -324,23 +293,7 @@ class Scheduler:
             return node
         if node.bidirectional or budget < (1 if is_first else MIN_PIECE_TOKENS):
             return None
-        return self.tree.split(node, budget)
-
-
-def _above_own_end(end: Node, max_tokens: int) -> Node:
-    """What is above the last nodes of a prompt that no other row has, or that are next to nothing."""
-    above = end
-    while above.parent is not None and end.stop - above.start <= max_tokens:
-        if above.num_rows > 1 and above.num_rows * len(above) > FEW_COPIES:
-            break
-        above = above.parent
-    return above
-
-
-def _place_of(sample: Sample) -> tuple[int, int]:
-    """Of its tail: a step in this order reads and writes tails side by side, without gathering."""
-    assert sample.tail is not None
-    return sample.tail.capacity, sample.tail.place
+        return self.nodes.split(node, budget)
 
 
 def _is_complete(end: Node, in_step: Container[Node]) -> bool:

@@ -17,7 +17,7 @@ class Shrinking:
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
-        self._least_kv_bytes = int(scheduler.cache.budget_bytes * LEAST_KV_SHARE)
+        self._least_kv_bytes = int(scheduler.memory.budget_bytes * LEAST_KV_SHARE)
 
     def after(self, step: StepTooLarge) -> None:
         """Raises torch.OutOfMemoryError if nothing can be made smaller any more."""
@@ -26,6 +26,6 @@ class Shrinking:
         if smaller < min(step.num_tokens, scheduler.max_num_batched_tokens):
             scheduler.max_num_batched_tokens = smaller
             return
-        budget = int(scheduler.cache.budget_bytes * SHRUNK_SHARE)
+        budget = int(scheduler.memory.budget_bytes * SHRUNK_SHARE)
         if budget < self._least_kv_bytes or not scheduler.shrink_memory(budget):
             raise torch.OutOfMemoryError(f"a step of {step.num_tokens} tokens does not fit: {step.message}")

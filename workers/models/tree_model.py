@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from segue.attention.backend import StepRun, TreeStep
 from segue.attention.memory.budget import KVShape
-from segue.attention.segments import Segment
+from segue.attention.segments import Segment, num_tokens
 from segue.attention.tree.blocks import blocks_of
-from segue.attention.tree.cache import Residency
-from segue.attention.tree.tree import SegmentTree
+from segue.attention.tree.cache import NodeCache
 from segue.workers.devices.devices import make_backend
 from segue.workers.errors import ModelRefused
 from segue.workers.models import support
@@ -211,10 +210,10 @@ def _probed_error(loaded: TreeModel, wanted: Tensor) -> float:
 
 def chain_logits(loaded: TreeModel, segments: list[Segment]) -> Tensor:
     """`[V]`: the logits after one chain of segments, in one forward pass with memory of its own."""
-    tree = SegmentTree()
-    end = tree.insert(segments)
     backend = make_backend("auto", loaded.kv_shape, loaded.layer_devices)
-    memory = backend.new_memory(loaded.kv_shape, loaded.kv_shape.bytes_per_token * end.stop)
-    Residency(tree, memory).acquire(end)
+    memory = backend.new_memory(loaded.kv_shape, loaded.kv_shape.bytes_per_token * num_tokens(segments))
+    nodes = NodeCache(memory)
+    end = nodes.insert(segments)
+    nodes.acquire(end)
     step = TreeStep(blocks_of(end.path(), []), (), memory, backend)
     return loaded.logits(loaded.forward(step)[-1:])[0]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from segue.attention.segments import Segment, num_tokens
-from segue.attention.tree.tree import Node
+from segue.attention.tree.node import Node
 from segue.workers.errors import RowError
 from segue.workers.rows.params import SamplingParams
 from segue.workers.rows.request import CompletionOutput, FinishReason, RequestOutput, Score, TokenLogprobs
@@ -94,11 +94,10 @@ class Sample:
 
     request: Request
     index: int
-    end: Node  # of the prompt, after preemption with the tokens generated until then; without what `tail` has of it
+    end: Node  # of the prompt, after preemption with the tokens generated until then
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     tail: "Tail | None" = None
-    copied: Node | None = None  # where the prompt ends whose last nodes `tail` has, too
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     text: str | None = None  # set when a stop string cut it

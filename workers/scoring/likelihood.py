@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from segue.attention.tree.blocks import SelfBlock
-from segue.attention.tree.tree import Node
+from segue.attention.tree.node import Node
 from segue.workers.sampling.vocabulary import summarise
 
 MAX_LOGITS = 1 << 22  # logits held at once: 16 MiB in fp32, whatever the vocabulary

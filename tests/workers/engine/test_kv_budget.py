@@ -5,6 +5,7 @@ from pathlib import Path
 import psutil
 import pytest
 from echo_jobs import write_input, write_job
+from tiny_engines import memory_of
 from tiny_models import tiny_tree_model
 
 from segue.attention.segments import Segment
@@ -12,7 +13,7 @@ from segue.pipeline.jobfile.schema import WorkersConfig
 from segue.pipeline.ready.job import prepare
 from segue.pipeline.run.pool import threads_of, workers_a_node
 from segue.workers.devices import devices, memory
-from segue.workers.engine import core as engine_core
+from segue.workers.engine import runner
 from segue.workers.engine.engine import Engine, EngineConfig
 from segue.workers.errors import RowErrorCode
 from segue.workers.rows.params import SamplingParams
@@ -58,9 +59,9 @@ def test_a_group_over_its_limit_leaves_nothing(tmp_path: Path, monkeypatch):
 def test_engine_takes_its_share_of_what_is_free_and_refuses_a_row_that_needs_more(monkeypatch):
     model = tiny_tree_model()
     monkeypatch.setattr(devices, "free_memory_bytes", lambda: 200 * model.kv_shape.bytes_per_token)
-    monkeypatch.setattr(engine_core, "ENOUGH_KV_BYTES", 50 * model.kv_shape.bytes_per_token)
+    monkeypatch.setattr(runner, "ENOUGH_KV_BYTES", 50 * model.kv_shape.bytes_per_token)
     engine = Engine(model, EngineConfig(mask="causal", kv_memory_share=0.25))
-    assert engine.cache.budget_tokens == 50
+    assert memory_of(engine).budget_tokens == 50
     prompts = [[Segment(tuple(range(3, 3 + length)), bidirectional=False)] for length in (60, 20)]
     outputs = engine.generate(prompts, SamplingParams(max_tokens=4))
     error = outputs[0].error
@@ -69,14 +70,14 @@ def test_engine_takes_its_share_of_what_is_free_and_refuses_a_row_that_needs_mor
     assert "needs 76 tokens of KV memory, the limit is 50 tokens" in error.message
     assert outputs[1].error is None
     told = Engine(model, EngineConfig(kv_cache_memory_bytes=12345))
-    assert told.cache.budget_bytes == 12345
+    assert memory_of(told).budget_bytes == 12345
 
 
 def test_engine_does_not_start_where_ordinary_rows_would_find_no_memory(monkeypatch):
     model = tiny_tree_model()
     row = model.max_model_len * model.kv_shape.bytes_per_token
     monkeypatch.setattr(devices, "free_memory_bytes", lambda: 4 * row)
-    assert Engine(model, EngineConfig(kv_memory_share=0.25)).cache.budget_bytes == row
+    assert Engine(model, EngineConfig(kv_memory_share=0.25)).core.runner.memory.budget_bytes == row
     monkeypatch.setattr(devices, "free_memory_bytes", lambda: 4 * row - 4)
     with pytest.raises(MemoryError, match=rf"{row - 1:,} bytes .* wanted {row:,}; .* workers.kv_cache_memory_bytes"):
         Engine(model, EngineConfig(kv_memory_share=0.25))

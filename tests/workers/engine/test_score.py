@@ -5,10 +5,10 @@ import torch
 from chains import chains, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import oracle_logits, oracle_model, tiny_tokenizer, tiny_tree_model
+from tiny_engines import kv_bytes, memory_of, steps_to_the_end, tiny_engine
+from tiny_models import oracle_logits, oracle_model, tiny_tokenizer
 
 from segue.attention.segments import Segment, num_tokens
-from segue.workers.engine.engine import Engine, EngineConfig
 from segue.workers.errors import RowError
 from segue.workers.rows.params import SamplingParams
 from segue.workers.rows.request import GenerationRequest, ScoringRequest
@@ -16,11 +16,9 @@ from segue.workers.scoring import likelihood as score
 from segue.workers.scoring.likelihood import score_tokens
 from segue.workers.scoring.windows import rolling_windows
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 TOLERANCE = 1e-4
-
-
-def engine(**config):
-    return Engine(tiny_tree_model(), EngineConfig(**{"mask": "segment", **config}))
 
 
 def oracle_score(context, continuation, mask="segment"):
@@ -49,14 +47,14 @@ def assert_scores(subject, pairs, mask="segment"):
 @settings(deadline=None, max_examples=40)
 def test_scores_of_choices_below_random_contexts_equal_transformers(contexts, choices, mask, budget):
     pairs = [(context, choice) for context in contexts for choice in choices]
-    assert_scores(engine(mask=mask, max_num_batched_tokens=budget, max_num_seqs=3), pairs, mask)
+    assert_scores(tiny_engine(mask=mask, max_num_batched_tokens=budget, max_num_seqs=3), pairs, mask)
 
 
 @given(rows=chains(max_rows=4), choices=st.lists(tokens, min_size=1, max_size=4), seed=st.integers(0, 3))
 @settings(deadline=None, max_examples=30)
 def test_scores_in_an_engine_that_has_computed_other_rows_equal_transformers(rows, choices, seed):
     """What was computed for other rows, scored or not, cut or not, must not change or miss a score."""
-    subject = engine(mask="causal")
+    subject = tiny_engine(mask="causal")
     longer = [(*row, Segment(choice, False)) for row in rows for choice in choices]
     subject.generate(longer[seed::2] or longer, SamplingParams(max_tokens=1))
     pairs = [(row, choice) for row in rows for choice in choices]
@@ -66,14 +64,14 @@ def test_scores_in_an_engine_that_has_computed_other_rows_equal_transformers(row
 
 
 def test_scores_compute_context_once_and_never_feed_the_last_token():
-    subject = engine()
+    subject = tiny_engine()
     context = [Segment(tuple(range(3, 40)), True), Segment((9, 8), False)]
     subject.loglikelihood([(context, (50, 51, 52)), (context, (50, 51, 53)), (context, (60,)), (context, (61,))])
     assert subject.stats.num_computed_tokens == 37 + 2 + 2  # context, header, "50 51"
 
 
 def test_scores_of_the_same_pair_twice_are_computed_once():
-    subject = engine()
+    subject = tiny_engine()
     pair = ([Segment((5, 6, 7), True)], (8, 9, 10))
     first, second = subject.loglikelihood([pair, pair])
     assert first == second
@@ -81,7 +79,7 @@ def test_scores_of_the_same_pair_twice_are_computed_once():
 
 
 def test_greedy_continuation_is_told_from_others():
-    subject = engine()
+    subject = tiny_engine()
     context = [Segment((5, 6, 7), True)]
     params = SamplingParams(max_tokens=5, ignore_eos=True)
     best = subject.generate([context], params)[0].outputs[0].token_ids
@@ -91,43 +89,41 @@ def test_greedy_continuation_is_told_from_others():
 
 def test_scores_are_the_same_whatever_the_size_of_logit_chunks(monkeypatch):
     pairs = [([Segment((5, 6, 7), True)], tuple(range(20, 20 + n))) for n in range(1, 9)]
-    wanted = engine().loglikelihood(pairs)
+    wanted = tiny_engine().loglikelihood(pairs)
     monkeypatch.setattr(score, "MAX_LOGITS", 640)  # two positions at a time
-    for got, expected in zip(engine().loglikelihood(pairs), wanted, strict=True):
+    for got, expected in zip(tiny_engine().loglikelihood(pairs), wanted, strict=True):
         assert got.logprob == pytest.approx(expected.logprob, abs=TOLERANCE)
 
 
 def test_scores_and_generation_in_one_engine_do_not_disturb_each_other():
     context = [Segment(tuple(range(3, 20)), True)]
-    subject = engine()
+    subject = tiny_engine()
     subject.add("generated", GenerationRequest(context, SamplingParams(max_tokens=6), b"0"))
     subject.add("scored", ScoringRequest(context, (30, 31, 32)))
-    outputs = {}
-    while subject.has_work:
-        outputs.update((output.request_id, output) for output in subject.step())
+    outputs = {output.request_id: output for output in steps_to_the_end(subject)}
     assert outputs["scored"].score.logprob == pytest.approx(oracle_score(context, (30, 31, 32))[0], abs=1e-3)
-    alone = engine().generate([context], SamplingParams(max_tokens=6))[0]
+    alone = tiny_engine().generate([context], SamplingParams(max_tokens=6))[0]
     assert outputs["generated"].outputs[0].token_ids == alone.outputs[0].token_ids
 
 
 def test_scores_in_short_memory_equal_those_in_ample_memory():
     contexts = [[Segment(tuple(range(3 + i, 30 + i)), True)] for i in range(6)]
     pairs = [(context, tuple(range(40, 50 + i))) for context in contexts for i in range(3)]
-    tight = engine(kv_cache_memory_bytes=60 * tiny_tree_model().kv_shape.bytes_per_token)
-    wanted = engine().loglikelihood(pairs)
+    tight = tiny_engine(kv_cache_memory_bytes=kv_bytes(60))
+    wanted = tiny_engine().loglikelihood(pairs)
     for got, expected in zip(tight.loglikelihood(pairs), wanted, strict=True):
         assert got.logprob == pytest.approx(expected.logprob, abs=TOLERANCE)
 
 
 def test_all_structure_is_gone_after_scoring_without_reuse():
-    subject = engine(enable_prefix_caching=False)
+    subject = tiny_engine(enable_prefix_caching=False)
     subject.loglikelihood([([Segment((5, 6), True)], (7, 8, 9))] * 3)
-    assert list(subject.tree) == []
-    assert subject.cache.allocated_bytes == 0
+    assert list(subject.core.nodes) == []
+    assert memory_of(subject).allocated_bytes == 0
 
 
 def test_continuation_that_fills_the_context_is_scored_and_one_more_is_refused():
-    subject = engine(max_model_len=20)
+    subject = tiny_engine(max_model_len=20)
     context = [Segment((5, 6, 7), True)]
     assert_scores(subject, [(context, tuple(range(10, 28)))])  # 3 + 18 = max_model_len and the last
     with pytest.raises(RowError, match="22 tokens, wanted at most 21"):
@@ -137,7 +133,7 @@ def test_continuation_that_fills_the_context_is_scored_and_one_more_is_refused()
 @pytest.mark.parametrize("continuation", ["", ()])
 def test_empty_continuation_is_a_row_error(continuation):
     with pytest.raises(RowError, match="continuation has no tokens"):
-        engine().loglikelihood([("context", continuation)])
+        tiny_engine().loglikelihood([("context", continuation)])
 
 
 # -- text, as lm-evaluation-harness joins it
@@ -145,7 +141,7 @@ def test_empty_continuation_is_a_row_error(continuation):
 
 def test_scores_put_each_hidden_state_through_the_vocabulary_once():
     """Four choices after one context begin at the same hidden state; one of them goes on."""
-    subject = engine()
+    subject = tiny_engine()
     context = [Segment(tuple(range(3, 20)), True)]
     assert_scores(subject, [(context, (50,)), (context, (51,)), (context, (52,)), (context, (53, 54))])
     assert subject.stats.num_scored_positions == 2
@@ -160,7 +156,7 @@ def test_of_equal_logits_the_first_token_is_the_greedy_one():
 
 
 def test_error_of_one_pair_leaves_the_engine_usable():
-    subject = engine(max_model_len=20)
+    subject = tiny_engine(max_model_len=20)
     good = ([Segment((5, 6, 7), True)], (8, 9))
     with pytest.raises(RowError, match="max_model_len"):
         subject.loglikelihood([good, ([Segment((5, 6, 7), True)], tuple(range(10, 60)))])
@@ -168,14 +164,14 @@ def test_error_of_one_pair_leaves_the_engine_usable():
 
 
 def test_space_at_the_end_of_the_context_belongs_to_the_continuation():
-    subject = engine(mask="causal")
+    subject = tiny_engine(mask="causal")
     joined, spaced = subject.loglikelihood([("the sky is", " blue"), ("the sky is ", "blue")])
     assert joined == spaced
     assert joined.num_tokens == len(" blue")
 
 
 def test_empty_context_is_the_prefix_token():
-    subject = engine(mask="causal")
+    subject = tiny_engine(mask="causal")
     eos = tiny_tokenizer().eos_token_id
     as_text = subject.loglikelihood([("", "blue")])[0]
     assert isinstance(eos, int)
@@ -185,12 +181,12 @@ def test_empty_context_is_the_prefix_token():
 
 
 def test_multi_byte_continuation_counts_its_tokens():
-    got = engine(mask="causal").loglikelihood([("wie", " schön 🌧")])[0]
+    got = tiny_engine(mask="causal").loglikelihood([("wie", " schön 🌧")])[0]
     assert got.num_tokens == len(" schön 🌧".encode())
 
 
 def test_chat_context_is_rendered_and_the_continuation_follows_the_generation_header():
-    subject = engine(mask="segment")
+    subject = tiny_engine(mask="segment")
     chat = [{"role": "user", "content": "hello"}]
     chain = subject._prompt_encoder().encode_prompt(chat)
     wanted = subject.loglikelihood([(chain, tiny_tokenizer()("yes").input_ids)])[0]
@@ -232,7 +228,7 @@ def long_text(length):
 
 def test_rolling_scores_of_a_long_text_equal_windows_of_transformers():
     text = long_text(100)
-    subject = engine(mask="causal", max_model_len=32)
+    subject = tiny_engine(mask="causal", max_model_len=32)
     (got,) = subject.loglikelihood_rolling([bytes(text).decode()])
     tokens = tiny_tokenizer()(bytes(text).decode()).input_ids
     wanted = 0.0
@@ -249,8 +245,8 @@ def test_rolling_scores_keep_memory_flat_however_long_the_text():
     """What was held at most, and what is left: the first window alone may be another text's beginning."""
     held = []
     for length in (256, 2560):
-        subject = engine(mask="causal", max_model_len=128, max_num_batched_tokens=128)
+        subject = tiny_engine(mask="causal", max_model_len=128, max_num_batched_tokens=128)
         subject.loglikelihood_rolling([bytes(long_text(length)).decode()])
-        held.append((subject.stats.max_kv_bytes, subject.cache.allocated_bytes))
+        held.append((subject.stats.max_kv_bytes, memory_of(subject).allocated_bytes))
     assert held[0] == held[1]
-    assert held[1][1] == 128 * tiny_tree_model().kv_shape.bytes_per_token
+    assert held[1][1] == kv_bytes(128)

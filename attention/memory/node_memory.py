@@ -4,7 +4,7 @@ from typing import Protocol, Self
 
 
 class NodeMemory(Protocol):
-    """Keys and values of a node's consecutive tokens: counted, and cut in two at a token."""
+    """Keys and values of a node's consecutive tokens: they can be counted, and cut in two at a token."""
 
     @property
     def num_bytes(self) -> int: ...

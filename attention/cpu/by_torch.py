@@ -1,0 +1,83 @@
+"""The backend for CPUs without a C++ compiler: torch's flash attention, one call for each block, merged by log-sum-exp.
+
+Works on the same memory as the kernels and gives the same answers, more slowly: in a small model a call costs more than
+what it computes, and a layer has a call for each block and for each piece of a tail.
+
+Shapes: `T` packed tokens, `G` query heads a key head, `H = Hkv * G`, `n` queries of a block, `D` head width.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from segue.attention.cpu.flash import attend_all, attend_self
+from segue.attention.cpu.node_pieces import piece_of, pieces_of
+from segue.attention.memory.budget import KVMemory, KVShape, Tail
+from segue.attention.memory.pieces import KVPieces, Piece
+from segue.attention.tree.blocks import StepBlocks
+
+Part = tuple[slice, Tensor, Tensor]  # queries, out [Hkv, n, G, D], LSE [Hkv, n, G]
+
+
+class TorchBackend:
+    """Executes a step's blocks one by one."""
+
+    def new_memory(self, shape: KVShape, budget_bytes: int) -> KVPieces:
+        return KVPieces(shape, budget_bytes)
+
+    def begin(self, blocks: StepBlocks, tails: Sequence[Tail], memory: KVMemory) -> "TorchStep":
+        return TorchStep(blocks, pieces_of(tails, memory))
+
+
+class TorchStep:
+    """`tails`: of each decode query, the pieces with its new token and how much of each is used."""
+
+    def __init__(self, blocks: StepBlocks, tails: Sequence[Sequence[tuple[Piece, int]]]) -> None:
+        self._blocks = blocks
+        self._tails = list(zip(blocks.decode_index, tails, strict=True))
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """query `[H, T, D]`, key and value `[Hkv, T, D]` -> `[T, H, D]`."""
+        self._keep(layer, key, value)
+        packed = query.unflatten(0, (len(key), -1)).transpose(1, 2).contiguous()  # [Hkv, T, G, D]
+        out = torch.zeros(packed.shape, dtype=torch.float32)
+        lse = torch.full(packed.shape[:-1], -torch.inf)
+        for rows, part, part_lse in self._parts(layer, query, packed, key, value, scale):
+            merge_part_(out[:, rows], lse[:, rows], part, part_lse)
+        return out.transpose(0, 1).flatten(1, 2).to(query.dtype)
+
+    def finish(self) -> None:
+        """All keys and values are where they stay."""
+
+    def _keep(self, layer: int, key: Tensor, value: Tensor) -> None:
+        for block in self._blocks.self_blocks:
+            piece_of(block.node).write(layer, key[:, block.start : block.stop], value[:, block.start : block.stop])
+        for index, pieces in self._tails:
+            last, used = pieces[-1]
+            last.write(layer, key[:, index : index + 1], value[:, index : index + 1], used - 1)
+
+    def _parts(
+        self, layer: int, query: Tensor, packed: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Iterator[Part]:
+        for block in self._blocks.self_blocks:
+            yield slice(block.start, block.stop), *attend_self(block, query, packed, key, value, scale)
+        for block in self._blocks.cross_blocks:
+            rows = slice(block.start, block.stop)
+            yield rows, *attend_all(packed[:, rows], *piece_of(block.node).read(layer), scale)
+        for index, pieces in self._tails:
+            row = slice(index, index + 1)
+            for piece, used in pieces:
+                yield row, *attend_all(packed[:, row], *piece.read(layer, used), scale)
+
+
+def merge_part_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
+    """Add attention over further keys to what `out` and `lse` already cover, in place.
+
+    out `[..., D]` and lse `[...]` (natural log) are fp32; where they cover no keys, out is 0 and lse is -inf. A part
+    has at least one key for each query. The idea is that of FlashAttention's split keys and of Hydragen's shared
+    prefixes (arXiv 2402.05099).
+    """
+    part_share = torch.sigmoid(part_lse - lse)  # exp(part) / (exp(lse) + exp(part))
+    out.lerp_(part_out.to(out.dtype), part_share.unsqueeze(-1))
+    torch.logaddexp(lse, part_lse, out=lse)
