@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from smollm import SOURCE, encoder_of
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from segue.workers.models.source import locate, safetensors_directory
@@ -30,8 +31,6 @@ def chat(smollm: Any) -> PromptEncoder:
 @pytest.fixture(scope="session")
 def with_bos(smollm: Any, directory: Path) -> Any:
     """The same tokenizer, but it begins plain text with BOS, as Llama's does."""
-    from tokenizers.processors import TemplateProcessing
-
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]

@@ -25,7 +25,6 @@ def test_text_ids_equal_the_tokenizers_on_the_whole_text(smollm: Any) -> None:
 
 def test_continuation_of_nothing_follows_one_bos(with_bos: Any) -> None:
     """As in lm-evaluation-harness: what the tokenizer begins a text with stands for the empty context, once."""
-
     encoder = PairEncoder(encoder_of(with_bos, format="text"), with_bos)
     ((context, tokens),) = encoder.encode_all([("", "fox")])
     beginning = encoder.prefix_token_id
