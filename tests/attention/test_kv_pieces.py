@@ -4,9 +4,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import tiny_tree_model
 
-from segue.attention.memory.budget import KVMemoryExceeded, KVShape
+from segue.attention.memory.budget import KVMemory, KVMemoryExceeded, KVShape
 from segue.attention.memory.pieces import KVPieces
+from segue.attention.memory.pool import KVPool
+from segue.attention.segments import Segment
+from segue.workers.engine.engine import Engine, EngineConfig
+from segue.workers.rows.params import SamplingParams
 
 SHAPE = KVShape(2, 1, 3, torch.float32)
 
@@ -50,3 +55,34 @@ def test_what_does_not_fit_is_refused_and_nothing_is_counted():
     subject.free_node(node)
     subject.grow_tail(tail)
     assert (subject.allocated_bytes, tail.capacity) == (subject.bytes_for(32), 32)
+
+
+@pytest.mark.parametrize(("kind", "wanted"), [(KVPieces, 16), (KVPool, 32)])
+@pytest.mark.parametrize("is_short", [False, True])
+def test_tail_grows_in_as_many_tokens_as_it_says_and_in_no_fewer(kind: type[KVMemory], wanted, is_short):
+    """Pieces grow in place; in a pool the old tail and its copy are there together."""
+    subject = kind(SHAPE, (16 + wanted - is_short) * SHAPE.bytes_per_token)
+    tail = subject.open_tail()
+    assert subject.num_tokens_to_grow(tail) == 0
+    tail.length = 16
+    assert subject.num_tokens_to_grow(tail) == wanted
+    assert subject.has_room(wanted) != is_short
+    if is_short:
+        with pytest.raises(KVMemoryExceeded):
+            subject.grow_tail(tail)
+    else:
+        subject.grow_tail(tail)
+    capacity = 16 if is_short else 32
+    assert (tail.capacity, subject.allocated_bytes) == (capacity, subject.bytes_for(capacity))
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+@pytest.mark.parametrize(("num_tokens", "code"), [(52, None), (51, "ROW_OOM")])
+def test_row_whose_tail_grows_in_place_fits_into_exactly_what_it_holds(backend, num_tokens, code):
+    """20 tokens of a prompt and a tail of 16, then 32: a false ROW_OOM when room for a copy was asked."""
+    model = tiny_tree_model()
+    budget = num_tokens * model.kv_shape.bytes_per_token
+    subject = Engine(model, EngineConfig(backend=backend, kv_cache_memory_bytes=budget))
+    prompt = [Segment(tuple(range(3, 23)), False)]
+    (output,) = subject.generate([prompt], SamplingParams(max_tokens=30, ignore_eos=True))
+    assert (output.error and str(output.error.code)) == code

@@ -5,11 +5,10 @@ import random
 from weakref import ref
 
 import pytest
-import test_engine
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from varlen_emulation import emulate
+from tiny_engines import memory_of, over_backend, shared_prompts, tiny_engine
 
 from segue.attention.memory.budget import KVMemoryExceeded, KVShape
 from segue.attention.memory.pool import Extent, KVPool
@@ -137,20 +136,21 @@ def test_pool_whose_extents_are_not_told_that_they_moved_fails_the_test_above(mo
         test_pool_keeps_what_nodes_and_tails_hold_through_cuts_moves_and_growth()
 
 
-def test_pool_of_an_engine_that_nobody_has_is_freed_at_once(monkeypatch):
+def test_pool_of_an_engine_that_nobody_has_is_freed_at_once():
     """On a GPU it is most of the memory, and the next engine wants it."""
-    emulate(monkeypatch)
-    engine = test_engine.engine()
-    engine.generate(test_engine.shared_prompts(4), SamplingParams(max_tokens=3))
-    assert isinstance(engine.cache, KVPool)
-    tensor = ref(engine.cache.tensors[0])
-    gc.collect()
-    gc.disable()
-    try:
-        del engine
-        assert tensor() is None
-    finally:
-        gc.enable()
+    with over_backend("varlen"):
+        engine = tiny_engine()
+        engine.generate(shared_prompts(4), SamplingParams(max_tokens=3))
+        memory = memory_of(engine)
+        assert isinstance(memory, KVPool)
+        tensor = ref(memory.tensors[0])
+        gc.collect()
+        gc.disable()
+        try:
+            del engine, memory
+            assert tensor() is None
+        finally:
+            gc.enable()
 
 
 def test_pool_takes_back_only_what_it_gave():

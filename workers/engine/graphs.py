@@ -1,7 +1,8 @@
-"""Steps of decoding rows alone as CUDA graphs: a step's thousands of kernels started by one call.
+"""CUDA graphs for steps in which all rows decode: one call starts the thousands of kernels of a step.
 
-A graph is captured for each bucket of sizes that comes up, and replayed with the numbers of other steps in its tensors.
-On a CPU the same padded step is run without a graph, which is how it is tested. Knows the model and the pool; no rows.
+A graph is captured for each bucket of sizes that comes up. Later steps of that bucket put their numbers into its
+tensors and replay it. On a CPU the same padded step runs without a graph; tests use that. Knows the model and the
+pool; no rows.
 """
 
 from collections import OrderedDict
@@ -19,12 +20,12 @@ from segue.attention.memory.pool import KVPool
 from segue.attention.tree.blocks import StepBlocks
 from segue.workers.models.tree_model import TreeModel
 
-MAX_GRAPHS = 48  # the one longest unused goes
-WARM_UP_RUNS = 2  # before a capture: libraries set themselves up in their first calls
+MAX_GRAPHS = 48  # the least recently used one goes
+WARM_UP_RUNS = 2  # before a capture: libraries initialise themselves in their first calls
 
 
 class DecodeGraphs:
-    """The graphs of one engine. All layers on one device."""
+    """The graphs of one engine. All layers must be on one device."""
 
     def __init__(self, model: TreeModel, pool: KVPool, kernel: Kernel) -> None:
         self._model = model
@@ -52,7 +53,7 @@ class DecodeGraphs:
 
 
 class _Graph:
-    """One bucket."""
+    """The graph of one bucket."""
 
     def __init__(self, model: TreeModel, bucket: DecodeBucket, step: PaddedDecode) -> None:
         device = model.kv_shape.device

@@ -1,7 +1,7 @@
-"""An engine in a thread of its own, fed batches of rows from others.
+"""An engine in a thread of its own. Other threads submit batches of rows and wait for their answers.
 
-Batches overlap: rows of several are in the engine at once, so it stays full while one drains. Knows the engine's
-contract (`add`, `step`, `has_work`, `stats`), which `workers/engine/echo.py` also fulfils; no Ray.
+Batches overlap: rows of several batches are in the engine at once, so it stays full while one batch ends. Knows the
+engine's contract (`add`, `step`, `has_work`, `stats`), which `workers/engine/echo.py` also fulfils; no Ray.
 """
 
 import threading
@@ -16,11 +16,11 @@ from segue.workers.rows.request import EngineRow, RequestOutput
 
 
 class EngineStopped(Exception):
-    """The loop was told to stop before the batch was answered."""
+    """The loop was stopped before the batch was answered."""
 
 
 class RowEngine(Protocol):
-    """What the loop drives."""
+    """The engine as the loop drives it."""
 
     stats: EngineStats
 
@@ -43,7 +43,7 @@ class _Batch:
 
 
 class EngineLoop:
-    """Owns the engine: made, driven and dropped by one thread. `on_step` is called there after every step."""
+    """Owns the engine: one thread makes, drives and drops it, and calls `on_step` after every step."""
 
     def __init__(
         self, make_engine: Callable[[], RowEngine], on_step: Callable[[EngineStats], None] | None = None
@@ -53,14 +53,14 @@ class EngineLoop:
         self._inbox: SimpleQueue[_Batch | None] = SimpleQueue()
         self._batches: dict[int, _Batch] = {}
         self._next_id = 0
-        self._failure: BaseException | None = None  # set when the thread is done; nothing is answered after it
+        self._failure: BaseException | None = None  # set when the thread has ended; nothing is answered after it
         self._stopping = threading.Event()
         self.ready: Future[EngineStats] = Future()  # the live counters, once the model is loaded
         self._thread = threading.Thread(target=self._run, name="segue-engine", daemon=True)
         self._thread.start()
 
     def submit(self, rows: Sequence[EngineRow]) -> "Future[list[RequestOutput]]":
-        """Answers in the order of `rows`. Fails as the engine fails."""
+        """Answers in the order of `rows`. If the engine fails, the future fails with the same error."""
         batch = _Batch(rows)
         self._inbox.put(batch)
         if self._failure is not None:
@@ -68,7 +68,7 @@ class EngineLoop:
         return batch.future
 
     def stop(self) -> None:
-        """Give up what is unanswered: its futures fail with EngineStopped."""
+        """Give up all unanswered batches: their futures fail with EngineStopped."""
         self._stopping.set()
         self._inbox.put(None)
 

@@ -1,7 +1,7 @@
 """Draws the next token of many rows at once, each under its own parameters.
 
-Randomness is counter-based: the uniform number behind a draw is a hash of (seed, row, sample, position), so a row draws
-the same whatever its batch, order, unit or attempt. Knows logits and parameters; no tree, no text.
+Randomness is counter-based: the uniform number for a draw is a hash of (seed, row, sample, position). So a row draws
+the same tokens in any batch, order, unit or attempt. Knows logits and parameters; no tree, no text.
 
 Shapes: `B` rows, `V` vocabulary.
 """
@@ -26,11 +26,13 @@ def uniform(seed: int, row_key: bytes, sample_index: int, position: int) -> floa
 
 
 def draw(logits: Tensor, samples: Sequence[Sample], *, seed: int, eos_token_ids: frozenset[int]) -> list[int | None]:
-    """One token for each row of `logits` `[B, V]`, and its log-probabilities where asked; None where the
-    logits are not numbers. Log-probabilities are the model's own, before any adjustment."""
+    """One token for each row of `logits` `[B, V]`; None where the logits are not finite numbers.
+
+    Samples that want log-probabilities get those of their token: the model's own, before any adjustment.
+    """
     highest, most_likely, _ = summarise(logits)
     is_sound = torch.isfinite(highest).tolist()
-    _record_positions = _logprob_rows(logits, samples)
+    logprob_rows = _logprob_rows(logits, samples)
     adjusted = _adjust(logits, samples, eos_token_ids)
     tokens = (most_likely if adjusted is logits else adjusted.argmax(dim=-1)).tolist()
     random_rows = [i for i, s in enumerate(samples) if s.request.params.temperature > 0 and is_sound[i]]
@@ -38,7 +40,7 @@ def draw(logits: Tensor, samples: Sequence[Sample], *, seed: int, eos_token_ids:
         drawn = _draw_random(adjusted[random_rows].float(), [samples[i] for i in random_rows], seed)
         for row, token in zip(random_rows, drawn, strict=True):
             tokens[row] = token
-    for row, logprobs in _record_positions.items():
+    for row, logprobs in logprob_rows.items():
         if is_sound[row]:
             samples[row].logprobs.append(_token_logprobs(logprobs, tokens[row], samples[row].request.params))
     return [token if sound else None for token, sound in zip(tokens, is_sound, strict=True)]
@@ -73,7 +75,7 @@ def _adjust(logits: Tensor, samples: Sequence[Sample], eos_token_ids: frozenset[
 
 
 def _keep_to_form_(logits: Tensor, grammars: Mapping[int, Grammar]) -> None:
-    """logits `[B, V]`, changed in place: in the rows that have a grammar only what it allows."""
+    """logits `[B, V]`, changed in place: rows that have a grammar keep only the tokens that it allows."""
     forbidden = forbidden_tokens(list(grammars.values()), logits.shape[-1]).to(logits.device)
     if len(grammars) == len(logits):
         logits.masked_fill_(forbidden, -torch.inf)
@@ -117,7 +119,7 @@ def _draw_random(logits: Tensor, samples: Sequence[Sample], seed: int) -> list[i
 
 
 def _keep_top(sorted_logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Probabilities `[B, V]` with everything outside top_k, top_p and min_p set to zero, each over the one before."""
+    """Probabilities `[B, V]`; tokens outside top_k, top_p and min_p, applied in this order, have 0."""
     size, device = sorted_logits.shape[-1], sorted_logits.device
     top_k = torch.tensor([p.top_k if p.top_k > 0 else size for p in params], device=device)[:, None]
     sorted_logits = sorted_logits.masked_fill(torch.arange(size, device=device) >= top_k, -torch.inf)

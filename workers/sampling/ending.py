@@ -8,7 +8,7 @@ from typing import Any
 from segue.workers.rows.request import CompletionOutput
 from segue.workers.sampling.sample import Sample
 
-MAX_STOP_WINDOW_TOKENS = 64  # a stop string is looked for in the last tokens only; decoding all of them is quadratic
+MAX_STOP_WINDOW_TOKENS = 64  # stop strings are looked for in the last tokens only: decoding all is quadratic
 
 
 class Finisher:
@@ -20,8 +20,11 @@ class Finisher:
         self.max_model_len = max_model_len
 
     def append(self, sample: Sample, token: int) -> None:
-        """Add a token and set `finish_reason` if it is the last: end of sequence, stop token, stop string, length;
-        of an answer with a form, where nothing may follow."""
+        """Add a token, and set `finish_reason` if it is the last.
+
+        An answer ends with an end-of-sequence or stop token, a stop string, or its length; an answer with a form ends
+        where nothing may follow.
+        """
         sample.token_ids.append(token)
         params = sample.request.params
         if sample.grammar is not None:
@@ -40,7 +43,7 @@ class Finisher:
         return len(sample.token_ids) >= sample.request.params.max_tokens or sample.num_tokens >= self.max_model_len
 
     def _find_stop(self, sample: Sample) -> None:
-        """Cut the text before the first stop string (after it, if it is to be included)."""
+        """Cut the text before the first stop string, or after it if the row wants it included."""
         params = sample.request.params
         window = max(MAX_STOP_WINDOW_TOKENS, *(len(stop) + 8 for stop in params.stop))
         if not any(stop in self._decode(sample, sample.token_ids[-window:]) for stop in params.stop):
@@ -58,7 +61,7 @@ class Finisher:
         return self.tokenizer.decode(token_ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
 
     def _said(self, sample: Sample) -> list[int]:
-        """Its tokens, without the one that did nothing but end it."""
+        """Its tokens, without the last one if that only ended the answer."""
         if sample.finish_reason != "stop" or sample.request.params.include_stop_str_in_output:
             return sample.token_ids
         last = sample.token_ids[-1]

@@ -1,9 +1,9 @@
-"""Log-likelihood of given tokens: each node of the tree is scored once, whoever asks.
+"""Log-likelihoods of given tokens. Each node of the tree is scored once, however many rows want its scores.
 
-The probability of a token needs the hidden state before it: inside a node that is the node's own, for its first token
-it is the parent's last. The last token of a continuation is scored from its parent and never fed. A hidden state goes
-through the vocabulary once a step, however many choices follow it, and logits exist for a bounded number of positions
-at a time. Knows nodes and the model's head; no rows, no scheduler.
+The probability of a token needs the hidden state before it. Inside a node this is one of the node's own; for its first
+token it is the parent's last. The last token of a continuation is scored from its parent and never fed. In a step, a
+hidden state goes through the vocabulary once, however many choices follow it, and only a bounded number of positions
+have logits at the same time. Knows nodes and the model's head; no rows, no scheduler.
 
 Shapes: `N` positions, `M` tokens scored at them, `T` packed tokens of a step, `E` hidden width, `V` vocabulary.
 """
@@ -22,7 +22,7 @@ from segue.workers.sampling.vocabulary import summarise
 MAX_LOGITS = 1 << 22  # logits held at once: 16 MiB in fp32, whatever the vocabulary
 
 Head = Callable[[Tensor], Tensor]  # hidden [N, E] -> logits [N, V] of any type
-TokenScore = tuple[float, bool]  # log-probability; is the token the most likely one
+TokenScore = tuple[float, bool]  # log-probability, and whether the token is the most likely one
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class NodeScores:
 
 @dataclass(frozen=True, slots=True)
 class StepScores:
-    """What a step gave to score."""
+    """The scores of a step."""
 
     of_nodes: list[tuple[Node, NodeScores]]  # newly computed nodes that a row wants scored
     of_ends: list[TokenScore]

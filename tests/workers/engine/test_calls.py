@@ -112,9 +112,7 @@ def test_logits_of_a_prompt_that_cannot_run_is_its_error_and_the_engine_goes_on(
     good = [Segment((5, 6), True)]
     with pytest.raises(RowError, match="the prompt has 30 tokens"):
         subject.logits([good, [Segment((5,) * 30, True)]])
-    torch.testing.assert_close(
-        subject.logits([good])[0], oracle_logits(oracle_model(), good)[-1], atol=1e-4, rtol=0
-    )
+    torch.testing.assert_close(subject.logits([good])[0], oracle_logits(oracle_model(), good)[-1], atol=1e-4, rtol=0)
 
 
 def test_logits_where_the_device_has_no_memory_for_a_step_are_those_of_smaller_steps(monkeypatch):

@@ -109,7 +109,11 @@ def test_min_tokens_holds_back_end_of_sequence():
 
 
 def test_stop_string_cuts_the_text_before_it():
-    free = tiny_engine().generate([[Segment((70, 71), True)]], SamplingParams(max_tokens=30, ignore_eos=True))[0].outputs[0]
+    free = (
+        tiny_engine()
+        .generate([[Segment((70, 71), True)]], SamplingParams(max_tokens=30, ignore_eos=True))[0]
+        .outputs[0]
+    )
     stop = free.text[5:8]
     cut = (
         tiny_engine()
@@ -122,7 +126,11 @@ def test_stop_string_cuts_the_text_before_it():
 
 
 def test_stop_token_ends_the_sample_and_is_named():
-    free = tiny_engine().generate([[Segment((70, 71), True)]], SamplingParams(max_tokens=10, ignore_eos=True))[0].outputs[0]
+    free = (
+        tiny_engine()
+        .generate([[Segment((70, 71), True)]], SamplingParams(max_tokens=10, ignore_eos=True))[0]
+        .outputs[0]
+    )
     token = free.token_ids[4]
     params = SamplingParams(max_tokens=10, ignore_eos=True, stop_token_ids=(token,))
     cut = tiny_engine().generate([[Segment((70, 71), True)]], params)[0].outputs[0]

@@ -89,6 +89,6 @@ def test_sampled_answers_of_permuted_rows_are_permuted(order):
 
 def test_answers_with_reference_backend_equal_those_with_cpu_backend():
     rows, params = shared_prompts(6), SamplingParams(max_tokens=20)
-    assert token_ids(tiny_engine(backend="reference").generate(rows, params)) == token_ids(tiny_engine().generate(rows, params))
-
-
+    assert token_ids(tiny_engine(backend="reference").generate(rows, params)) == token_ids(
+        tiny_engine().generate(rows, params)
+    )
