@@ -1,7 +1,7 @@
 """An engine without weights: the contract of `Engine`, with answers that can be computed by hand.
 
-A row's answer is the end of its own prompt. In scoring, tokens of the context have a high score. Its tokenizer, and what
-a `model.source` may ask of it, are in `workers/models/echo.py`.
+A row's answer is the end of its own prompt. In scoring, tokens of the context have a high score. Its tokenizer, and
+what a `model.source` may ask of it, are in `workers/models/echo.py`.
 """
 
 import ctypes
