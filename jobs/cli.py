@@ -54,7 +54,8 @@ def run(
     with exit_codes():
         ready, summary = run_file(job, overrides_of(overrides, limit, output, sample), quiet=quiet)
         if not json_only:
-            from segue.jobs.show.tables import show_answers, show_summary
+            from segue.jobs.show.folder import show_summary
+            from segue.jobs.show.rows import show_answers
 
             show_answers(ready.config.output.path, show)
             show_summary(summary)
@@ -96,7 +97,7 @@ def plan(
     """Render, tokenise and order all prompts; show the tree they share; stop before any model runs."""
     with exit_codes():
         from segue.jobs.analysis.capacity import capacity, card_of
-        from segue.jobs.show.tables import show_memory, show_plan
+        from segue.jobs.show.plan import show_memory, show_plan
         from segue.pipeline.ready.child import checking_child
         from segue.pipeline.ready.job import ready_job
         from segue.pipeline.run.run import plan_job

@@ -1,10 +1,10 @@
 """Segue: offline inference over datasets, with each shared prompt segment computed once.
 
-The public face of the library. The names below are loaded when they are first used, so that `import segue` takes no
-time: the engine needs torch.
+This is the public face of the library. A name is loaded when it is first used, because the engine needs torch and
+`import segue` should take no time.
 
-The four packages of Segue (`segue.attention`, `segue.workers`, `segue.pipeline`, `segue.jobs`) lie at the top of the
-repository. Here are links to them.
+The four packages (`segue.attention`, `segue.workers`, `segue.pipeline`, `segue.jobs`) lie at the top of the repository;
+`segue/` has links to them.
 """
 
 from importlib import import_module

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# A Ray cluster of several nodes on this machine, with a token: to try out what a job does on a cluster.
+# A Ray cluster of several nodes on this machine, with a token, to try what a job does on a cluster.
 #
 #   infra/local/cluster.sh up [FOLDER] [NODES] [CPUS]    a head without work, and NODES nodes (2) of CPUS each (1)
 #   . FOLDER/env                                         the address and the token, for segue submit
 #   infra/local/cluster.sh add FOLDER NODE [CPUS]        another node; NODE is its number
-#   infra/local/cluster.sh kill FOLDER NODE              a node vanishes without a word, as a preempted machine does
+#   infra/local/cluster.sh kill FOLDER NODE              a node ends without warning, like a preempted machine
 #   infra/local/cluster.sh down [FOLDER]                 ends what `up` has started, and nothing else
 #
-# FOLDER (default: .cluster) gets the token, the numbers of the processes and what they say. Its ports are open on all
-# interfaces, as Ray's always are: the token protects them.
+# FOLDER (default: .cluster) gets the token, the process ids and the logs. The ports are open on all interfaces, as
+# Ray's always are. The token protects them.
 set -euo pipefail
 
 action=${1:-}
@@ -28,7 +28,7 @@ with socket.socket() as found:
 PYTHON
 }
 
-# start NAME COMMAND...: in a session of its own, so that it can be ended with all that it starts.
+# start NAME COMMAND...: in a session of its own, so that all its processes can be ended together.
 start() {
     local name=$1
     shift
@@ -84,9 +84,9 @@ export RAY_API_SERVER_ADDRESS=http://127.0.0.1:$dashboard
 ENV
     # shellcheck source=/dev/null
     . "$folder/env"
-    export RAY_JOB_STOP_WAIT_TIME_S=30 # a cancelled job writes its last note
+    export RAY_JOB_STOP_WAIT_TIME_S=30 # time for a cancelled job to write its last note
     export RAY_USAGE_STATS_ENABLED=0
-    # Not in $folder: a socket's path has at most 107 characters. It holds prom_metrics_service_discovery.json.
+    # Not in $folder, because a socket's path has at most 107 characters. Has prom_metrics_service_discovery.json.
     mktemp -d >"$folder/temp"
     start head ray start --head --block --port="$port" --num-cpus=0 --num-gpus=0 --temp-dir="$(cat "$folder/temp")" \
         --node-ip-address=127.0.0.1 --dashboard-host=127.0.0.1 --dashboard-port="$dashboard" \
@@ -94,7 +94,7 @@ ENV
     wait_for "the head" ray job list --address "$RAY_API_SERVER_ADDRESS"
     echo "$port" >"$folder/port"
     for node in $(seq "$nodes"); do
-        join "$node" # one after the other: together they may take each other's ports
+        join "$node" # one after the other, else they may take each other's ports
     done
     say "up: . $folder/env"
 }

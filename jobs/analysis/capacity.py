@@ -1,4 +1,4 @@
-"""A job's plan on a card: what `workers/devices/card.py` needs, taken from the job and its plan."""
+"""What memory and speed a job would have on a card. Takes from job and plan what `workers.devices.card` needs."""
 
 from segue.pipeline.ledger.manifest import Manifest
 from segue.pipeline.problems import JobRefused, Problem, shown
@@ -8,14 +8,14 @@ from segue.workers.engine.config import EngineConfig
 
 
 def card_of(name: str | None) -> Card | None:
-    """Raises JobRefused for one that is not known."""
+    """The card of this name. Raises JobRefused if it is not known."""
     if name is None or name in CARDS:
         return CARDS[name] if name else None
     raise JobRefused([Problem("--card", shown(name), f"one of {', '.join(sorted(CARDS))}")])
 
 
 def capacity(job: ReadyJob, manifest: Manifest, card: Card) -> MemoryPlan:
-    """Raises JobRefused if not even one row fits."""
+    """Raises JobRefused if the model is the echo model, or if not even one row fits."""
     facts = job.facts
     if not facts.num_weights:
         raise JobRefused([Problem("--card", shown(card.name), "it left out: the echo model has no weights")])

@@ -1,7 +1,7 @@
-"""Finished outputs with labels to numbers: how often right, how sure, by group of rows; and two outputs compared.
+"""The accuracy or perplexity of a finished output by group of rows, with intervals; and two outputs compared.
 
-`acc` and `acc_norm`, `word_perplexity` and the like have lm-evaluation-harness' meaning. A row with an error, or
-without a label, is counted and not judged. Knows output folders and their columns; prints nothing.
+`acc`, `acc_norm`, `word_perplexity` and the others mean what they mean in lm-evaluation-harness. A row with an error or
+without a label is counted, but not judged. Knows output folders and their columns; prints nothing.
 """
 
 import math
@@ -19,10 +19,10 @@ from segue.pipeline.problems import JobRefused, Problem
 
 @dataclass(slots=True)
 class Group:
-    """The numbers of some rows; those that the task does not have are None."""
+    """The statistics of a group of rows. Those that the task does not have are None."""
 
     name: str
-    n: int = 0  # rows that are judged
+    n: int = 0  # rows that were judged
     errors: int = 0
     unlabelled: int = 0
     unparsed: int | None = None  # generated texts in which the regex finds nothing; they count as wrong
@@ -39,7 +39,7 @@ class Group:
 
 @dataclass(slots=True)
 class Pairing:
-    """The same rows in two outputs, by what is right."""
+    """How often two outputs are right on the same rows."""
 
     metric: str
     n: int
@@ -52,18 +52,18 @@ class Pairing:
 
 @dataclass(slots=True)
 class Evaluation:
-    """Of one output."""
+    """The statistics of one output."""
 
     output: str
     job: str
     task: str
-    groups: list[Group]  # all rows last, if there are several groups
+    groups: list[Group]  # if there are several, the last one has all rows
 
 
 def evaluate(output: str, judging: Judging) -> tuple[Evaluation, pa.Table]:
-    """The numbers of an output, and its rows with `correct` and, for choices, `correct_norm`.
+    """The statistics of an output, and its rows with `correct` and, for choices, `correct_norm`.
 
-    Raises ForeignOutput for what is no finished output, JobRefused for a column that is missing.
+    Raises ForeignOutput if this is not a finished output, and JobRefused if a column is missing.
     """
     manifest = finished_manifest(output)
     task = str(manifest.fields["task"])
@@ -76,7 +76,7 @@ def evaluate(output: str, judging: Judging) -> tuple[Evaluation, pa.Table]:
 
 
 def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
-    """Without the numbers that the task does not have."""
+    """As JSON, without the statistics that the task does not have."""
     groups = [
         {name: value for name, value in asdict(group).items() if value is not None} for group in evaluation.groups
     ]
@@ -84,9 +84,9 @@ def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def compare(first: pa.Table, second: pa.Table) -> list[Pairing]:
-    """Paired comparisons of the rows that both outputs judge, joined by where the rows come from.
+    """Paired comparisons of the rows that are judged in both outputs, joined by `src_path` and `src_row`.
 
-    Raises JobRefused if there are none.
+    Raises JobRefused if there are no such rows.
     """
     shared = {*first.column_names} & {*second.column_names}
     pairings = []
@@ -124,7 +124,7 @@ def _likelihood(name: str, rows: pa.Table) -> Group:
 
 
 def _perplexity(name: str, rows: pa.Table) -> Group:
-    """Weighted over all texts, as lm-evaluation-harness does it."""
+    """Long texts weigh more than short ones, as in lm-evaluation-harness."""
     group = _counted(name, rows, "logprob")
     if group.n:
         logprob = _total(rows["logprob"])
@@ -147,7 +147,7 @@ def _share(column: pa.ChunkedArray) -> tuple[float | None, tuple[float, float]]:
 
 
 def _total(column: pa.ChunkedArray) -> float:
-    """The sum of numbers, or how many are true; nulls count as nothing."""
+    """The sum of numbers, or the number of true values. Nulls are left out."""
     return pc.call_function("sum", [column]).as_py() or 0
 
 
@@ -156,7 +156,7 @@ def _equals(column: pa.ChunkedArray, value: str | None) -> pa.ChunkedArray:
 
 
 def _finite_exp(value: float) -> float | None:
-    """None where it is no number of fp64, which JSON could not hold: a text without spaces is a single word."""
+    """None if the result is too large for fp64, since JSON has no infinity. A text without spaces is a single word."""
     return math.exp(value) if value < 700 else None
 
 

@@ -1,8 +1,8 @@
-"""The rows of a finished output with whether each is right, whatever its task.
+"""The rows of a finished output of any task, with a column that says whether each is right.
 
-Tables have `src_path`, `src_row`, `group` (null for rows whose group is), `is_error`, and what the task's numbers need:
-`correct` (null where a row has no label or no answer) and `correct_norm`, or log-probabilities and sizes. Knows the
-columns of outputs; no statistics.
+Tables have `src_path`, `src_row`, `group` (null if the row's value in that column is null), `is_error`, and what the
+statistics of the task need: `correct` (null if a row has no label or no answer) and `correct_norm`, or
+log-probabilities and sizes. Knows the columns of outputs; no statistics.
 """
 
 import re
@@ -16,10 +16,10 @@ from segue.pipeline.dataset.columns import is_text
 from segue.pipeline.ledger.reading import read_columns
 from segue.pipeline.problems import JobRefused, Problem, nearest, shown
 
-TASK_COLUMN = "task"  # rows are told apart by it if they have it, and nothing else is said
+TASK_COLUMN = "task"  # rows are grouped by it if they have it and `--by` names no other column
 KEY = ["src_path", "src_row"]
-# What LLM-Adapters takes for the answer in a text, the first of these, and where its data has the right one (Hu et al.,
-# arXiv 2304.01933).
+# (what LLM-Adapters takes as the answer in a text: the first match; the column with the right answer). Hu et al., arXiv
+# 2304.01933.
 PRESETS = {"commonsense": (r"answer\d|solution\d|ending\d|option\d|true|false", "answer")}
 
 
@@ -29,14 +29,14 @@ class Judging:
 
     by: str | None = None  # the column whose values are groups
     label: str | None = None  # the column with the right answer
-    regex: str | None = None  # what of the text is the answer: its first group, or all that it matches
+    regex: str | None = None  # finds the answer in the text: its first group, or the whole match
     ignore_case: bool = False
 
 
 def judging_of(
     *, by: str | None, label: str | None, regex: str | None, preset: str | None, ignore_case: bool
 ) -> Judging:
-    """With what a preset says where nothing else is said. Raises JobRefused for an unknown preset."""
+    """A preset sets `regex` and `label` where they are None. Raises JobRefused for an unknown preset."""
     if preset is not None:
         if preset not in PRESETS:
             raise JobRefused([Problem("--preset", shown(preset), f"one of {', '.join(PRESETS)}")])
@@ -46,7 +46,7 @@ def judging_of(
 
 
 def judged_rows(output: str, task: str, judging: Judging) -> pa.Table:
-    """Raises JobRefused for a column that is missing, or a regular expression that is none."""
+    """Raises JobRefused if the task cannot be judged, a column is missing, or `judging.regex` is not valid."""
     if task not in _JUDGES:
         wanted = "an output of `segue run`; a training's losses are in its metrics.jsonl"
         raise JobRefused([Problem("task", shown(task), wanted, where=output)])
@@ -67,7 +67,7 @@ def _texts(output: str, judging: Judging) -> pa.Table:
 
 
 def _answers(output: str, judging: Judging) -> pa.Table:
-    """Generated texts beside the column of right answers."""
+    """Generated texts, compared with the column of right answers."""
     if judging.label is None:
         wanted = "the column with the right answers, as the output has it"
         raise JobRefused([Problem("--label", "nothing", wanted, where=output)])
@@ -120,12 +120,12 @@ def _tables(output: str, judging: Judging, names: Sequence[str]) -> Iterator[pa.
         has_groups = by in table.column_names
         group = _as_text(table[by]) if has_groups else pa.array(["all"] * len(table))
         own = {name: table[name] for name in (*KEY, *names)}
-        # Names of ours come last: a label column may be called like one of them.
+        # Our own columns come last, because a label column may have the name of one of them.
         yield pa.table(own | {"group": group, "is_error": table["error"].is_valid()})
 
 
 def _group_column(schema: pa.Schema, judging: Judging, output: str) -> list[str]:
-    """Raises JobRefused if a column that was named is not there."""
+    """The column of the groups, if there is one. Raises JobRefused if `--by` names a column that is not there."""
     if judging.by is None:
         return [TASK_COLUMN] if TASK_COLUMN in schema.names and is_text(schema.field(TASK_COLUMN).type) else []
     if judging.by not in schema.names:
@@ -135,7 +135,8 @@ def _group_column(schema: pa.Schema, judging: Judging, output: str) -> list[str]
 
 
 def _as_text(column: pa.ChunkedArray) -> pa.Array:
-    """Any value as text; bytes that are not UTF-8 become U+FFFD, since such a row may have been answered."""
+    """Any value as text. Bytes that are not UTF-8 become U+FFFD: a row may have such bytes in a column that its prompt
+    does not use."""
     if is_text(column.type) and not pa.types.is_null(column.type):
         values = column.cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
         return pa.array([None if value is None else value.decode("utf-8", "replace") for value in values], pa.string())

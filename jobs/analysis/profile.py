@@ -1,7 +1,7 @@
-"""A finished or unfinished output folder in numbers, for a report: lengths, answers, errors with examples, samples.
+"""An output folder in numbers, finished or not: lengths, answers, errors with examples, samples.
 
-One pass over the few columns that it needs, a shard at a time; memory does not grow with the rows. Knows outputs;
-draws nothing.
+Reads the few columns that it needs once, a shard at a time, so memory does not grow with the number of rows. Knows
+outputs; draws nothing.
 """
 
 from collections import Counter
@@ -17,8 +17,8 @@ from segue.pipeline.ledger.status import JobStatus, status_of
 from segue.pipeline.ledger.totals import committed_footers
 from segue.pipeline.storage.open import open_store
 
-EXAMPLES = 3  # of each kind of error
-MAX_ANSWERS = 10_000  # different ones that are counted; a job with more has free texts, whose counts say nothing
+EXAMPLES = 3  # of each error code
+MAX_ANSWERS = 10_000  # different answers; a job with more has free texts, and counts of those say nothing
 MAX_ANSWER_CHARS = 80
 SAMPLE_SEED = 0
 COLUMNS = (
@@ -29,7 +29,7 @@ COLUMNS = (
 
 @dataclass(slots=True)
 class Histogram:
-    """How many rows have each length; there are no more lengths than a context has places."""
+    """How many rows have each length. There are at most as many lengths as positions in a context."""
 
     counts: Counter[int] = field(default_factory=Counter)
 
@@ -50,7 +50,7 @@ class Histogram:
         return self.total / self.num if self.counts else 0.0
 
     def bins(self, at_most: int) -> list[tuple[int, int, int]]:
-        """(least value, largest value, count): of equal width, 1, 2 or 5 times a power of ten."""
+        """(smallest value, largest value, count) of each bin. All are equally wide: 1, 2 or 5 times a power of ten."""
         if not self.counts:
             return []
         low, high = min(self.counts), max(self.counts)
@@ -66,7 +66,7 @@ class Histogram:
 
 @dataclass(slots=True)
 class ErrorKind:
-    """Rows with one code."""
+    """The rows with one error code."""
 
     code: str
     count: int = 0
@@ -75,28 +75,28 @@ class ErrorKind:
 
 @dataclass(slots=True)
 class Profile:
-    """Of what is committed."""
+    """The numbers of all committed rows."""
 
     status: JobStatus
     manifest: Manifest
     input_tokens: Histogram = field(default_factory=Histogram)  # of answered rows
     generated_tokens: Histogram = field(default_factory=Histogram)
     finish_reasons: Counter[str] = field(default_factory=Counter)
-    answers: Counter[str] | None = field(default_factory=Counter)  # None: too many different ones
+    answers: Counter[str] | None = field(default_factory=Counter)  # None: more than MAX_ANSWERS
     correct: tuple[int, int] | None = None  # (right, labelled)
     errors: list[ErrorKind] = field(default_factory=list)  # most frequent first
     commits: list[tuple[float, int, int]] = field(default_factory=list)  # (time, rows, tokens computed and generated)
-    runs: list[tuple[float, float]] = field(default_factory=list)  # (begin, end) of each run on the folder so far
+    runs: list[tuple[float, float]] = field(default_factory=list)  # (begin, end so far) of each run on the folder
     samples: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def seconds_at_work(self) -> float:
-        """Of all runs; those side by side count each."""
+        """The sum over all runs. Runs at the same time count each."""
         return sum(end - begin for begin, end in self.runs)
 
 
 def profile_of(output: str, num_samples: int) -> Profile:
-    """Raises ForeignOutput for what is no output folder or has no plan yet, ForeignShard, OutputStorageError."""
+    """Raises ForeignOutput if this is not an output folder or has no plan yet; ForeignShard; OutputStorageError."""
     manifest, store = manifest_of(output), open_store(output)
     if manifest.task == "finetune":
         raise ForeignOutput(

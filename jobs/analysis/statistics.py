@@ -1,4 +1,4 @@
-"""How sure a share is, and whether two shares of the same rows differ. Knows counts only."""
+"""How exact a measured share is, and whether two shares of the same rows differ. Knows counts only."""
 
 import math
 
@@ -13,14 +13,15 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     share, weight = successes / trials, Z_95**2 / trials
     centre = (share + weight / 2) / (1 + weight)
     half = Z_95 / (1 + weight) * math.sqrt(share * (1 - share) / trials + weight / (4 * trials))
-    # At the ends the formula is exact only up to rounding.
+    # At 0 and at 1 rounding could move a limit past the share itself.
     return max(0.0, min(centre - half, share)), min(1.0, max(centre + half, share))
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """The two-sided p-value of two answers to the same questions being equally often right, from how often only one is.
+    """The two-sided p-value for two outputs being equally often right on the same rows.
 
-    The exact binomial test up to MAX_EXACT disagreements, beyond that chi-squared with continuity correction.
+    `only_first` and `only_second` count the rows on which only that output is right. The exact binomial test up to
+    MAX_EXACT such rows, beyond that chi-squared with continuity correction.
     """
     total = only_first + only_second
     if total > MAX_EXACT:

@@ -1,9 +1,9 @@
-"""ARC questions in LLM-Adapters' instruction format as few-shot multiple choice: what the scoring benchmark scores.
+"""ARC questions in LLM-Adapters' instruction format as few-shot multiple choice, for the scoring benchmark.
 
     python -m segue.jobs.bench.arc --data ../shared/data/commonsense --output arc/
 
-writes the test questions as Parquet (`question`, `choices`, `label`) and a job file with eight training questions
-before each. The data is not part of this repository. Knows its format; no model.
+This writes the test questions as Parquet (`question`, `choices`, `label`) and a job file that puts eight training
+questions before each of them. The data is not part of this repository. Knows its format; no model.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def load(path: Path) -> list[Question]:
 
 
 def context_of(question: str, shots: Sequence[Question]) -> str:
-    """Solved questions, then this one; a choice follows after a space."""
+    """Solved questions, then this one. A choice follows after a space."""
     solved = [f"Question: {shot.question}\nAnswer: {shot.choices[shot.label]}\n\n" for shot in shots]
     return "".join(solved) + f"Question: {question}\nAnswer:"
 
@@ -58,7 +58,7 @@ def pairs_of(questions: Sequence[Question], shots: Sequence[Question]) -> list[t
 
 
 def workload(data: Path, num_questions: int) -> tuple[list[Question], list[tuple[str, str]]]:
-    """The first ARC-Easy test questions that have four choices, and their pairs."""
+    """The first ARC-Easy test questions with four choices, and their pairs."""
     questions = [each for each in load(data / "arc_easy-test.jsonl") if len(each.choices) == 4][:num_questions]
     return questions, pairs_of(questions, load(data / "arc_easy-train.jsonl")[:NUM_SHOTS])
 
@@ -73,7 +73,7 @@ def _parsed(row: dict[str, str]) -> Question:
 
 
 def write_job(data: Path, output: Path) -> None:
-    """The whole test set and its job file."""
+    """Write the whole test set and its job file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

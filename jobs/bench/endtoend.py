@@ -3,9 +3,9 @@
     python -m segue.jobs.bench.endtoend                            4,000 rows by both, in turn; start to first shard
     python -m segue.jobs.bench.endtoend --rows 1000 10000 100000   time a row and memory as datasets grow
 
-Beside the engine rows are those of `segue.jobs.bench.generate --case shared`: 300 words that all share, 30 to 110 of
-their own, 16 new tokens. Growing datasets have 60, 4 to 12, and 4. Each output is checked: every row is there once, and
-beside the engine the answers are its own, up to how many bf16 decides otherwise in another batch.
+Beside the engine, rows are those of `segue.jobs.bench.generate --case shared`: 300 words that all share, 30 to 110 of
+their own, 16 new tokens. Growing datasets have 60, 4 to 12, and 4. Each output is checked: every row is there once.
+Beside the engine, answers must be equal to the engine's, but for those that bf16 changes in another batch.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from segue.workers.rows.params import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Of a dataset's rows."""
+    """The sizes of a dataset's rows."""
 
     shared_words: int
     own_words: tuple[int, int]
@@ -41,9 +41,9 @@ class Shape:
 
 
 ORDINARY, SMALL = Shape(300, (30, 110), 16), Shape(60, (4, 12), 4)
-LEAST_EQUAL = {"float32": 0.99, "bfloat16": 0.5}  # of the answers: prompts of random words are full of near ties
+LEAST_EQUAL = {"float32": 0.99, "bfloat16": 0.5}  # share of the answers; prompts of random words have many near ties
 POLL_SECONDS = 0.1
-MEMORY_SECONDS = 2.0  # between looks at it, since going through all processes takes what the run could use
+MEMORY_SECONDS = 2.0  # between two readings, since reading all processes takes time from the run
 
 
 def main() -> None:
@@ -106,7 +106,7 @@ def _growing(folder: Path, sizes: Sequence[int], args: argparse.Namespace) -> di
 
 
 def _write(folder: Path, num_rows: int, shape: Shape, args: argparse.Namespace) -> list[str]:
-    """The dataset and its job; returns the prompts."""
+    """Write the dataset and its job file. Returns the prompts."""
     (folder / "in").mkdir(parents=True)
     rng, words = random.Random(0), COMMON.split()
     shared = " ".join(rng.choice(words) for _ in range(shape.shared_words))
@@ -128,7 +128,7 @@ def _write(folder: Path, num_rows: int, shape: Shape, args: argparse.Namespace) 
 
 
 def _run(folder: Path) -> dict[str, Any]:
-    """Seconds to the first shard and to the end, and the peaks of resident memory on the way."""
+    """Seconds to the first shard and to the end, and the peaks of resident memory."""
     command = [sys.executable, "-m", "segue.jobs.cli", "run", str(folder / "job.yaml"), "--json", "--quiet"]
     started, first, driver, everything = time.monotonic(), 0.0, 0, 0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -157,7 +157,7 @@ def _run(folder: Path) -> dict[str, Any]:
 
 
 def _own_and_all(pid: int) -> tuple[int, int]:
-    """Resident bytes of a process, and of it and all that it has started."""
+    """(resident bytes of a process, the same with all processes that it has started)"""
     with contextlib.suppress(psutil.NoSuchProcess):
         whole = psutil.Process(pid)
         return whole.memory_info().rss, sum(_own_bytes(each) for each in (whole, *whole.children(recursive=True)))
@@ -165,7 +165,7 @@ def _own_and_all(pid: int) -> tuple[int, int]:
 
 
 def _own_bytes(process: psutil.Process) -> int:
-    """What is shared is counted with nobody."""
+    """Without memory that several processes share."""
     with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
         memory = process.memory_info()
         return memory.rss - memory.shared
@@ -173,7 +173,7 @@ def _own_bytes(process: psutil.Process) -> int:
 
 
 def _answers(folder: Path, num_rows: int) -> list[str]:
-    """Of all rows, in order. Ends the program if any is missing, twice there, or an error."""
+    """The answers of all rows, in order. Ends the program if a row is missing, there twice, or has an error."""
     shards = sorted((folder / "out").glob("part-*"))
     table = pa.concat_tables(pq.read_table(shard, columns=["id", "generated_text"]) for shard in shards)
     texts = dict(zip(table["id"].to_pylist(), table["generated_text"].to_pylist(), strict=True))

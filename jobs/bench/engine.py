@@ -1,11 +1,11 @@
-"""What the engine's parts cost by themselves, each against its own limit, on SmolLM2-135M.
+"""The parts of the engine by themselves, each against its own limit, on SmolLM2-135M.
 
     python -m segue.jobs.bench.engine mask       the segment mask against the causal one, and against theory
     python -m segue.jobs.bench.engine sharing     prefix caching on against off, for several shares of shared tokens
     python -m segue.jobs.bench.engine limits      prefill and decoding against the matrix products of their own shapes
     python -m segue.jobs.bench.engine precision   bf16 against fp32, token by token
 
-What is compared is timed in turn, from nothing cached, and medians are compared.
+Both sides are timed in turn, from an empty cache, and their medians are compared.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from segue.workers.rows.request import GenerationRequest
 
 LONG_PROMPTS = (1_000, 4_000, 8_000)  # tokens
 OWN_TOKENS = 64
-SHARED_TIMES = (1, 4, 16)  # as many shared tokens as own ones
+SHARED_TIMES = (1, 4, 16)  # shared tokens for each own token
 NUM_POSITIONS = 10_000
 NUM_STEPS = 64
 Mask = Literal["segment", "causal"]
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def _mask(model: TreeModel, repeats: int) -> dict[str, Any]:
-    """Prompts of one segment each: bidirectional attention sees every pair of tokens, causal attention half of them."""
+    """Prompts of one segment: bidirectional attention sees all pairs of tokens, causal attention half of them."""
     prompts = shared_prompts(model.tokenizer, 32, system_words=0, own_words=(75, 750))
     told = _against(
         {mask: lambda mask=mask: _generate(model, prompts, 16, mask=mask) for mask in ("causal", "segment")}, repeats
@@ -76,14 +76,14 @@ def _mask(model: TreeModel, repeats: int) -> dict[str, Any]:
 
 
 def _work(model: TreeModel, num_tokens: int, seen: float) -> float:
-    """FLOPs of a prompt whose tokens see so many others each."""
+    """FLOPs of a prompt in which each token sees `seen` others."""
     products = 2 * num_tokens * sum(layer.weight.numel() for layer in linear_layers(model))
     config = model.model.config
     return products + 4 * config.num_hidden_layers * config.hidden_size * num_tokens * seen
 
 
 def _sharing(model: TreeModel, repeats: int) -> dict[str, Any]:
-    """One token generated, so that nothing but prefill is timed. The bound: tokens asked for over distinct ones."""
+    """Rows generate one token, so only prefill is timed. The bound is requested tokens over distinct tokens."""
     curve = []
     for times in SHARED_TIMES:
         shared = Segment(tuple(_text(model, times * OWN_TOKENS)), True)
@@ -104,7 +104,7 @@ def _sharing(model: TreeModel, repeats: int) -> dict[str, Any]:
 
 
 def _limits(model: TreeModel, repeats: int) -> dict[str, Any]:
-    """Against products alone, measured right beside: this machine's rate changes by the minute."""
+    """Against the products alone, measured at the same time, since a machine's rate changes by the minute."""
     config = EngineConfig()
     text = [(Segment(tuple(_text(model, 512, skip=11 * n)), True),) for n in range(16)]
     short = shared_prompts(model.tokenizer, config.max_num_seqs, system_words=0, own_words=(8, 16))
@@ -134,12 +134,12 @@ def _limits(model: TreeModel, repeats: int) -> dict[str, Any]:
 
 
 def _step_seconds(model: TreeModel, prompts: Prompts) -> float:
-    """The median step of rows that all generate."""
+    """The median time of a step in which all rows generate."""
     engine = Engine(model, EngineConfig(mask="causal"))
     params = SamplingParams(max_tokens=NUM_STEPS, ignore_eos=True)
     for index, prompt in enumerate(prompts):
         engine.add(index, GenerationRequest(tuple(prompt), params, b""))
-    engine.step()  # all prompts
+    engine.step()  # computes all prompts
     taken: list[float] = []
     while engine.has_work:
         taken.append(seconds_of(engine.step))
@@ -147,7 +147,7 @@ def _step_seconds(model: TreeModel, prompts: Prompts) -> float:
 
 
 def _precision(model: TreeModel, repeats: int) -> dict[str, Any]:
-    """What fp32 generates, scored token by token by both, and where bf16 would have chosen another token."""
+    """What fp32 generates, scored token by token in both precisions, and how often bf16 prefers another token."""
     exact = load_model(SOURCE, dtype="float32")
     prompts = shared_prompts(exact.tokenizer, 64, system_words=0, own_words=(30, 110))
     params = SamplingParams(max_tokens=-(-NUM_POSITIONS // len(prompts)), ignore_eos=True)
@@ -174,7 +174,7 @@ def _precision(model: TreeModel, repeats: int) -> dict[str, Any]:
 
 
 def _against(work: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each, in turn, after a warm-up."""
+    """The median seconds of each, run in turn after a warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for count in range(repeats + 1):
         for name, run in work.items():
@@ -192,7 +192,7 @@ def _generate(
 
 
 def _text(model: TreeModel, num_tokens: int, skip: int = 0) -> list[int]:
-    """Plain words, others for another `skip`."""
+    """Token ids of plain words. Another `skip` gives other words."""
     (prompt,) = shared_prompts(model.tokenizer, 1, system_words=0, own_words=(num_tokens, num_tokens), seed=skip)
     return list(prompt[0].token_ids[:num_tokens])
 

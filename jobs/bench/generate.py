@@ -2,13 +2,14 @@
 
     python -m segue.jobs.bench.generate [--case shared | prefixes | decode] [--vllm-python VENV/bin/python]
 
-shared: one system prompt of 300 words, 30 to 110 own words a row, 16 new tokens. prefixes: several system prompts that
-take turns, with KV memory for all or (--kv-tokens) for some. decode: 64 short prompts, 128 new tokens. All under the
-causal mask, for the peers' sake.
+shared: one system prompt of 300 words, 30 to 110 own words a row, 16 new tokens. prefixes: rows take several system
+prompts in turn, with KV memory for all or (--kv-tokens) for some of them. decode: 64 short prompts, 128 new tokens. All
+under the causal mask, since the peers have no other.
 
-First the answers are checked: in fp32 the tokens of some rows are those of transformers, or tie with them. Then all are
-timed in turn, each from nothing cached, and the medians compared. The limit is the model's own matrix products at the
-rate that this machine has for their shapes: prompt tokens in steps of 1,024, generated ones in full batches.
+First the answers are checked: in fp32 the tokens of some rows must equal those of transformers, or tie with them. Then
+all are timed in turn, each from an empty cache, and their medians are compared. The limit is the time of the model's
+own matrix products at this machine's rate for their shapes: prompt tokens in steps of 1,024, generated ones in full
+batches.
 """
 
 import argparse
@@ -29,14 +30,14 @@ from segue.workers.models.source import locate, safetensors_directory
 from segue.workers.models.tree_model import TreeModel
 from segue.workers.rows.params import SamplingParams
 
-TIE = 1e-3  # of two logits in fp32, where transformers' choice and ours may differ
-VLLM_BLOCK = 32  # tokens; its attention on CPUs wants a multiple of that
+TIE = 1e-3  # between two logits in fp32; closer ones may be chosen differently
+VLLM_BLOCK = 32  # tokens; vLLM's attention on CPUs needs a multiple of this
 PEER_BATCHES = (1, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What all are asked."""
+    """The workload, the same for all."""
 
     num_rows: int
     num_systems: int
@@ -85,7 +86,7 @@ def main() -> None:
 
 
 def _check(directory: str, prompts: Sequence[Sequence[Segment]], max_tokens: int) -> dict[str, Any]:
-    """Tokens in fp32 against transformers' own. Ends the program for a difference that is no tie."""
+    """Compare tokens with those of transformers in fp32. Ends the program at a difference that is not a tie."""
     if not prompts:
         return {}
     engine = Engine(load_model(directory, dtype="float32"), EngineConfig(mask="causal"))
@@ -113,7 +114,7 @@ def _timed(
     prompts: Sequence[Sequence[Segment]],
     max_tokens: int,
 ) -> dict[str, Any]:
-    """Medians of runs in turn."""
+    """The medians of runs in turn."""
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
     plain = [token_ids(prompt) for prompt in prompts]
     some = plain[: args.peer_rows]
@@ -168,15 +169,15 @@ def _vllm(args: argparse.Namespace, directory: str) -> Vllm:
 
 
 def _fresh(args: argparse.Namespace, model: TreeModel) -> Engine:
-    """Nothing computed before."""
+    """An engine with an empty cache."""
     kv_bytes = args.kv_tokens * model.kv_shape.bytes_per_token if args.kv_tokens else None
     return Engine(model, EngineConfig(mask="causal", max_num_seqs=args.max_num_seqs, kv_cache_memory_bytes=kv_bytes))
 
 
 def _least_seconds(model: TreeModel, engine: Engine, batch: int) -> float:
-    """Of all that the engine had to compute."""
+    """The time of the matrix products of everything that the engine computed."""
     stats = engine.stats
-    decoded = stats.num_generated_tokens - stats.num_rows  # the first of each row comes from its prompt
+    decoded = stats.num_generated_tokens - stats.num_rows  # the first token of a row comes from its prompt's step
     prefill = stats.num_computed_tokens * body_seconds(model, PREFILL_TOKENS) / PREFILL_TOKENS
     return (
         prefill
@@ -190,7 +191,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int)
     parser.add_argument("--systems", type=int)
     parser.add_argument("--new-tokens", type=int)
-    parser.add_argument("--kv-tokens", type=int, help="KV memory, for Segue and vLLM; not given: enough")
+    parser.add_argument("--kv-tokens", type=int, help="KV memory of Segue and vLLM; if not given, enough for all")
     parser.add_argument("--max-num-seqs", type=int, default=64, help="rows that generate at once, Segue and vLLM")
     parser.add_argument("--check", type=int, default=4, help="rows compared with transformers in fp32")
     parser.add_argument("--repeats", type=int, default=5)

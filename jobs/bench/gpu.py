@@ -1,10 +1,11 @@
-"""A card at work: shared prompts over a model of Llama-3.2-1B's shape with random weights, Segue and transformers.
+"""Throughput of a GPU: shared prompts over a model of Llama-3.2-1B's shape with random weights; Segue, transformers.
 
     python -m segue.jobs.bench.gpu [--rows 512] [--out FOLDER]
 
-First a check: the logits of a few rows against transformers' own, causal. Then the card's two ceilings (a copy through
-its memory, a large matrix product), prefill and decode of both masks with their shares of these, transformers' generate
-at its best batch size over the same prompts, and where a step's time goes. Needs no Ray, no network, no weights.
+First the causal logits of a few rows are compared with those of transformers. Then the limits of the card are measured
+(a copy through its memory, a large matrix product); prefill and decode of both masks, as shares of these limits;
+transformers' `generate` at its best batch size over the same prompts; and which kernels take a step's time. Needs no
+Ray, no network and no weights.
 """
 
 import argparse
@@ -42,7 +43,7 @@ SHAPE = {  # of Llama-3.2-1B
 }
 NUM_SYSTEM, NUM_OWN, NUM_NEW = 1000, (30, 110), 32
 KV_BYTES = 16 << 30
-MARGIN = 1.25  # rounding differs; more is an error
+MARGIN = 1.25  # rounding may differ by this much
 
 
 def main() -> None:
@@ -74,7 +75,7 @@ def main() -> None:
 
 
 def _record(found: dict[str, Any]) -> None:
-    """A line under the last of RESULTS.md, whose last section is of cards."""
+    """Append a line to RESULTS.md, whose last section has the cards."""
     causal, segment, graphs = found["causal"], found["segment"], found["segment_graphs"]
     line = (
         f"\n{found['card']}, torch {found['torch']}, {time.strftime('%Y-%m-%d')}: causal "
@@ -89,7 +90,7 @@ def _record(found: dict[str, Any]) -> None:
 
 
 def _ceilings() -> dict[str, float]:
-    """GB/s of a copy, read and written; TFLOP/s of a product of bf16."""
+    """GB/s of a copy, reads and writes together; TFLOP/s of a product in bf16."""
     a = torch.randn(1 << 30, dtype=torch.bfloat16, device=CUDA)
     b = torch.empty_like(a)
     copy = _seconds(lambda: b.copy_(a))
@@ -117,9 +118,9 @@ def _prompts(num_rows: int) -> list[list[Segment]]:
 
 
 def _check(own: Any, prompts: Sequence[Sequence[Segment]]) -> dict[str, float]:
-    """How far causal logits in bf16 are from fp32, as shares of their norm: ours, and transformers' own.
+    """The error of causal logits in bf16 against fp32, as a share of their norm: ours and that of transformers.
 
-    Raises AssertionError if ours are farther off by more than MARGIN.
+    Raises AssertionError if ours is more than MARGIN times as large.
     """
     own.set_attn_implementation("eager")
     ids = [torch.tensor([[t for s in prompt for t in s.token_ids]], device=CUDA) for prompt in prompts]
@@ -167,7 +168,7 @@ def _segue(model: TreeModel, prompts: Sequence[Any], ceilings: dict[str, Any], *
         "prefill_tokens_per_second": computed / prefill,
         "prefill_share_of_limit": 2 * weights * computed / prefill / 1e12 / ceilings["matmul_tflop_per_s"],
         "decode_step_ms": 1e3 * step,
-        # A copy reads and writes; a step only reads.
+        # A copy reads and writes. A step only reads.
         "decode_share_of_limit": (2 * weights + kv) / step / 1e9 / (ceilings["copy_gb_per_s"]),
         "computed_tokens": computed,
         "requested_tokens": requested,
@@ -181,7 +182,7 @@ def _config(num_rows: int, **options: Any) -> EngineConfig:
 
 
 def _transformers(own: Any, prompts: Sequence[Sequence[Segment]], batch_size: int) -> dict[str, Any]:
-    """`generate` over left-padded batches, two of them timed."""
+    """`generate` over left-padded batches. Two batches are timed."""
     rows = [[t for s in prompt for t in s.token_ids] for prompt in prompts[: 2 * batch_size]]
 
     def batch(part: Sequence[list[int]]) -> None:
@@ -208,7 +209,7 @@ def _transformers(own: Any, prompts: Sequence[Sequence[Segment]], batch_size: in
 
 
 def _profile(model: TreeModel, prompts: Sequence[Any]) -> list[str]:
-    """Kernels by time, of prefill alone and of decoding."""
+    """The kernels that take most time, in prefill and in decoding."""
     from torch.profiler import ProfilerActivity, profile
 
     lines = []
@@ -227,7 +228,7 @@ def _profile(model: TreeModel, prompts: Sequence[Any]) -> list[str]:
 
 
 def _seconds(work: Callable[[], Any], repeats: int = 10) -> float:
-    """Median, by the device's own clock."""
+    """The median time, by the clock of the device."""
     for _ in range(3):
         work()
     times = []

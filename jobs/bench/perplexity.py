@@ -1,9 +1,9 @@
-"""A text of 20,000 tokens in rolling windows: Segue against lm-evaluation-harness, and the memory it needs.
+"""The log-likelihood of a text of 20,000 tokens in rolling windows, against lm-evaluation-harness, and its memory.
 
     python -m segue.jobs.bench.perplexity --data ../shared/data/commonsense
 
-The log-likelihoods must agree. Peak resident memory is measured in a process of its own for each length, above what the
-loaded model needs. Needs the extra `peers`.
+The log-likelihoods must agree. The peak of resident memory above that of the loaded model is measured in a process of
+its own for each length. Needs the extra `peers`.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from segue.jobs.bench.arc import load
-from segue.jobs.bench.machine import SOURCE, machine
+from segue.jobs.bench.machine import SOURCE, machine, say
 from segue.jobs.bench.peers import LmEval
 from segue.workers.engine.engine import Engine, EngineConfig
 from segue.workers.models.load import load_model
@@ -26,7 +26,7 @@ from segue.workers.models.support import checked_config
 MAX_MODEL_LEN = 1024
 LENGTHS = (2_000, 20_000)
 TOLERANCE = 1e-5  # of the log-likelihood, relative
-MAX_GROWTH = 1.1  # of memory, from the shorter text, which does not fill its last window, to the longer
+MAX_GROWTH = 1.1  # of KV memory from the shorter text to the longer; the shorter one does not fill its last window
 
 
 def main() -> None:
@@ -43,12 +43,11 @@ def main() -> None:
     report |= {"lm_eval_logprob": wanted, "lm_eval_seconds": time.perf_counter() - started}
     report["relative_error"] = abs(runs[-1]["logprob"] - wanted) / abs(wanted)
     for run in runs:
-        print(
+        say(
             f"{run['tokens']:,} tokens: log-likelihood {run['logprob']:.3f}, {run['seconds']:.1f} s, "
-            f"KV at most {run['max_kv_bytes']:,} bytes, resident memory + {run['resident_growth']:,}",
-            file=sys.stderr,
+            f"KV at most {run['max_kv_bytes']:,} bytes, resident memory + {run['resident_growth']:,}"
         )
-    print(f"lm-evaluation-harness: {wanted:.3f}, relative error {report['relative_error']:.1e}", file=sys.stderr)
+    say(f"lm-evaluation-harness: {wanted:.3f}, relative error {report['relative_error']:.1e}")
     growth = runs[-1]["max_kv_bytes"] / runs[0]["max_kv_bytes"]
     if report["relative_error"] > TOLERANCE or growth > MAX_GROWTH:
         raise SystemExit(f"wrong: relative error {report['relative_error']:.1e}, KV memory grew {growth:.2f} times")
@@ -56,7 +55,7 @@ def main() -> None:
 
 
 def _measured(data: Path, num_tokens: int) -> dict[str, Any]:
-    """One text in this process."""
+    """Score one text in this process."""
     model = load_model(SOURCE, dtype="float32")
     engine = Engine(model, EngineConfig(mask="causal", max_model_len=MAX_MODEL_LEN))
     text = _text(data, num_tokens)
@@ -80,7 +79,7 @@ def _text(data: Path, num_tokens: int) -> str:
 
 
 def _peak_resident() -> int:
-    """Bytes, of this process."""
+    """Of this process, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

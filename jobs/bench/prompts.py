@@ -1,4 +1,4 @@
-"""Prompts of plain words for the benches: long system prompts that many rows share, and words of each row's own."""
+"""Prompts of plain words for the benchmarks: long system prompts that rows share, and words of each row's own."""
 
 import random
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def shared_prompts(
     own_words: tuple[int, int] = (30, 110),
     seed: int = 0,
 ) -> list[tuple[Segment, ...]]:
-    """Chains of a system prompt and a row's own words; the system prompts take turns. Without words of it, none."""
+    """For each row a system prompt and its own words. Rows take the system prompts in turn; no words mean no prompt."""
     rng = random.Random(seed)
     systems = [_segment(tokenizer, rng, system_words) for _ in range(num_systems)]
     rows = [_segment(tokenizer, rng, rng.randint(*own_words)) for _ in range(num_rows)]
@@ -37,7 +37,7 @@ def shared_prompts(
 
 
 def token_ids(prompt: Sequence[Segment]) -> list[int]:
-    """The whole prompt, as a peer wants it."""
+    """The whole prompt as token ids, for a peer."""
     return [token for segment in prompt for token in segment.token_ids]
 
 

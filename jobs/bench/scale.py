@@ -1,11 +1,11 @@
-"""Does the driver's memory stay flat, and time linear, when a dataset grows ten times? And what does a resume read?
+"""Whether the driver's memory stays flat and time linear when a dataset grows ten times, and what a resume reads.
 
     python -m segue.jobs.bench.scale
     python -m segue.jobs.bench.scale --rows 30000 300000 --rows-per-file 4096
 
-Made-up rows go through plan and run with the echo engine, so that what is measured is everything around a model. Then
-the largest job is planned and run again, killed with -9 at half of its shards, the plan's files of finished units are
-taken away, and it must end all the same: what is done is not read again. Each output is checked row by row.
+Generated rows go through plan and run with the echo engine, so everything but the model is measured. Then the largest
+job runs again and is killed with -9 at half of its shards. The plan's files of finished units are removed, and the job
+must still complete: a resume does not read them. Each output is checked row by row.
 """
 
 import argparse
@@ -23,6 +23,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from segue.jobs.bench.machine import say
 
 NUM_FILES = 8
 SYSTEM = "Answer in one word. " * 4
@@ -45,8 +47,10 @@ def main() -> None:
         "seconds_ratio_over_rows_ratio": round(last["seconds"] / first["seconds"] / grown, 3),
         "resumed": resumed,
     }
-    print(f"{grown:.0f} times the rows: driver memory {result['memory_ratio']} times, seconds a row "
-          f"{result['seconds_ratio_over_rows_ratio']} times", file=sys.stderr)  # fmt: skip
+    say(
+        f"{grown:.0f} times the rows: driver memory {result['memory_ratio']} times, seconds a row "
+        f"{result['seconds_ratio_over_rows_ratio']} times"
+    )
     print(json.dumps(result))
 
 
@@ -97,7 +101,7 @@ def _start(folder: Path) -> subprocess.Popen[bytes]:
 
 
 def _wait(process: subprocess.Popen[bytes], folder: Path, kill_at: float | None) -> int:
-    """The process' peak of resident memory, in bytes. `kill_at`: at this share of its shards its session is killed."""
+    """The process' peak of resident memory, in bytes. `kill_at`: kill its session at this share of its shards."""
     peak = 0
     while process.poll() is None:
         with contextlib.suppress(OSError, StopIteration):

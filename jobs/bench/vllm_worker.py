@@ -1,8 +1,8 @@
-"""vLLM in its own environment, driven line by line by `jobs/bench/peers.py`. Imports nothing of Segue.
+"""vLLM in its own environment, controlled by `jobs/bench/peers.py` line by line. Imports nothing of Segue.
 
-The first line is JSON for `vllm.LLM`; each further one is {"score": [[context, continuation], ...]} or {"generate":
-[token ids, ...], "max_tokens": n}, done once with nothing cached before. Prints a JSON line for each: `version` for the
-first, then `seconds` and `logprobs` or `token_ids`.
+The first line is JSON for `vllm.LLM`. Each further one is {"score": [[context, continuation], ...]} or {"generate":
+[token ids, ...], "max_tokens": n}, and is computed once with an empty cache. Prints a JSON line for each: `version` for
+the first, then `seconds` and `logprobs` or `token_ids`.
 """
 
 import json
@@ -13,10 +13,10 @@ from typing import Any
 
 
 def main() -> None:
-    # Its CPU build does not start without; all cores of a machine like ours.
+    # The CPU build does not start without the first two. All cores.
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{(os.cpu_count() or 1) - 1}")
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # nothing of it spins while others are timed
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # no process of it spins while others are timed
     import vllm  # pyright: ignore[reportMissingImports]
 
     engine = vllm.LLM(enable_prefix_caching=True, **json.loads(sys.stdin.readline()))

@@ -19,7 +19,7 @@ def errors(
 ) -> None:
     """The rows that have an error, and how many of each kind. The README has what the kinds mean."""
     with exit_codes():
-        from segue.jobs.show.tables import show_errors
+        from segue.jobs.show.rows import show_errors
         from segue.pipeline.ledger.reading import error_counts, error_rows
 
         counts = error_counts(output)
@@ -34,7 +34,7 @@ def status(
 ) -> None:
     """How far a job is, from its output folder alone: the cluster may be gone, and the job file too."""
     with exit_codes():
-        from segue.jobs.show.tables import show_status
+        from segue.jobs.show.folder import show_status
         from segue.pipeline.ledger.status import status_of
 
         found = status_of(output)
@@ -76,7 +76,7 @@ def verify(
     Exit codes: 0 sound, 3 not complete yet, 5 damaged.
     """
     with exit_codes():
-        from segue.jobs.show.tables import show_verification
+        from segue.jobs.show.folder import show_verification
         from segue.pipeline.ledger.verify import verify as verified
 
         found = verified(output)

@@ -49,7 +49,7 @@ def run_values(values: Mapping[str, Any], overrides: Sequence[str], *, quiet: bo
             file.write(as_yaml(values))
         _, summary = run_file(path, overrides, quiet=quiet)
     if not json_only:
-        from segue.jobs.show.tables import show_summary
+        from segue.jobs.show.folder import show_summary
 
         show_summary(summary)
     return summary

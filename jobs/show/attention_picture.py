@@ -1,48 +1,54 @@
-"""Attention of one prompt under both masks, side by side, with the borders of its segments. Needs matplotlib."""
+"""A picture of one prompt's attention under both masks, with the borders of its segments. Needs matplotlib."""
 
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
 from segue.attention.segments import Segment
-from segue.jobs.analysis.one_prompt import prompt_of_row
-from segue.pipeline.problems import JobRefused, Problem
+from segue.jobs.analysis.attention import RowAttention, attention_of_row
 from segue.pipeline.ready.job import ReadyJob
-from segue.pipeline.storage.models import local_source
-from segue.workers.models.attention_maps import attention_map, load_for_maps
 
-MASKS = ("causal", "segment")
-FLOOR = 1e-4  # weights below it are as good as none
-MAX_LABELLED_TOKENS = 48  # more would not be legible
+FLOOR = 1e-4  # smaller weights have the colour of zero
+MAX_LABELLED_TOKENS = 48  # more labels would be too small to read
 
 
 def draw_attention(job: ReadyJob, row: int, layer: int | None, path: str) -> dict[str, Any]:
-    """Write the picture; what it shows, in numbers. Raises JobRefused."""
+    """Write the picture of a row and return what it shows, in numbers. `layer` None is the mean of all layers.
+
+    Raises JobRefused if there is no such row, the row has no prompt, or the model has no such layer.
+    """
+    found = attention_of_row(job, row, layer)
+    what = "mean of all layers and heads" if layer is None else f"layer {layer}, mean of its heads"
+    figure = _figure(found)
+    figure.suptitle(f"{job.config.name}, {found.origin}: {what}", parse_math=False)
+    figure.savefig(path, dpi=150)
+    return {
+        "picture": path,
+        "row": found.origin,
+        "tokens": len(found.texts),
+        "segments": _spans(found.segments),
+        "layer": layer,
+    }
+
+
+def _figure(found: RowAttention) -> Any:
+    """A panel for each mask."""
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
-    origin, segments, texts = prompt_of_row(job, row)
-    source, adapter = local_source(job.config.model.source), job.config.model.adapter
-    model = load_for_maps(source, adapter=adapter and local_source(adapter), revision=job.facts.commit)
-    try:
-        maps = {mask: attention_map(model, segments, mask, layer).numpy() for mask in MASKS}
-    except ValueError as error:
-        raise JobRefused([Problem("--layer" if layer is not None else "--row", "", str(error))]) from None
     figure = Figure(figsize=(13, 6.6), layout="constrained")
-    panels = figure.subplots(1, 2)
+    panels = figure.subplots(1, len(found.weights))
     shades = LogNorm(vmin=FLOOR, vmax=1.0)
-    for axes, (mask, weights) in zip(panels, maps.items(), strict=True):
-        image = axes.imshow(weights.clip(FLOOR / 10), norm=shades, cmap="magma", interpolation="nearest")
+    for axes, (mask, weights) in zip(panels, found.weights.items(), strict=True):
+        clipped = weights.numpy().clip(FLOOR / 10)
+        image = axes.imshow(clipped, norm=shades, cmap="magma", interpolation="nearest")
         axes.set_title(f"mask: {mask}")
         axes.set_xlabel("key")
-        _draw_borders(axes, segments)
-        _label(axes, texts)
+        _draw_borders(axes, found.segments)
+        _label(axes, found.texts)
     panels[0].set_ylabel("query")
     figure.colorbar(image, ax=list(panels), label="attention weight", shrink=0.8)
-    what = "mean of all layers and heads" if layer is None else f"layer {layer}, mean of its heads"
-    figure.suptitle(f"{job.config.name}, {origin}: {what}", parse_math=False)
-    figure.savefig(path, dpi=150)
-    return {"picture": path, "row": origin, "tokens": len(texts), "segments": _spans(segments), "layer": layer}
+    return figure
 
 
 def _spans(segments: Sequence[Segment]) -> list[dict[str, Any]]:
@@ -54,7 +60,7 @@ def _spans(segments: Sequence[Segment]) -> list[dict[str, Any]]:
 
 
 def _draw_borders(axes: Any, segments: Sequence[Segment]) -> None:
-    """A square around each segment: what lies in its upper triangle is what the segment mask adds."""
+    """A square around each segment. The segment mask adds what lies in the upper triangle of a square."""
     from matplotlib.patches import Rectangle
 
     for span in _spans(segments):

@@ -3,11 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from segue.jobs.analysis.evaluate import Evaluation, Group, Pairing
-from segue.jobs.show.tables import plain
+from segue.jobs.show.lines import console, plain
 
 TABLE_WIDTH = 160
 
@@ -20,7 +19,7 @@ def _interval(value: tuple[float, float]) -> str:
     return f"{value[0]:.4f} to {value[1]:.4f}"
 
 
-# field of Group, heading, how it is shown
+# (field of Group, heading, how a value is shown)
 COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("acc", "acc", _share),
     ("acc_interval", "95%", _interval),
@@ -39,11 +38,11 @@ COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
 
 
 def show_evaluation(evaluation: Evaluation) -> None:
-    """One line a group; columns that no group has are left out, and those of what is missing if nothing is."""
-    out = Console(highlight=False, soft_wrap=True)
-    out.width = max(out.width, TABLE_WIDTH)  # a folded interval is hard to read, and where would a pipe's edge be?
+    """Print one line for each group. Columns that no group has are left out."""
+    out = console()
+    out.width = max(out.width, TABLE_WIDTH)  # a broken line is hard to read, and a pipe has no width
     out.print(f"{plain(evaluation.job)}: task {evaluation.task}, {plain(evaluation.output)}")
-    columns = [column for column in COLUMNS if _is_told(column[0], evaluation.groups)]
+    columns = [column for column in COLUMNS if _is_shown(column[0], evaluation.groups)]
     table = Table("group", box=None, pad_edge=False)
     for _, heading, _ in columns:
         table.add_column(heading, justify="right")
@@ -54,8 +53,8 @@ def show_evaluation(evaluation: Evaluation) -> None:
 
 
 def show_pairings(pairings: Sequence[Pairing]) -> None:
-    """How often each output alone is right, and whether that may be chance."""
-    out = Console(highlight=False, soft_wrap=True)
+    """Print how often each output alone is right, and how likely it is that this is chance."""
+    out = console()
     for pair in pairings:
         out.print(
             f"{pair.metric}: {pair.n:,} rows in both outputs; right in both {pair.both:,}, "
@@ -64,6 +63,6 @@ def show_pairings(pairings: Sequence[Pairing]) -> None:
         )
 
 
-def _is_told(name: str, groups: Sequence[Group]) -> bool:
+def _is_shown(name: str, groups: Sequence[Group]) -> bool:
     values = [getattr(group, name) for group in groups]
     return any(values) if name in ("unlabelled", "errors") else any(value is not None for value in values)

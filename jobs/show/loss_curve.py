@@ -1,4 +1,4 @@
-"""The loss of a training as a picture, from its metrics. Needs matplotlib, which the extra `finetune` brings."""
+"""The loss of a training as a picture. Knows the metrics file of a training; needs matplotlib (extra `finetune`)."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
-"""An output folder as one HTML page that opens anywhere: no script, no font, no picture from elsewhere.
+"""An output folder as one HTML page that opens anywhere: it loads no script, no font and no picture.
 
-What a row says is text in it, whatever it says: the template escapes everything, and the page's own policy forbids
-scripts and requests. Knows profiles of outputs, and where things stand on the page; reads no file but its template.
+Text of rows stays text: the template escapes everything, and the page's own policy forbids scripts and requests. Knows
+profiles of outputs and the layout of the page. Reads no file but its template.
 """
 
 import datetime
@@ -19,11 +19,11 @@ from segue.pipeline.problems import redact
 TEMPLATES = Path(__file__).parents[1] / "templates"
 MAX_ANSWERS_SHOWN = 12
 MAX_TEXT_CHARS = 2000
-MAX_POINTS = 120  # of the curve
-MAX_LEVELS = 12  # of the tree
+MAX_POINTS = 120  # of the curve; each is a step of two corners
+MAX_LEVELS = 12  # of the tree that are drawn
 MAX_BINS = 12
-LABELLED_PERCENT = 8  # a narrower box has no room for a text
-TEXTS = ("generated_text", "choice", "samples", "error")  # of the results of a row, what is shown large
+LABELLED_PERCENT = 8  # narrower boxes have no room for a label
+TEXTS = ("generated_text", "choice", "samples", "error")  # result columns that are shown large
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +32,13 @@ class Bar:
 
     label: str
     count: int
-    share: float  # of all, 0 to 1
-    width: float  # of the longest, in percent
+    share: float  # of all rows, 0 to 1
+    width: float  # percent of the longest bar
 
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A shared segment in the picture of the tree; percentages of the picture's width."""
+    """A shared segment in the picture of the tree. `left` and `width` are percentages of the picture."""
 
     left: float
     width: float
@@ -73,7 +73,7 @@ def write_report(profile: Profile, path: str | Path, hourly_price: float | None 
 
 
 def report_html(profile: Profile, hourly_price: float | None = None) -> str:
-    """The page. `hourly_price` is of one worker: of its GPUs, or its share of a machine."""
+    """The page. `hourly_price` is the price of one worker: of its GPUs, or of its share of a machine."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -107,8 +107,8 @@ def report_html(profile: Profile, hourly_price: float | None = None) -> str:
 
 
 def tree_boxes(nodes: Sequence[dict[str, Any]]) -> list[Box]:
-    """Shared segments as boxes, a child below the nearest listed segment that it goes on from, as wide as what it and
-    all below it save."""
+    """Shared segments as boxes. A box lies below the nearest listed segment that it continues, and is as wide as the
+    tokens saved by it and by all boxes below it."""
     ordered = sorted(nodes, key=lambda node: (node["start"], node["first_request"]))
     children: dict[int | None, list[int]] = {}
     for index, node in enumerate(ordered):
@@ -133,20 +133,20 @@ def tree_boxes(nodes: Sequence[dict[str, Any]]) -> list[Box]:
 
 
 def _is_above(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether every request of `other` goes on from `one`: they lie side by side in depth-first order."""
+    """Whether every request of `other` continues `one`. In depth-first order such requests are contiguous."""
     is_inside = one["first_request"] <= other["first_request"] < one["first_request"] + one["num_rows"]
     return is_inside and one["start"] + one["num_tokens"] <= other["start"]
 
 
 def curve(commits: Sequence[tuple[float, int, int]], begin: float | None) -> Curve | None:
-    """From when the first run began, if that is known. None if there are not two moments to draw a line between."""
+    """Committed rows over time; `begin` is the start of the first run, if known. None if all rows have one time."""
     if not commits:
         return None
     start, end = min(commits[0][0], begin or commits[0][0]), commits[-1][0]
     if start == end:
         return None
     rows = sum(commit[1] for commit in commits)
-    done, points = 0, [(0.0, 0)]  # steps: a shard appears whole
+    done, points = 0, [(0.0, 0)]  # a line of steps, because a shard is committed as a whole
     every = max(1, len(commits) // MAX_POINTS)
     for number, (moment, num_rows, _) in enumerate(commits):
         done += num_rows
@@ -173,7 +173,7 @@ def _range(low: int, high: int) -> str:
 
 
 def answer_bars(profile: Profile) -> list[Bar]:
-    """The most frequent answers; nothing where nearly every row has its own."""
+    """The most frequent answers. Empty if nearly every row has an answer of its own."""
     answers = profile.answers
     if not answers or len(answers) > max(MAX_ANSWERS_SHOWN, sum(answers.values()) // 2):
         return []
@@ -184,7 +184,7 @@ def answer_bars(profile: Profile) -> list[Bar]:
 
 
 def _choice_names(profile: Profile) -> dict[str, str]:
-    """Of a task that chooses: what the numbers of choices stand for, if the job says so for all rows."""
+    """The texts of the numbered choices of task `choose`, if the job file lists them for all rows."""
     if profile.status.task != "choose":
         return {}
     listed = (profile.manifest.job.get("scoring") or {}).get("choices")
@@ -216,7 +216,7 @@ def _cost(profile: Profile, hourly_price: float | None) -> dict[str, Any] | None
 
 
 def _parts(row: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
-    """A row as what came in and what came out."""
+    """The columns of a row: what was given, the large results, and the details."""
     parts: dict[str, list[tuple[str, str]]] = {"given": [], "result": [], "details": []}
     for name, value in row.items():
         if value is not None:

@@ -1,19 +1,18 @@
-"""What `segue finetune` tells people: a line now and then on stderr while it trains, and what came of it."""
+"""What `segue finetune` prints for people: progress on stderr while it trains, and the result at its end."""
 
 import sys
 import time
 from typing import Any
 
-from rich.console import Console
-
-from segue.jobs.show.tables import plain
+from segue.jobs.show.lines import console, plain
 from segue.pipeline.train.finetune import FinetuneSummary
 
 LINE_SECONDS = 10.0
 
 
 class TrainingDisplay:
-    """Called with each line of the metrics; a look at held-out examples is always shown."""
+    """Called with each line of the metrics. Prints every evaluation on held-out examples, and a step every
+    LINE_SECONDS."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
@@ -22,15 +21,15 @@ class TrainingDisplay:
     def __call__(self, line: dict[str, Any]) -> None:
         if self._quiet:
             return
-        is_look = "eval_loss" in line
-        if not is_look and time.monotonic() - self._shown_at < LINE_SECONDS and line["step"] < line["num_steps"]:
+        is_evaluation = "eval_loss" in line
+        if not is_evaluation and time.monotonic() - self._shown_at < LINE_SECONDS and line["step"] < line["num_steps"]:
             return
-        self._shown_at = time.monotonic() if not is_look else self._shown_at
-        print(look_line(line) if is_look else step_line(line), file=sys.stderr, flush=True)
+        self._shown_at = time.monotonic() if not is_evaluation else self._shown_at
+        print(evaluation_line(line) if is_evaluation else step_line(line), file=sys.stderr, flush=True)
 
 
 def step_line(line: dict[str, Any]) -> str:
-    """One step."""
+    """The metrics of one step as text."""
     minutes, seconds = divmod(round(line["seconds_left"]), 60)
     return (
         f"step {line['step']:,}/{line['num_steps']:,} | loss {line['loss']:.4f} | "
@@ -38,14 +37,14 @@ def step_line(line: dict[str, Any]) -> str:
     )
 
 
-def look_line(line: dict[str, Any]) -> str:
-    """A look at the held-out examples."""
+def evaluation_line(line: dict[str, Any]) -> str:
+    """The metrics of one evaluation on the held-out examples as text."""
     return f"step {line['step']:,}: held-out loss {line['eval_loss']:.4f}" + (", the best" if line["is_best"] else "")
 
 
 def show_training(summary: FinetuneSummary, picture: str | None) -> None:
-    """The training in a few lines."""
-    out = Console(highlight=False, soft_wrap=True)
+    """Print a training in a few lines; `picture` is the path of its loss curve."""
+    out = console()
     stopped = ", stopped early" if summary.stopped_early else ""
     out.print(f"{summary.status.replace('_', ' ')}: {summary.steps:,} of {summary.num_steps:,} steps{stopped}")
     if summary.adapter is not None:

@@ -7,12 +7,17 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise, permutations, product
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("attention", "workers", "pipeline", "jobs")
+CONTRACTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
 FORBIDDEN_BELOW_PIPELINE = ("ray", "pyarrow", "s3fs", "fsspec")
 
 BLOCKER = f"""
@@ -65,29 +70,80 @@ def test_imports_of_the_repository_keep_every_contract() -> None:
     assert re.search(r"Contracts: [1-9]\d* kept, 0 broken", result.stdout)
 
 
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("copy")
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("examples", "__pycache__"))
+    shutil.copytree(ROOT / "segue", folder / "segue", symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
+
+
+@contextmanager
+def imports_added(copy: Path, added: Iterable[tuple[str, str]]) -> Iterator[None]:
+    """(module or folder, module that it imports too) for the time of the block."""
+    before: dict[Path, str] = {}
+    for module, imported in added:
+        path = copy / module / "__init__.py" if (copy / module).is_dir() else copy / f"{module}.py"
+        before.setdefault(path, path.read_text())
+        path.write_text(f"{path.read_text()}\nimport {imported}\n")
+    try:
+        yield
+    finally:
+        for path, text in before.items():
+            path.write_text(text)
+
+
 @pytest.mark.parametrize(
-    ("module", "line", "contract"),
+    ("module", "imported", "contract"),
     [
-        ("attention/tree/tree.py", "import segue.workers.rows.params", "arrows point down"),
-        ("attention/tree/tree.py", "import transformers", "attention is torch alone"),
-        ("workers/engine/engine.py", "import segue.pipeline.storage.store", "arrows point down"),
-        ("workers/engine/engine.py", "import ray", "workers know no Ray"),
-        ("workers/rows/params.py", "import pyarrow", "workers know no Ray"),
-        ("pipeline/run/run.py", "import transformers", "only workers import transformers"),
-        ("pipeline/run/run.py", "import segue.jobs.show.tables", "arrows point down"),
-        ("jobs/show/tables.py", "import ray", "only the pipeline imports Ray"),
+        ("attention", "segue.workers.rows.params", "arrows point down"),
+        ("workers/engine", "segue.pipeline.storage.store", "arrows point down"),
+        ("pipeline/run", "segue.jobs.show", "arrows point down"),
+        ("attention/tree", "transformers", "attention is torch alone"),
+        ("workers/engine", "ray", "workers know no Ray"),
+        ("workers/rows", "pyarrow", "workers know no Ray"),
+        ("pipeline/run", "transformers", "only workers import transformers"),
+        ("jobs/commands", "ray", "only the pipeline imports Ray"),
+        ("workers/rows", "workers", "Segue imports itself by its one name"),
+        ("pipeline/jobfile", "pyarrow", "job files know no Arrow"),
+        ("pipeline/jobfile", "segue.workers.models.load", "job files know no Arrow"),
+        ("pipeline/storage", "ray", "storage and ledger know no Ray"),
+        ("pipeline/ledger", "segue.pipeline.processes.ray_session", "storage and ledger know no Ray"),
+        ("pipeline/ledger", "torch", "storage and ledger import no torch"),
+        ("pipeline/prompts", "segue.pipeline.dataset.ray_source", "prompts know no Ray"),
+        ("pipeline/dataset", "ray", "of a dataset only ray_source"),
+        ("pipeline/plan/tree", "ray", "of a plan only order and windows"),
+        ("pipeline/ready", "ray", "what makes a job ready imports no Ray"),
+        ("jobs/analysis", "ray", "what shows and analyses outputs"),
+        ("jobs/show", "transformers", "what shows and analyses outputs"),
     ],
 )
-def test_import_against_the_arrows_breaks_its_contract(tmp_path: Path, module: str, line: str, contract: str) -> None:
-    for package in PACKAGES:
-        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("examples", "__pycache__"))
-    shutil.copytree(ROOT / "segue", tmp_path / "segue", symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    with (tmp_path / module).open("a") as file:
-        file.write(f"\n{line}\n")
-    result = lint_imports(tmp_path)
+def test_import_against_a_contract_breaks_it(copy: Path, module: str, imported: str, contract: str) -> None:
+    with imports_added(copy, [(module, imported)]):
+        result = lint_imports(copy)
     assert result.returncode == 1, result.stdout
-    assert re.search(rf"{contract}.* BROKEN", result.stdout), result.stdout
+    assert re.search(rf"^{contract}.* BROKEN", result.stdout, re.MULTILINE), result.stdout
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_import_of_a_room_above_or_beside_breaks_the_contract_of_its_package(copy: Path, package: str) -> None:
+    forbidden = list(forbidden_between_rooms(package))
+    with imports_added(copy, [(lower.replace(".", "/"), f"segue.{upper}") for lower, upper in forbidden]):
+        result = lint_imports(copy)
+    refused = set(re.findall(r"^segue\.(\S+) is not allowed to import segue\.(\S+):$", result.stdout, re.MULTILINE))
+    assert set(forbidden) - refused == set()
+
+
+def forbidden_between_rooms(package: str) -> Iterator[tuple[str, str]]:
+    """(room, a room that it must not import): each on the layer above, and those beside it where they are strangers."""
+    (contract,) = [each for each in CONTRACTS if each.get("containers") == [f"segue.{package}"]]
+    layers = [[f"{package}.{room.strip()}" for room in layer.split("|")] for layer in contract["layers"]]
+    for upper, lower in pairwise(layers):
+        yield from product(lower, upper)
+    for layer in layers:
+        yield from permutations(layer, 2)
 
 
 @pytest.mark.parametrize("package", FORBIDDEN_BELOW_PIPELINE)
@@ -117,12 +173,12 @@ def test_attention_imports_torch_and_nothing_above_it() -> None:
         ".".join(("segue", *path.relative_to(ROOT).with_suffix("").parts))
         for path in (ROOT / "attention").rglob("[a-z]*.py")
     ]
-    loaded = "sorted({name.partition('.')[0] for name in sys.modules})"
-    result = run_python("import sys\n" + "\n".join(f"import {name}" for name in names) + f"\nprint({loaded})")
+    result = run_python("import sys\n" + "\n".join(f"import {name}" for name in names) + "\nprint(*sys.modules)")
     assert result.returncode == 0, result.stderr
-    seen = set(re.findall(r"'(\w+)'", result.stdout))
-    assert "torch" in seen
-    assert not seen & {"workers", "pipeline", "jobs", "transformers", "ray", "pyarrow", "pydantic", "s3fs"}
+    seen = set(result.stdout.split())
+    assert {"torch", "segue.attention.segments"} <= seen
+    above = {"segue.workers", "segue.pipeline", "segue.jobs"}
+    assert not seen & (above | {"transformers", "ray", "pyarrow", "pydantic", "s3fs"})
 
 
 @pytest.mark.parametrize("policy", ["PASSIVE", "ACTIVE"])

@@ -4,9 +4,6 @@ Builds from a copy, without network. Knows no behaviour of the code.
 """
 
 import re
-import shutil
-import subprocess
-import sys
 import tomllib
 import zipfile
 from importlib.metadata import version
@@ -18,7 +15,6 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("attention", "workers", "pipeline", "jobs")
-SHIPPED = ("segue", *PACKAGES, "pyproject.toml", "README.md", "LICENSE")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PINS: dict[str, str] = {
     canonicalize_name(name): pinned
@@ -26,36 +22,23 @@ PINS: dict[str, str] = {
 }
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """A wheel made from a copy of the checkout in which the examples and the tests have been run."""
-    folder = tmp_path_factory.mktemp("checkout")
-    for name in SHIPPED:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(
-                source, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "out", "out-*")
-            )
-        else:
-            shutil.copy(source, folder)
-    for left_over in ("out/part-000000.parquet", "out-bad/_job/manifest.json", "__pycache__/make_data.pyc"):
-        path = folder / "jobs/examples/triage" / left_over
-        path.parent.mkdir(parents=True)
-        path.touch()
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", "dist", "."]
-    built = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
-    assert built.returncode == 0, built.stderr
-    (path,) = (folder / "dist").iterdir()
-    return zipfile.ZipFile(path)
-
-
-def test_wheel_has_every_module_and_every_file_of_the_examples(wheel: zipfile.ZipFile) -> None:
+def test_wheel_has_every_module_and_every_file_of_the_examples(wheel: Path) -> None:
     wanted = {path for package in PACKAGES for path in (ROOT / package).rglob("*.py") if not is_left_over(path)}
     wanted |= {*(ROOT / "jobs/templates").iterdir(), *(ROOT / "attention/cpu/cpp").iterdir()}
     wanted |= {path for path in (ROOT / "jobs/examples").rglob("*") if path.is_file() and not is_left_over(path)}
-    names = {f"segue/{path.relative_to(ROOT).as_posix()}" for path in wanted} | {"segue/__init__.py"}
+    names = {f"segue/{path.relative_to(ROOT).as_posix()}" for path in wanted}
+    names |= {"segue/__init__.py", "segue/__main__.py"}
     assert {"segue/jobs/examples/triage/job.yaml", "segue/jobs/examples/triage/data/tickets-0.parquet"} <= names
-    assert {name for name in wheel.namelist() if ".dist-info/" not in name} == names
+    assert {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name} == names
+
+
+def test_sdist_makes_the_same_wheel(wheel: Path, wheel_of_sdist: Path) -> None:
+    assert contents(wheel_of_sdist) == contents(wheel)
+
+
+def contents(wheel: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist() if not name.endswith("/RECORD")}
 
 
 def is_left_over(path: Path) -> bool:
@@ -63,11 +46,11 @@ def is_left_over(path: Path) -> bool:
     return "__pycache__" in parts or any(part == "out" or part.startswith("out-") for part in parts)
 
 
-def test_wheel_has_the_command_and_the_licence(wheel: zipfile.ZipFile) -> None:
-    folder = f"segue-{PROJECT['version']}.dist-info"
-    assert "segue = segue.jobs.cli:main" in wheel.read(f"{folder}/entry_points.txt").decode()
-    assert b"Apache License" in wheel.read(f"{folder}/licenses/LICENSE")
-    assert set(wheel.read(f"{folder}/top_level.txt").decode().split()) == {"segue"}
+def test_wheel_has_the_command_and_the_licence(wheel: Path) -> None:
+    folder, files = f"segue-{PROJECT['version']}.dist-info", contents(wheel)
+    assert b"segue = segue.jobs.cli:main" in files[f"{folder}/entry_points.txt"]
+    assert b"Apache License" in files[f"{folder}/licenses/LICENSE"]
+    assert files[f"{folder}/top_level.txt"].split() == [b"segue"]
 
 
 def test_version_is_the_same_in_project_changelog_and_installation() -> None:

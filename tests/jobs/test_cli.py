@@ -12,7 +12,7 @@ from commands import finished_output, segue
 from echo_jobs import NUM_ROWS, origins, outcome, rows_of, segue_process, shards_in, wait_for, write_input, write_job
 from ready_jobs import ready_job
 
-from segue.jobs.show.tables import show_summary
+from segue.jobs.show.folder import show_summary
 from segue.pipeline.ledger.totals import RunSummary
 
 
@@ -171,7 +171,7 @@ def test_cli_errors_of_a_damaged_shard_exits_5_in_one_line(tmp_path):
 
 
 def test_cli_show_answers_escapes_what_rows_hold(tmp_path, capsys):
-    from segue.jobs.show.tables import show_answers
+    from segue.jobs.show.rows import show_answers
 
     output = finished_output(tmp_path, [b"\xff bytes", b"\x1b[31m[bold]red"], [None, None])
     show_answers(str(output), 5)

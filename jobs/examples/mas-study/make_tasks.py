@@ -28,17 +28,17 @@ NAMES = (
     "Paul", "Rosa", "Sam", "Tina", "Ulf", "Vera", "Will", "Yara", "Zoe",
 )  # fmt: skip
 COLOURS = ("red", "blue", "green", "black", "white", "brown", "pink", "gray", "gold", "silver", "purple", "orange")
-NUM_PAIRS = 6  # with eight, no arm learns anything in as many steps
+NUM_PAIRS = 6  # with eight, no arm learns anything in this number of steps
 LETTERS = "ABCD"
 KINDS = ("easy", "challenge")
 PAPER_TASKS = ("arc_easy", "arc_challenge", "openbookqa", "boolq")
-NUM_PAPER_TRAIN, NUM_PAPER_TEST = 480, 300  # of each of the four, or what there is
+NUM_PAPER_TRAIN, NUM_PAPER_TEST = 480, 300  # of each of the four tasks, or all items if there are fewer
 AS_PUBLISHED = "as_published"  # the paper's tasks have one order
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One question: the parts of its prompt in the first of its task's orders, and what may be answered."""
+    """One question: the parts of its prompt in the first order of its task, and the possible answers."""
 
     parts: tuple[str, ...]
     swapped: tuple[str, ...]  # in the second order
@@ -47,7 +47,7 @@ class Item:
 
 
 def lookup_items(seed: str, count: int) -> Iterator[Item]:
-    """Every item has its own tables; names, colours and numbers are drawn anew."""
+    """Every item has its own tables, with random names, colours and numbers."""
     random = Random(f"lookup/{seed}")
     for _ in range(count):
         names, colours = random.sample(NAMES, NUM_PAIRS), random.sample(COLOURS, NUM_PAIRS)
@@ -62,7 +62,7 @@ def lookup_items(seed: str, count: int) -> Iterator[Item]:
 
 
 def word_items(seed: str, count: int, sentences: Sequence[str], vocabulary: Sequence[str]) -> Iterator[Item]:
-    """`vocabulary`: what words that do not occur are drawn from. Sentences are asked about again, if they are fewer."""
+    """Wrong choices are drawn from `vocabulary`. If there are fewer sentences than items, sentences are used again."""
     random = Random(f"word/{seed}")
     rounds = -(-count // len(sentences))
     drawn = [sentence for _ in range(rounds) for sentence in random.sample(list(sentences), len(sentences))]
@@ -78,12 +78,12 @@ def word_items(seed: str, count: int, sentences: Sequence[str], vocabulary: Sequ
 
 
 def words_of(sentence: str) -> list[str]:
-    """Words that tell something: of five letters or more."""
+    """Words of five letters or more, which are seldom function words."""
     return re.findall(r"[a-z]{5,}", sentence.lower())
 
 
 def sentences_in(files: Sequence[Path]) -> list[str]:
-    """The questions of ARC in LLM-Adapters' format, those of 8 to 30 words, each once."""
+    """ARC's questions of 8 to 30 words, in LLM-Adapters' format, each once."""
     found: dict[str, None] = {}
     for path in files:
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -95,7 +95,7 @@ def sentences_in(files: Sequence[Path]) -> list[str]:
 
 
 def paper_rows(lines: Sequence[str], count: int, name: str) -> list[dict[str, object]]:
-    """Some lines of a file in LLM-Adapters' format; all that the text offers as answers are the choices."""
+    """Some lines of a file in LLM-Adapters' format. The choices are all answers that the text offers."""
     rows = []
     for line in Random(f"paper/{name}").sample(list(lines), min(count, len(lines))):
         given = json.loads(line)
@@ -114,7 +114,7 @@ def paper_rows(lines: Sequence[str], count: int, name: str) -> list[dict[str, ob
 
 
 def write_tasks(data: Path | None, folder: Path) -> dict[str, tuple[str, ...]]:
-    """Writes `TASK/ORDER/{train,test}.parquet`; the orders of each task. Without `data` there are no real texts."""
+    """Write `TASK/ORDER/{train,test}.parquet`. Returns the orders of each task. Without `data`, only `lookup`."""
     items = {"lookup": {part: list(lookup_items(part, count)) for part, count in _COUNTS.items()}}
     if data is not None:
         by_part = {part: sentences_in([data / f"arc_{kind}-{part}.jsonl" for kind in KINDS]) for part in _COUNTS}

@@ -1,4 +1,4 @@
-"""The study on one GPU, where trainings take seconds: several at once, in processes that share the card. No Ray there.
+"""The study on one GPU, where trainings take seconds. Several processes share the card. Needs no Ray there.
 
     python on_card.py prepare --data ../shared/data/commonsense items.json.gz      anywhere
     python on_card.py run items.json.gz --model FILE --processes 8 --seconds 400   on the card
@@ -30,7 +30,7 @@ KV_BYTES = 2 << 30  # of each process
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Writes the items of every task, order and prompt: `{name: {train, test}}`."""
+    """Write the items of every task, order and prompt: `{name: {train, test}}`."""
     from make_tasks import write_tasks
     from study import OUT, load_study
 
@@ -87,7 +87,7 @@ def _encoded(folder: Path, prompt: dict[str, Any], model: str) -> dict[str, Any]
 
 
 def run(args: argparse.Namespace) -> None:
-    """Starts the processes; each takes every n-th arm, and stops when the time is over."""
+    """Start the processes. Each takes every n-th arm, and stops when the time is over."""
     from segue.workers.models.source import locate, safetensors_directory
 
     safetensors_directory(locate(str(args.model)))  # converted once
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def work(args: argparse.Namespace) -> None:
-    """One process: a line a training."""
+    """One process. Writes a line for each training."""
     from study import arms, load_study
 
     study = load_study()
@@ -228,7 +228,7 @@ def _result(arm: Any, part: dict[str, Any], items: dict[str, Any], args: argpars
 
 
 def collect(args: argparse.Namespace) -> None:
-    """Adds what the processes found to results.json; of a training that is there already the newer is kept."""
+    """Add the results of the processes to results.json. A newer result of a training replaces an older one."""
     from study import write_results
 
     by_arm = _known()
@@ -238,7 +238,7 @@ def collect(args: argparse.Namespace) -> None:
 
 
 def _known() -> dict[tuple[Any, ...], dict[str, Any]]:
-    """What results.json has."""
+    """The entries of results.json."""
     from study import RESULTS
 
     found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else []

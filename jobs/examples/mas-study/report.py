@@ -1,4 +1,4 @@
-"""What the study has found so far: tables with intervals and paired tests, and pictures of the losses.
+"""The study's results so far: tables with intervals and paired tests, and pictures of the losses.
 
     python jobs/examples/mas-study/report.py           tables, as Markdown
     python jobs/examples/mas-study/report.py --curves  also losses.png, beside the results
@@ -56,7 +56,7 @@ def table(results: Sequence[Result]) -> list[str]:
 
 
 def paired_difference(first: Sequence[Sequence[int]], second: Sequence[Sequence[int]]) -> tuple[float, float]:
-    """How much more often `second` is right, and half of the 95% interval of that: over items, each seen by all seeds.
+    """How much more often `second` is right, and half of its 95% interval: over items, each seen by all seeds.
 
     Items are the sample; what another seed would change is not in it.
     """
@@ -68,7 +68,7 @@ def paired_difference(first: Sequence[Sequence[int]], second: Sequence[Sequence[
 
 
 def draw_curves(results: Sequence[Result], path: Path) -> None:
-    """Held-out loss by step; a panel for each task and order, a line for each training."""
+    """Held-out loss by step, with a panel for each task and order and a line for each training."""
     from matplotlib.figure import Figure
 
     panels = sorted({(result["task"], result["order"]) for result in results})
@@ -88,7 +88,7 @@ def draw_curves(results: Sequence[Result], path: Path) -> None:
 
 
 def _grouped(results: Sequence[Result]) -> dict[Key, dict[str, dict[int, Result]]]:
-    """By what is compared: arm, seed, result."""
+    """The results by what is compared: {key: {arm: {seed: result}}}."""
     groups: dict[Key, dict[str, dict[int, Result]]] = {}
     for result in results:
         for test, kinds in result["right"].items():
@@ -99,14 +99,14 @@ def _grouped(results: Sequence[Result]) -> dict[Key, dict[str, dict[int, Result]
 
 
 def _accuracy(runs: Sequence[Sequence[int]]) -> str:
-    """The mean over seeds, with the interval of as many items as there are: seeds share them."""
+    """The mean over seeds. Its interval counts each item once, because seeds share the items."""
     share = statistics.mean(statistics.mean(run) for run in runs)
     low, high = wilson_interval(round(share * len(runs[0])), len(runs[0]))
     return f"{share:.3f} ({low:.3f} to {high:.3f})"
 
 
 def _against(base: dict[int, Result], seeds: dict[int, Result], test: str, kind: str) -> tuple[str, str]:
-    """Difference and p-values, over the seeds that both have."""
+    """The difference and the p-values over the seeds that both arms have."""
     both = sorted(base.keys() & seeds.keys())
     if not both or base == seeds:
         return "", ""

@@ -1,4 +1,4 @@
-"""Every training and test of the study, one after the other; what is done is not done again.
+"""Every training and test of the study, one after the other. Finished ones are not done again.
 
     python jobs/examples/mas-study/study.py --data ../shared/data/commonsense
     python jobs/examples/mas-study/study.py --only lookup
@@ -67,13 +67,13 @@ def load_study() -> dict[str, Any]:
 
 
 def write_results(results: Sequence[dict[str, Any]]) -> None:
-    """A line a training."""
+    """Run every setting; one line of results for each training."""
     lines = ",\n".join(map(json.dumps, results))
     RESULTS.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
 def arms(study: dict[str, Any], orders: dict[str, tuple[str, ...]]) -> Iterator[tuple[Arm, dict[str, Any]]]:
-    """With the part of the study they belong to. Seeds first: a third of the time trains every combination once."""
+    """All settings with their part of the study, ordered by seed: a third of the time trains every combination once."""
     for seed in study["seeds"]:
         for part in (study["order"], study["paper"]):
             for task in part["tasks"]:
@@ -117,7 +117,7 @@ def _result(arm: Arm, part: dict[str, Any], model: str) -> dict[str, Any]:
 
 
 def merged(model: str, adapter: Path) -> str:
-    """A folder with model and adapter in one, made once: for an arm that starts from a model that knows the mask."""
+    """A folder with adapter and model merged, made once, for the arm that starts from a model that knows the mask."""
     target = OUT / "merged"
     if not target.is_dir():
         from peft import PeftModel
@@ -130,13 +130,13 @@ def merged(model: str, adapter: Path) -> str:
         base = AutoModelForCausalLM.from_pretrained(directory, dtype="float32")
         PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(scratch)
         AutoTokenizer.from_pretrained(directory).save_pretrained(scratch)
-        with suppress(OSError):  # another process was first
+        with suppress(OSError):  # another process has made it
             scratch.rename(target)
     return str(target)
 
 
 def _right(arm: Arm, name: str, job: dict[str, Any], part: dict[str, Any]) -> dict[str, str]:
-    """Runs a test. By kind of item, whether each is right: `1` or `0`, in the order of the test file."""
+    """Run a test. By kind of item: `1` or `0` for each item, in the order of the test file."""
     output = {"path": str(arm.folder / name), "columns": part.get("columns", [])}
     _segue("run", arm.folder / f"{name}.yaml", job | {"output": output})
     from segue.jobs.analysis.evaluate import evaluate
@@ -155,7 +155,7 @@ def _segue(command: str, path: Path, job: dict[str, Any]) -> dict[str, Any]:
     path.write_text(json.dumps(job, indent=1), encoding="utf-8")  # JSON is YAML
     called = [str(Path(sys.executable).with_name("segue")), command, str(path), "--json"]
     done = subprocess.run(called, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])  # its progress goes to stderr, as does ours
+    return json.loads(done.stdout.splitlines()[-1])  # progress goes to stderr
 
 
 def _is_of(result: dict[str, Any], arm: Arm) -> bool:

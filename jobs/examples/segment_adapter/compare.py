@@ -1,9 +1,9 @@
-"""What the adapter brings, as Markdown: numbers by mask and adapter, and answers side by side.
+"""The effect of the adapter as Markdown: numbers by mask and adapter, and answers side by side.
 
     python jobs/examples/segment_adapter/compare.py > jobs/examples/segment_adapter/RESULTS.md
 
-Reads the outputs of `score.yaml` and `answers.yaml` on unseen prompts, made as README.md says. Knows folders and
-columns; no model.
+Reads the outputs of `score.yaml` and `answers.yaml` on unseen prompts, which README.md says how to make. Knows folders
+and columns; no model.
 """
 
 import sys
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def numbers() -> list[str]:
-    """How likely the causal model's answers are, and how often each token of one is the likeliest."""
+    """How likely the causal model's answers are, and how often every token of an answer is the most likely one."""
     lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
     for kind in NUM_SHOWN:
         for arm, name in ARMS.items():
@@ -53,7 +53,7 @@ def numbers() -> list[str]:
 
 
 def side_by_side() -> list[str]:
-    """Answers to prompts drawn by lot, in full."""
+    """Whole answers to random prompts."""
     answers = {arm: _answers(arm) for arm in ARMS}
     lines = []
     for kind, count in NUM_SHOWN.items():
@@ -65,7 +65,7 @@ def side_by_side() -> list[str]:
 
 
 def _group(arm: str, kind: str) -> tuple[Group, int]:
-    """And how many tokens were scored."""
+    """The statistics of an arm on one kind of prompts, and how many tokens were scored."""
     folder = OUT / f"scores-{arm}"
     judging = judging_of(by="kind", label=None, regex=None, preset=None, ignore_case=False)
     evaluation, _ = evaluate(str(folder), judging)

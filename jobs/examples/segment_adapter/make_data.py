@@ -1,11 +1,11 @@
-"""Prompts to adapt a model to the segment mask with: instructions that the model made up itself, and tickets.
+"""Prompts for adapting a model to the segment mask: instructions that the model itself wrote, and tickets.
 
-    python jobs/examples/segment_adapter/make_data.py seeds          what the model is to make up instructions from
-    python jobs/examples/segment_adapter/make_data.py prompts        instructions and tickets, to be answered
+    python jobs/examples/segment_adapter/make_data.py seeds          the seeds for instructions
+    python jobs/examples/segment_adapter/make_data.py prompts        instructions and tickets without answers
 
-An aligned model that is shown where a user's message begins writes one (Xu et al., "Magpie", arXiv 2406.08464): so
-the instructions need no dataset. Tickets are put together like those of `../triage`, from other seeds. Knows files;
-README.md says which job comes between.
+An aligned model that gets only the header of a user's message writes such a message (Xu et al., "Magpie", arXiv
+2406.08464), so the instructions need no dataset. Tickets are made like those of `../triage`, from other seeds. Knows
+files; README.md says which job runs between the two commands.
 """
 
 import re
@@ -29,7 +29,7 @@ TICKET_SEEDS = (101, 102, 103)
 MAX_TRAIN_TICKETS, MAX_TEST_TICKETS = 240, 100
 ANSWER_TOKENS = {"general": 64, "ticket": 32}
 
-SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"  # the model's own, if nobody gives one
+SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"  # the model's default
 TOPICS = (  # noqa: SIM905 - as a list it would be ninety lines
     "animals, art, astronomy, baking, bicycles, biology, birds, books, bread, bridges, business letters, "
     "cats, chemistry, children's games, cities, classical music, clothes, coffee, colours, computers, "
@@ -64,20 +64,20 @@ Row = dict[str, Any]
 
 
 def seed_rows() -> Iterator[Row]:
-    """One for each instruction that is to be made up; equal ones are drawn differently."""
+    """One row for each instruction. Rows with the same hint are drawn with different seeds."""
     for topic in TOPICS:
         for kind in KINDS:
             yield from ({"hint": kind.format(topic=topic)} for _ in range(SAMPLES_PER_SEED))
 
 
 def write_seeds() -> None:
-    """`out/seeds.parquet`."""
+    """Write `out/seeds.parquet`."""
     OUT.mkdir(exist_ok=True)
     pq.write_table(pa.Table.from_pylist(list(seed_rows())), OUT / "seeds.parquet", compression="zstd")
 
 
 def instructions(answers: pa.Table) -> list[str]:
-    """What the model made up, without what is cut off, repeated, very short or very long, or no plain text."""
+    """The model's instructions, without those that are cut off, repeated, very short, very long or not plain text."""
     found: dict[str, None] = {}
     for row in answers.select(["generated_text", "finish_reason"]).to_pylist():
         text = (row["generated_text"] or "").strip()
@@ -94,7 +94,7 @@ def questions() -> list[str]:
 
 
 def general_rows(texts: list[str]) -> list[Row]:
-    """An instruction each; half of them with a system message of their own."""
+    """One row for each instruction. Three of five have a system message."""
     random = Random(SEED)
     rows = []
     for text in texts:
@@ -106,7 +106,7 @@ def general_rows(texts: list[str]) -> list[Row]:
 
 
 def ticket_rows(tickets: list[Row]) -> list[Row]:
-    """As the triage job puts its prompts together."""
+    """The messages of the triage job, one row for each ticket."""
     return [
         _row(
             "ticket",
@@ -126,9 +126,9 @@ def ticket_rows(tickets: list[Row]) -> list[Row]:
 
 
 def write_prompts() -> None:
-    """`train.parquet` and `test.parquet` in `out/prompts`.
+    """Write `train.parquet` and `test.parquet` to `out/prompts`.
 
-    The second has instructions written by hand, and tickets of the triage demo itself.
+    The test has the instructions written by hand, and tickets of the triage example itself.
     """
     asked = questions()
     made_up = [text for text in instructions(pq.read_table(OUT / "instructions")) if text not in asked]

@@ -1,4 +1,4 @@
-"""Writes the triage example's tickets: 360 rows whose prompts are built from a few long shared texts.
+"""Write the triage example's tickets: 360 rows whose prompts are made of a few long shared texts.
 
 Knows the hand-written fragments in `content/` and a seed; nothing of models, prompts or the pipeline.
 Run it as `python jobs/examples/triage/make_data.py`; the same seed always gives the same rows.
@@ -98,7 +98,7 @@ def make_tables(seed: int = SEED) -> list[pa.Table]:
 
 
 def make_bad_table(seed: int = SEED) -> pa.Table:
-    """Seven rows: six that each cost themselves an answer or try to, and one in order."""
+    """Seven rows: six that are bad or try to be, and one good one."""
     good = make_rows(seed)[0]
     empty_parts = {"system_prompt": "", "rubric": "", "article": "", "ticket": "", "question": " "}
     changes: tuple[Row, ...] = (

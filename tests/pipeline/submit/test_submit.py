@@ -16,7 +16,7 @@ from ready_jobs import config_of
 
 from segue.pipeline.problems import JobRefused
 from segue.pipeline.submit.job_queue import LogLines
-from segue.pipeline.submit.submission import read_runtime_env, read_submitted
+from segue.pipeline.submit.submission import copied_package, read_runtime_env, read_submitted
 
 ROOT = Path(__file__).parents[3]
 TRIAGE = ROOT / "jobs" / "examples" / "triage" / "job.yaml"
@@ -117,6 +117,15 @@ def test_submit_with_code_runs_the_code_of_the_client(cluster, tmp_path):
     assert code == 0, log
     assert f"CHANGED planning {NUM_ROWS} rows" in log
     assert len(rows_of(tmp_path / "out")) == NUM_ROWS
+
+
+def test_submit_sends_every_module_source_and_template_and_no_example(tmp_path):
+    sent = Path(copied_package(tmp_path))
+    found = {path.relative_to(sent) for path in sent.rglob("*") if path.is_file()}
+    wanted = {path for name in ("attention", "workers", "pipeline", "jobs") for path in (ROOT / name).rglob("*.py")}
+    wanted |= {*(ROOT / "attention/cpu/cpp").iterdir(), *(ROOT / "jobs/templates").iterdir()}
+    ours = {path.relative_to(ROOT) for path in wanted if not path.is_relative_to(ROOT / "jobs/examples")}
+    assert found == ours | {Path("__init__.py"), Path("__main__.py")}
 
 
 @pytest.mark.parametrize(
