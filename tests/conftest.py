@@ -1,7 +1,9 @@
 """What several test files share: one Ray for each test process, runs without Ray, a tiny model on disk, a bucket."""
 
 import os
-from contextlib import ExitStack
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import pytest
 from hypothesis import settings
@@ -29,11 +31,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """A test without `local_ray` finds no Ray in its process: it may start one of its own, or refuse to."""
     if not _needs_ray(item):
-        _shared_ray.close()
+        _end_shared_ray()
 
 
 def pytest_sessionfinish() -> None:
-    _shared_ray.close()
+    _end_shared_ray()
+
+
+def _end_shared_ray() -> None:
+    with _stdout_kept():
+        _shared_ray.close()
+
+
+@contextmanager
+def _stdout_kept() -> Iterator[None]:
+    """A Ray session replaces stdout, and outlives what pytest captures it with."""
+    stdout = sys.stdout
+    try:
+        yield
+    finally:
+        sys.stdout = stdout
 
 
 def _needs_ray(item: pytest.Item) -> bool:
@@ -51,7 +68,7 @@ def local_ray():
     from segue.pipeline.processes.ray_session import ray_session
 
     if not ray.is_initialized():
-        with pytest.MonkeyPatch.context() as patch:  # not for the Rays of commands that tests start
+        with pytest.MonkeyPatch.context() as patch, _stdout_kept():  # not for the Rays of commands that tests start
             patch.setenv("RAY_idle_worker_killing_time_threshold_ms", "60000")
             _shared_ray.enter_context(ray_session(num_cpus=2))
 

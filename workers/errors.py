@@ -1,6 +1,7 @@
-"""Why a row has no answer: a closed list of codes, carried as values in the output, never as a crash.
+"""Why a row has no answer, and why a model cannot be used.
 
-Knows nothing of models or storage. A message never contains text of the row.
+The reasons for rows are a closed list of codes. They are values in the output and never end a worker. A message never
+contains text of the row. Knows nothing of models or storage.
 """
 
 from enum import StrEnum
@@ -9,7 +10,7 @@ MAX_MESSAGE_CHARS = 500
 
 
 class RowErrorCode(StrEnum):
-    """Every reason a row may be left unanswered, its `meaning`, and a `remedy`: pages for users are made of these."""
+    """Every reason why a row has no answer, with its `meaning` and a `remedy`. The pages for users show both."""
 
     meaning: str
     remedy: str
@@ -103,7 +104,7 @@ class RowErrorCode(StrEnum):
 class RowError(Exception):
     """One row cannot be answered; all other rows go on.
 
-    `message` says what was found and what was wanted, without quoting the row.
+    `message` says what was found and what was wanted. It never quotes the row.
     """
 
     def __init__(self, code: RowErrorCode, message: str) -> None:
@@ -113,3 +114,7 @@ class RowError(Exception):
 
     def __reduce__(self) -> tuple[type["RowError"], tuple[RowErrorCode, str]]:
         return (RowError, (self.code, self.message))
+
+
+class ModelRefused(ValueError):
+    """The model cannot be used. The message says why: what was found and what is wanted."""

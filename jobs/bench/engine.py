@@ -27,7 +27,8 @@ from segue.jobs.bench.machine import (
 )
 from segue.jobs.bench.prompts import shared_prompts
 from segue.workers.engine.engine import Engine, EngineConfig
-from segue.workers.models.load import TreeModel, load_model
+from segue.workers.models.load import load_model
+from segue.workers.models.tree_model import TreeModel
 from segue.workers.rows.params import SamplingParams
 from segue.workers.rows.request import GenerationRequest
 

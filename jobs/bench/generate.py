@@ -25,8 +25,9 @@ from segue.jobs.bench.machine import PREFILL_TOKENS, SOURCE, body_seconds, head_
 from segue.jobs.bench.peers import Transformers, Vllm
 from segue.jobs.bench.prompts import shared_prompts, token_ids
 from segue.workers.engine.engine import Engine, EngineConfig
-from segue.workers.models.load import TreeModel, load_model
+from segue.workers.models.load import load_model
 from segue.workers.models.source import locate, safetensors_directory
+from segue.workers.models.tree_model import TreeModel
 from segue.workers.rows.params import SamplingParams
 
 TIE = 1e-3  # between two logits in fp32; closer ones may be chosen differently

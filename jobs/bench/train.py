@@ -22,8 +22,9 @@ from segue.attention.segments import Segment, canonical_segments
 from segue.jobs.bench.machine import SOURCE, linear_rate, machine, say, seconds_of
 from segue.workers.devices.devices import DTYPES
 from segue.workers.devices.memory import keep_freed_memory
-from segue.workers.models.load import checked_config, load_weights
+from segue.workers.models.load import load_weights
 from segue.workers.models.source import locate, safetensors_directory
+from segue.workers.models.support import checked_config
 from segue.workers.training.batches import TrainingExample, forward_passes
 from segue.workers.training.model import TrainingModel
 from segue.workers.training.params import LoraParams

@@ -31,7 +31,7 @@ def exit_codes() -> Iterator[None]:
     from segue.pipeline.problems import ClusterUnavailable, JobRefused, WorkersFailed
     from segue.pipeline.processes.limited import ChildUnready
     from segue.pipeline.storage.store import OutputStorageError
-    from segue.workers.models.source import ModelRefused
+    from segue.workers.errors import ModelRefused
     from segue.workers.training.params import TrainingDiverged
 
     try:

@@ -25,8 +25,8 @@ from segue.pipeline.ledger.columns import error_value
 from segue.pipeline.ledger.units import PASSED, PLANNED_FIELDS, SCORE_FIELD, score_value
 from segue.pipeline.processes.limited import clock_paused, tick
 from segue.pipeline.storage.models import local_source
-from segue.workers.engine.echo import echo_tokenizer, is_echo
 from segue.workers.errors import RowError, RowErrorCode
+from segue.workers.models.echo import echo_tokenizer, is_echo
 from segue.workers.models.source import locate, safetensors_directory
 from segue.workers.prompts.conversation import too_large
 from segue.workers.prompts.encoder import PromptEncoder

@@ -19,7 +19,7 @@ from segue.pipeline.ledger.manifest import ForeignOutput
 from segue.pipeline.problems import JobRefused, Problem, nearest, shown
 from segue.pipeline.ready.output import check_output
 from segue.pipeline.storage.store import OutputStorageError
-from segue.workers.engine.echo import is_echo
+from segue.workers.models.echo import is_echo
 from segue.workers.prompts.template import PromptTemplate
 from segue.workers.rows.forms import problem_of
 from segue.workers.scoring.template import ScoringTemplate

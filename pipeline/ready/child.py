@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from segue.pipeline.jobfile.schema import JobConfig
 from segue.pipeline.processes.limited import PREPARE_BYTES, ChildDied, LimitedProcess
 from segue.pipeline.prompts.check import import_all
-from segue.workers.engine.echo import is_echo
+from segue.workers.models.echo import is_echo
 from segue.workers.prompts.encoder import import_tokenizers
 
 CHECK_SECONDS = 120.0  # for loading a configuration or tokenizer, and for rendering a message with it

@@ -29,8 +29,11 @@ from segue.pipeline.storage.open import open_store
 from segue.pipeline.storage.store import Store
 from segue.workers.devices.gpus import num_gpus_here
 from segue.workers.devices.memory import GPU_KV_SHARE, KV_SHARE
-from segue.workers.engine.echo import is_echo
+from segue.workers.models.echo import is_echo
 from segue.workers.models.facts import ModelFacts
+
+IDENTITY_DIGITS = 16  # of a model, in an adapter's record
+GIB = 2**30
 
 
 @dataclass(frozen=True)

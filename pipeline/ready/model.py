@@ -18,9 +18,9 @@ from segue.pipeline.ready.child import CHECK_SECONDS, found_in_child
 from segue.pipeline.storage.models import local_source
 from segue.workers.devices.gpus import num_gpus_here
 from segue.workers.devices.memory import free_memory_bytes
+from segue.workers.errors import ModelRefused
 from segue.workers.models.adapter_record import AdapterRecord
 from segue.workers.models.facts import ConfigFacts, FoundModel, ModelFacts, find_model, inspect_model
-from segue.workers.models.source import ModelRefused
 
 IDENTITY_DIGITS = 16  # of a model, in an adapter's record
 GIB = 2**30

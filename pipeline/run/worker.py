@@ -31,9 +31,10 @@ from segue.pipeline.run.receipt import Receipt
 from segue.pipeline.run.roster import Reporter
 from segue.pipeline.storage.models import local_source
 from segue.pipeline.storage.open import open_store
-from segue.workers.engine.echo import EchoEngine, is_echo
+from segue.workers.engine.echo import EchoEngine
 from segue.workers.engine.loop import EngineLoop, EngineRow, EngineStopped, RowEngine
 from segue.workers.errors import RowError
+from segue.workers.models.echo import is_echo
 from segue.workers.rows.request import GenerationRequest, RequestOutput
 from segue.workers.scoring.rows import requests_of
 from segue.workers.scoring.template import Task

@@ -14,7 +14,8 @@ from typing import Any
 from filelock import FileLock
 
 from segue.pipeline.storage.remote import open_remote
-from segue.workers.models.source import ModelRefused, cache_root
+from segue.workers.devices.cache import cache_root
+from segue.workers.errors import ModelRefused
 
 SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".gguf")
 

@@ -36,9 +36,8 @@ from segue.pipeline.storage.store import OutputStorageError
 from segue.pipeline.train.examples import FINISH_REASON, Holdout
 from segue.pipeline.train.metrics import watched_metrics
 from segue.pipeline.train.process import ADAPTER, NothingToTrain, TrainingSpec, check_data, train_process
-from segue.workers.engine.echo import is_echo
-from segue.workers.errors import RowError
-from segue.workers.models.source import ModelRefused
+from segue.workers.errors import ModelRefused, RowError
+from segue.workers.models.echo import is_echo
 from segue.workers.training.model import check_trainable
 from segue.workers.training.params import TrainingParams
 from segue.workers.training.ranks import Ranks

@@ -11,7 +11,7 @@ from segue.attention.cpu.backend import KernelBackend
 from segue.attention.cpu.kernels import load_kernels
 from segue.attention.memory.budget import KVShape
 from segue.workers.devices.devices import cpu_kernels, make_backend
-from segue.workers.models.source import ModelRefused
+from segue.workers.errors import ModelRefused
 
 CPU = torch.device("cpu")
 

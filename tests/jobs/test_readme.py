@@ -112,16 +112,6 @@ def test_readme_files_and_folders_exist() -> None:
         assert (ROOT / folder).is_dir(), folder
 
 
-def test_design_names_modules_and_tests_that_exist_and_leaves_no_module_out() -> None:
-    design = (ROOT / "DESIGN.md").read_text(encoding="utf-8")
-    for path in re.findall(r"`((?:attention|workers|pipeline|jobs|infra|tests)/[\w/]*\.\w+)`", design):
-        assert (ROOT / path).is_file(), path
-    packages = design.partition("## 3.")[2].partition("## 4.")[0]
-    for package in ("attention", "workers", "pipeline", "jobs"):
-        for path in (ROOT / package).glob("[a-z]*.py"):
-            assert re.search(rf"\b{path.stem}\b", packages), f"{package}/{path.name} is not in the map"
-
-
 def test_readme_job_file_is_valid_and_asks_what_the_example_asks(tmp_path: Path) -> None:
     *jobs, _ = blocks("yaml")
     for name, block in zip(("triage", "quiz"), jobs, strict=True):

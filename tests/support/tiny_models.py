@@ -10,8 +10,8 @@ from transformers.masking_utils import create_causal_mask
 
 from segue.attention.segments import Segment, num_tokens
 from segue.attention.visibility import block_sequence_ids
-from segue.workers.engine.echo import echo_tokenizer
-from segue.workers.models.load import TreeModel, tree_model
+from segue.workers.models.echo import echo_tokenizer
+from segue.workers.models.tree_model import TreeModel, tree_model
 
 VOCAB_SIZE = 320  # the echo tokenizer's 259 ids fit
 _COMMON = {

@@ -1,4 +1,4 @@
-"""What a model and a dataset make of a card, before anybody rents one: memory, rows in flight, the roofline's limits.
+"""What a model and a dataset need of a card, before anybody rents one: memory, rows in flight, limits by the roofline.
 
     weights   = parameters * bytes of the precision
     kv        = share of the card (GPU_KV_SHARE) - weights
@@ -8,8 +8,8 @@
     step      = (weights + keys and values of all rows) / memory bandwidth    seconds, if memory is the limit
     decode    = rows / step                                                   tokens/s
 
-Limits, not promises: a run reaches a part of them. Attention's own arithmetic is left out, and of a mixture of experts
-all weights are counted. Knows numbers only.
+These are limits, not promises: a run reaches a part of them. Attention's own arithmetic is left out, and of a mixture
+of experts all weights are counted. Knows numbers only.
 """
 
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ GB = 10**9
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A GPU, by its maker's data sheet: bytes, bytes a second, dense bf16 operations a second (T4: fp16)."""
+    """A GPU, as its maker's data sheet describes it."""
 
     name: str
     memory_bytes: int
-    bandwidth: float
-    flops: float
+    bandwidth: float  # bytes a second
+    flops: float  # dense bf16 operations a second; of a T4 fp16
 
 
 CARDS = {
@@ -47,7 +47,7 @@ CARDS = {
 
 @dataclass(frozen=True, slots=True)
 class ModelSize:
-    """Of a model in a precision."""
+    """How large a model is in one precision."""
 
     num_weights: int
     weight_bytes: int
@@ -56,17 +56,17 @@ class ModelSize:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Of a plan."""
+    """How much work a plan is."""
 
     num_rows: int
-    tokens_distinct: int  # what is computed
-    max_tokens: int  # generated of a row, at most
+    tokens_distinct: int  # tokens of prompts that are computed
+    max_tokens: int  # that a row generates, at most
     max_num_seqs: int
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """The numbers of the formulas above."""
+    """The results of the formulas above."""
 
     card: str
     weight_bytes: int
@@ -80,7 +80,7 @@ class MemoryPlan:
 
 
 def memory_plan(card: Card, model: ModelSize, work: Workload) -> MemoryPlan:
-    """A worker with a whole card of this kind. Raises ValueError if not even one row fits beside the weights."""
+    """The plan for a worker that has a whole card. Raises ValueError if not even one row fits beside the weights."""
     kv_bytes = int(GPU_KV_SHARE * card.memory_bytes) - model.weight_bytes
     own_tokens = -(-work.tokens_distinct // max(1, work.num_rows)) + work.max_tokens
     kv_tokens = max(0, kv_bytes) // model.kv_bytes_per_token

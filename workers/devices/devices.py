@@ -1,4 +1,4 @@
-"""Where an engine computes: its device, what runs attention there, and how much memory keys and values may have.
+"""Where an engine computes: its device and precision, its attention backend, and the memory for keys and values.
 
 Knows torch's devices; no model, no Ray.
 """
@@ -18,8 +18,9 @@ from segue.attention.cpu.kernels import Kernels, load_kernels
 from segue.attention.cuda.backend import FLASH_DTYPES, CudaBackend
 from segue.attention.memory.budget import KVShape
 from segue.attention.reference import ReferenceBackend
+from segue.workers.devices.cache import cache_root
 from segue.workers.devices.memory import GPU_KV_SHARE, KV_SHARE, free_memory_bytes
-from segue.workers.models.source import ModelRefused, cache_root
+from segue.workers.errors import ModelRefused
 
 BackendName = Literal["auto", "native", "cpu", "reference", "varlen"]
 RESERVED_SHARE = 0.9  # of what is free on a GPU, at most
@@ -35,7 +36,7 @@ BACKENDS: dict[str, Callable[[Sequence[torch.device]], Backend]] = {
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` is a GPU if this process sees one. Raises ModelRefused if `cuda` was asked for and there is none."""
+    """`auto` is a GPU if this process sees one. Raises ModelRefused for `cuda` where there is none."""
     if device not in ("auto", "cpu", "cuda"):
         raise ModelRefused(f"device must be auto, cpu or cuda, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
@@ -48,17 +49,18 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device | None = None) -> torch.dtype:
-    """`auto` is bf16 where the hardware computes it, else fp16 on a GPU and fp32 on a CPU. `device`: what `auto` is.
+    """`auto` is bf16 where the hardware computes it, else fp16 on a GPU and fp32 on a CPU.
 
-    Raises ModelRefused for fp16 on a CPU, and for fp32 on a GPU, whose attention kernels do not compute it.
+    `device` is where the model will run; None is this machine's. Raises ModelRefused for fp16 on a CPU, and for fp32 on
+    a GPU, where the attention kernels do not compute it.
     """
     device = device or resolve_device("auto")
     if device.type == "cuda" and dtype == "auto" and not torch.cuda.is_available():
-        return torch.bfloat16  # of GPUs elsewhere; those that cannot are eight years old
+        return torch.bfloat16  # the GPUs are elsewhere; those without bf16 are eight years old
     if dtype == "auto":
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-        return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+        return torch.bfloat16 if cpu_multiplies_bf16() else torch.float32
     if dtype not in DTYPES:
         raise ModelRefused(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
     if device.type == "cpu" and dtype == "float16":
@@ -66,6 +68,14 @@ def resolve_dtype(dtype: str, device: torch.device | None = None) -> torch.dtype
     if device.type == "cuda" and DTYPES[dtype] not in FLASH_DTYPES:
         raise ModelRefused(f"dtype {dtype} is not computed by the attention kernels of GPUs; use bfloat16 or float16")
     return DTYPES[dtype]
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether oneDNN multiplies bf16 on this processor: on x86 that takes AVX-512 or avx_ne_convert.
+
+    Elsewhere bf16 works too, by torch's own loops, but is slower than fp32, and oneDNN refuses to pack such weights.
+    """
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def make_backend(name: str, shape: KVShape, layer_devices: Sequence[torch.device]) -> Backend:
@@ -92,8 +102,10 @@ def _wanted_kernels() -> Kernels:
 
 
 def kv_memory_bytes(layer_devices: Sequence[torch.device], share: float | None) -> tuple[int, str]:
-    """What keys and values of all layers may take now, and how that is explained. `share`: of a CPU's free memory, or
-    of all of a GPU's, in which weights are counted; None is the default of each."""
+    """The bytes that keys and values of all layers may take now, and in words where that number comes from.
+
+    `share` is of a CPU's free memory, or of a GPU's whole memory, weights included. None is the default of each.
+    """
     if layer_devices[0].type != "cuda":
         share = KV_SHARE if share is None else share
         return int(share * free_memory_bytes()), f"{share:.0%} of what is free"
@@ -104,8 +116,8 @@ def kv_memory_bytes(layer_devices: Sequence[torch.device], share: float | None) 
 
 
 def _free_on(device: torch.device, share: float) -> int:
-    gc.collect()  # an engine that nobody has any more
+    gc.collect()  # an engine that is no longer used may still hold memory
     free, total = torch.cuda.mem_get_info(device)
     used = torch.cuda.memory_allocated(device)
-    free += torch.cuda.memory_reserved(device) - used  # kept by torch, and ours
+    free += torch.cuda.memory_reserved(device) - used  # torch keeps it for this process
     return max(0, min(int(share * total) - used, int(RESERVED_SHARE * free)))

@@ -1,4 +1,4 @@
-"""The memory of this process: how much it may still take, and what the C library does with what is freed.
+"""The memory of this process: how much it may still take, and whether the C library keeps what is freed.
 
 Knows nothing of tensors.
 """
@@ -11,23 +11,24 @@ from pathlib import Path
 import psutil
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-LARGEST_MMAP_THRESHOLD = 32 << 20  # that glibc takes
+LARGEST_MMAP_THRESHOLD = 32 << 20  # the largest that glibc accepts
 NEVER = -1
-KV_SHARE = 0.4  # of free memory, for keys and values; the rest is for what a step computes, and for others
-GPU_KV_SHARE = 0.85  # of a GPU, weights included; the rest is for what a step computes
+KV_SHARE = 0.4  # of free memory, for keys and values; the rest is for what a step computes, and for other processes
+GPU_KV_SHARE = 0.85  # of a GPU's memory, weights included; the rest is for what a step computes
 
 OWN_GROUPS = Path("/proc/self/cgroup")
 CGROUPS = Path("/sys/fs/cgroup")
-# By version of control groups: limit, usage, and what in memory.stat is a cache of files, which goes when it must.
+# For each version of control groups: limit, usage, and the entry of memory.stat for cached files, which can be dropped.
 _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 _V2 = ("memory.max", "memory.current", "inactive_file")
 
 
 def keep_freed_memory() -> bool:
-    """From now on this process keeps what it frees, up to its peak. False where the C library cannot be told.
+    """From now on this process keeps the memory that it frees. False where the C library has no such setting.
 
-    glibc gives large blocks back to the system and gets them again page by page, zeroed. A training step frees all that
-    it computed and asks for the same again, so these pages cost a sixth of its time (SmolLM2-135M, two cores).
+    By default glibc gives large blocks back to the system, and gets them again page by page, zeroed. A training step
+    frees what it computed, and the next one needs as much: these pages take a sixth of its time (SmolLM2-135M, two
+    cores).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
@@ -36,12 +37,12 @@ def keep_freed_memory() -> bool:
 
 
 def free_memory_bytes() -> int:
-    """What is free on the machine, or within the limits of containers and batch systems if that is less."""
+    """Free memory of the machine, or within the limits of a container or batch job if that is less."""
     return max(0, min([psutil.virtual_memory().available, *_free_in_groups()]))
 
 
 def _free_in_groups() -> Iterator[int]:
-    """In each control group with a limit, from the process's own to the root of those that it can see."""
+    """The free bytes of each control group that has a limit, from the process's own up to the root that it can see."""
     try:
         lines = OWN_GROUPS.read_text().splitlines()
     except OSError:
@@ -63,6 +64,6 @@ def _free_in_group(folder: Path, limit: str, usage: str, cache: str) -> Iterator
         allowed, used = (folder / limit).read_text(), int((folder / usage).read_text())
         entries = [line.split() for line in (folder / "memory.stat").read_text().splitlines()]
     except OSError:
-        return  # not there, or not mounted here
+        return  # the group is not there, or not mounted here
     if allowed.strip() != "max":
         yield int(allowed) - used + sum(int(value) for name, value in entries if name == cache)

@@ -1,6 +1,6 @@
-"""How devices are called in jobs and specs; names only, so that reading them costs nothing."""
+"""The names of devices in jobs. Imports nothing, so that reading a job file is quick."""
 
 from typing import Literal
 
 Device = Literal["auto", "cpu", "cuda"]
-DeviceMap = str | dict[str, str] | None  # as transformers takes it: auto, or modules to devices; None is one device
+DeviceMap = str | dict[str, str] | None  # transformers': auto, or devices by module; None is one device

@@ -20,7 +20,7 @@ from segue.workers.engine.runner import StepRunner
 from segue.workers.engine.scheduler import Scheduler
 from segue.workers.engine.stats import EngineStats
 from segue.workers.errors import RowError, RowErrorCode
-from segue.workers.models.load import TreeModel
+from segue.workers.models.tree_model import TreeModel
 from segue.workers.rows.params import SamplingParams
 from segue.workers.rows.request import EngineRow, GenerationRequest, LogitsRequest, RequestOutput, Score, ScoringRequest
 from segue.workers.sampling.draw import draw

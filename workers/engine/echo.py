@@ -1,23 +1,18 @@
 """An engine without weights: the contract of `Engine`, with answers that can be computed by hand.
 
-A row's answer is the end of its own prompt. In scoring, tokens of the context have a high score. A token is a byte of
-UTF-8, and the chat template is ChatML with three control tokens. It serves tests of everything around a model, and dry
-runs and drills of a job: `source: echo`, or `echo:0.5` for steps that take half a second. With
-`echo?crash=WORD&hang=WORD&fail=WORD` its process ends with a segmentation fault, hangs, or raises at a row that
-contains the word.
+A row's answer is the end of its own prompt. In scoring, tokens of the context have a high score. Its tokenizer, and
+what a `model.source` may ask of it, are in `workers/models/echo.py`.
 """
 
 import ctypes
-import re
 import time
 from collections import deque
 from collections.abc import Hashable, Iterable
-from typing import Any
-from urllib.parse import parse_qsl
 
 from segue.attention.segments import Segment
 from segue.workers.engine.stats import EngineStats
 from segue.workers.errors import RowError, RowErrorCode
+from segue.workers.models.echo import echo_settings, echo_tokenizer
 from segue.workers.rows.request import (
     CompletionOutput,
     GenerationRequest,
@@ -27,37 +22,7 @@ from segue.workers.rows.request import (
     TokenLogprobs,
 )
 
-SOURCE = "echo"
-CONTROL_TOKENS = ("<|start|>", "<|end|>", "<|pad|>")
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
-)
-MAX_MODEL_LEN = 1 << 20
 ROWS_PER_STEP = 256
-_SOURCE = re.compile(r"echo(?::(?P<seconds>\d+(?:\.\d+)?))?(?P<drills>(?:[?&](?:crash|hang|fail)=\w+)*)")
-
-
-def is_echo(source: str) -> bool:
-    """Whether a job's `model.source` means this engine."""
-    return _SOURCE.fullmatch(source) is not None
-
-
-def echo_tokenizer() -> Any:
-    """A byte-level tokenizer (256 bytes and three control tokens) with a chat template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocab = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(list(CONTROL_TOKENS))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=CONTROL_TOKENS[1], pad_token=CONTROL_TOKENS[2]
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
 
 
 class EchoEngine:
@@ -73,10 +38,8 @@ class EchoEngine:
     @classmethod
     def from_source(cls, source: str) -> "EchoEngine":
         """What a job's `model.source` describes."""
-        match = _SOURCE.fullmatch(source)
-        if match is None:
-            raise ValueError(f"got {source!r}, wanted echo[:SECONDS][?crash=WORD][&hang=WORD][&fail=WORD]")
-        return cls(seconds_per_step=float(match["seconds"] or 0), **dict(parse_qsl(match["drills"].lstrip("?"))))
+        seconds, drills = echo_settings(source)
+        return cls(seconds_per_step=seconds, **drills)
 
     @property
     def has_work(self) -> bool:

@@ -22,9 +22,10 @@ from segue.workers.devices.names import Device, DeviceMap
 from segue.workers.engine.config import EngineConfig
 from segue.workers.engine.core import EngineCore
 from segue.workers.engine.stats import EngineStats
+from segue.workers.errors import ModelRefused
 from segue.workers.models.adapter_record import AdapterRecord, load_record
-from segue.workers.models.load import TreeModel, load_model
-from segue.workers.models.source import ModelRefused
+from segue.workers.models.load import load_model
+from segue.workers.models.tree_model import TreeModel
 from segue.workers.prompts.encoder import PromptEncoder
 from segue.workers.prompts.template import PromptTemplate
 from segue.workers.rows.params import SamplingParams

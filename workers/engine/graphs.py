@@ -18,7 +18,7 @@ from segue.attention.cuda.plan import CudaPlan
 from segue.attention.memory.budget import Tail
 from segue.attention.memory.pool import KVPool
 from segue.attention.tree.blocks import StepBlocks
-from segue.workers.models.load import TreeModel
+from segue.workers.models.tree_model import TreeModel
 
 MAX_GRAPHS = 48  # the least recently used one goes
 WARM_UP_RUNS = 2  # before a capture: libraries initialise themselves in their first calls

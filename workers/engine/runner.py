@@ -21,7 +21,7 @@ from segue.workers.devices.devices import kv_memory_bytes, make_backend
 from segue.workers.engine.config import EngineConfig
 from segue.workers.engine.graphs import DecodeGraphs
 from segue.workers.engine.plan import Prefill, StepPlan, StepResult, StepTooLarge
-from segue.workers.models.load import TreeModel
+from segue.workers.models.tree_model import TreeModel
 from segue.workers.sampling.sample import Sample
 from segue.workers.scoring.likelihood import StepScores, last_hidden, score_step
 

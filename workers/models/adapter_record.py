@@ -1,7 +1,7 @@
-"""What an adapter was trained for: `segue.json` beside its weights says the mask and how prompts are put together.
+"""What an adapter was trained for: `segue.json` beside its weights names the mask and the form of the prompts.
 
-An adapter answers well under what it was trained under, and nobody sees from its weights what that was. Knows files;
-no weights, no tokenizer.
+An adapter answers well under the mask and prompts of its training, and its weights do not show what these were. Knows
+files; no weights, no tokenizer.
 """
 
 import hashlib
@@ -12,25 +12,25 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from segue.workers.models.source import ModelRefused
+from segue.workers.errors import ModelRefused
 
 RECORD = "segue.json"
 
 
 class AdapterRecord(BaseModel):
-    """Frozen; what is None was not said, and is not compared."""
+    """A value of None is not known, and is not compared."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     mask: Literal["segment", "causal"] | None = None
     prompt_format: str | None = None
-    segment_by: str | None = None  # under the causal mask without effect, and not compared
+    segment_by: str | None = None  # has no effect under the causal mask, and is not compared there
     chat_template: str | None = None  # sha256 of its source and arguments, 16 hex digits
-    base_model: str | None = None  # its name, without the folder it was in; told, not compared
+    base_model: str | None = None  # its name, without the folder that it was in; shown, not compared
     base_identity: str | None = None  # sha256 of its weights, configuration and tokenizer, 16 hex digits
 
     def differences(self, other: "AdapterRecord") -> list[str]:
-        """What `other`, the record that a job's own settings would give, has otherwise."""
+        """What is different in `other`, the record of a job's own settings; one sentence part each."""
         names = ["mask", "prompt_format", "chat_template", "base_identity"]
         names += ["segment_by"] if self.mask == other.mask == "segment" else []
         pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
@@ -46,7 +46,7 @@ class AdapterRecord(BaseModel):
 
 
 def load_record(adapter: Path) -> AdapterRecord | None:
-    """None if the adapter has none: then it was made elsewhere. Raises ModelRefused for one that is not understood."""
+    """None if the adapter has no record, since it was made elsewhere. Raises ModelRefused for an unreadable one."""
     path = adapter / RECORD
     if not path.is_file():
         return None
@@ -59,5 +59,5 @@ def load_record(adapter: Path) -> AdapterRecord | None:
 
 
 def template_digest(source: str, kwargs: Mapping[str, Any]) -> str:
-    """Names a chat template and what it is rendered with."""
+    """Identifies a chat template together with its arguments."""
     return hashlib.sha256(json.dumps([source, kwargs], sort_keys=True).encode()).hexdigest()[:16]

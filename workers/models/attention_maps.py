@@ -1,6 +1,7 @@
-"""Who looks at whom: a model's own attention weights for one prompt under a mask, for pictures.
+"""A model's own attention weights for one prompt under a mask, for pictures.
 
-Computed by transformers' eager attention with the dense mask, so it shows what the rule does, not what our kernels do.
+transformers' eager attention computes them with the dense mask, so they show what the rule does, not what our kernels
+do.
 
 Shapes: `T` tokens, `L` layers, `H` heads.
 """
@@ -13,10 +14,11 @@ from torch import Tensor
 
 from segue.attention.segments import Segment, canonical_segments
 from segue.attention.visibility import block_sequence_ids, visible
-from segue.workers.models.load import checked_config, load_weights, merge_adapter
+from segue.workers.models.load import load_weights, merge_adapter
 from segue.workers.models.source import locate, safetensors_directory
+from segue.workers.models.support import checked_config
 
-MAX_TOKENS = 1024  # the weights of all layers and heads are held at once: a gigabyte for SmolLM2-135M
+MAX_TOKENS = 1024  # the weights of all layers and heads are in memory together: a gigabyte for SmolLM2-135M
 
 
 def load_for_maps(source: str, *, adapter: str | None = None, revision: str | None = None) -> Any:
@@ -29,7 +31,7 @@ def load_for_maps(source: str, *, adapter: str | None = None, revision: str | No
 
 @torch.no_grad()
 def attention_map(model: Any, segments: Sequence[Segment], mask: str, layer: int | None = None) -> Tensor:
-    """`[T, T]`, query by key: the mean over all heads of a layer, or of all layers; rows sum to 1.
+    """`[T, T]`, query by key: the mean over all heads of one layer, or of all layers. Each row sums to 1.
 
     Raises ValueError for a layer that the model does not have, or a prompt of more than MAX_TOKENS.
     """

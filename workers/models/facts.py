@@ -1,6 +1,6 @@
-"""What a plan must know of a model, found out without loading its weights: identity, limits, precision, mask.
+"""What a plan must know of a model before its weights are loaded: identity, limits, precision, mask.
 
-Imports neither torch nor transformers, which take seconds; what needs them is `workers/models/inspect.py`.
+Imports neither torch nor transformers, which take seconds. What needs them is in `workers/models/inspect.py`.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from segue.workers.devices.gpus import num_gpus_here
-from segue.workers.engine import echo
+from segue.workers.errors import ModelRefused
+from segue.workers.models import echo
 from segue.workers.models.adapter_record import AdapterRecord, load_record
-from segue.workers.models.source import ModelRefused, file_digest, locate, safetensors_directory, weights_identity
+from segue.workers.models.source import file_digest, locate, safetensors_directory, weights_identity
 
 
 @dataclass(frozen=True, slots=True)
 class ConfigFacts:
-    """Of a model without its weights."""
+    """What configuration, tokenizer and headers of weights say."""
 
     dtype: str  # resolved: float32, bfloat16 or float16
-    max_model_len: int  # tokens of prompt and answer
-    window: int | None  # the sliding window that limits it, if one does
+    max_model_len: int  # tokens of prompt and answer together
+    window: int | None  # the sliding window that limits `max_model_len`, if one does
     num_weights: int = 0
     weight_bytes: int = 0  # in memory, in this dtype
     kv_bytes_per_token: int = 0
@@ -28,24 +29,24 @@ class ConfigFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts(ConfigFacts):
-    """A model, as the fingerprint and the plan see it."""
+    """A model as the fingerprint and the plan know it."""
 
     identity: str  # sha256 of weights, configuration and tokenizer
-    commit: str | None = None  # of a hub id: what every worker must load, whatever its branch points to by then
+    commit: str | None = None  # of a hub id; every worker loads it, whatever the branch points to by then
     adapter_identity: str | None = None
-    adapter_record: AdapterRecord | None = None  # what the adapter says it was trained for
+    adapter_record: AdapterRecord | None = None  # what the adapter was trained for
 
     @property
     def adapter_mask(self) -> str | None:
-        """segment or causal, if the adapter says."""
+        """segment or causal, if the adapter's record names it."""
         return self.adapter_record.mask if self.adapter_record else None
 
 
 @dataclass(frozen=True, slots=True)
 class FoundModel:
-    """A model's files, nothing of which has been loaded."""
+    """A model's files. Nothing of them has been loaded."""
 
-    directory: Path | None  # None: the echo
+    directory: Path | None  # None for the echo, which has no files
     identity: str
     commit: str | None = None
     adapter_identity: str | None = None
@@ -53,7 +54,7 @@ class FoundModel:
 
 
 def find_model(source: str, *, adapter: str | None, revision: str | None) -> FoundModel:
-    """Find a model, download and convert it if needed. `source: echo` has no files. Raises ModelRefused."""
+    """Find a model. Downloads and converts it if needed. Raises ModelRefused."""
     if echo.is_echo(source):
         return FoundModel(None, echo.SOURCE)
     files = locate(source, revision)
@@ -74,16 +75,17 @@ def inspect_model(
     quantization: Mapping[str, Any] | None = None,
     on_gpu: bool | None = None,
 ) -> ModelFacts:
-    """Check a model. `look` is `segue.workers.models.inspect.config_facts`, here or in another process.
+    """Check a model.
 
-    `on_gpu`: whether it will compute on GPUs, maybe of other machines; None is as on this one.
+    `look` calls `segue.workers.models.inspect.config_facts`, in this process or in another one. `on_gpu` says whether
+    the model will run on GPUs, perhaps of other machines; None means as on this machine.
 
-    Raises ModelRefused for everything that would fail later on the workers, as far as files can tell.
+    Raises ModelRefused for whatever would fail on the workers, as far as the files show it.
     """
     if found.directory is None:
         return ModelFacts(identity=found.identity, dtype="float32", max_model_len=echo.MAX_MODEL_LEN, window=None)
     if num_gpus_here() and on_gpu is not False:
-        dtype, on_gpu = _dtype_here(dtype), True  # what a card can is asked in this process
+        dtype, on_gpu = _dtype_here(dtype), True  # only this process may ask what the card can
     has_adapter = found.adapter_identity is not None
     facts = look(found.directory, dtype=dtype, quantization=quantization, has_adapter=has_adapter, on_gpu=on_gpu)
     return ModelFacts(

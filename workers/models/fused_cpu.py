@@ -21,14 +21,13 @@ from torch.nn import functional as F
 from segue.attention.backend import StepRun
 from segue.attention.cpu.backend import KernelStep
 from segue.attention.cpu.kernels import DTYPES, Kernels
-from segue.workers.devices.devices import cpu_kernels
+from segue.workers.devices.devices import cpu_kernels, cpu_multiplies_bf16
 from segue.workers.models.weights_cpu import (
     LayerWeights,
     OneDnnProduct,
     OneDnnWeights,
     PlainWeights,
     TiledWeights,
-    has_onednn_products,
     tiled_product,
 )
 
@@ -53,7 +52,7 @@ class FusedDecoder:
             weights = tiled = [TiledWeights(layer, kernels) for layer in decoder.layers]
             self._whole = _WholeDecoder(decoder, tiled, kernels)
             self.head = tiled_product(head, kernels)
-        elif packs and has_onednn_products():
+        elif packs and cpu_multiplies_bf16():
             weights = [OneDnnWeights(layer) for layer in decoder.layers]
             self.head = OneDnnProduct([head])
         else:

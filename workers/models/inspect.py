@@ -1,7 +1,7 @@
-"""What a model's configuration, tokenizer and the headers of its weights tell of it, by torch and transformers.
+"""What a model's configuration, tokenizer and headers of weights say, read by torch and transformers.
 
-A job does this in another process than its own (`pipeline/prompts/check.py`): the files are strangers', and importing
-both takes seconds, in which a run can start Ray.
+A job does this in another process (`pipeline/prompts/check.py`): the files are strangers', and importing both takes
+seconds, in which a run can start Ray.
 """
 
 from collections.abc import Mapping
@@ -13,19 +13,19 @@ import torch
 from segue.workers.devices.devices import resolve_dtype
 from segue.workers.models import support
 from segue.workers.models.facts import ConfigFacts
-from segue.workers.models.load import checked_config
 from segue.workers.models.quantization import checked_quantization
+from segue.workers.models.support import checked_config
 
 
 def import_models() -> None:
-    """What takes seconds, for who will look at one soon."""
+    """Import in advance what takes seconds."""
     import transformers.modeling_utils  # noqa: F401
 
 
 def config_facts(
     directory: Path, *, dtype: str, quantization: Mapping[str, Any] | None, has_adapter: bool, on_gpu: bool | None
 ) -> ConfigFacts:
-    """Of a model directory. Raises ModelRefused for what is not supported."""
+    """The facts of a model directory. Raises ModelRefused if the model is not supported."""
     config, _ = checked_config(directory)
     resolved = resolve_dtype(dtype, None if on_gpu is None else torch.device("cuda" if on_gpu else "cpu"))
     quantized = checked_quantization(config, quantization, has_adapter=has_adapter)

@@ -1,111 +1,22 @@
-"""A transformers model whose attention runs over the segment tree.
+"""Loads a model: from its name in a job to checked weights in memory, with an adapter merged into them.
 
-The model's own code does everything but attention: embeddings, projections, rotary positions, experts, norms. Attention
-is registered as one more of transformers' implementations, with no mask function, so no mask is ever built.
-
-Shapes: `T` packed tokens, `N` selected tokens, `V` vocabulary, `E` hidden width.
+How a loaded model runs over the tree is in `workers/models/tree_model.py`.
 """
 
 import importlib.util
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from segue.attention.backend import StepRun, TreeStep
-from segue.attention.memory.budget import KVShape
-from segue.attention.segments import Segment, num_tokens
-from segue.attention.tree.blocks import blocks_of
-from segue.attention.tree.cache import NodeCache
-from segue.workers.devices.devices import make_backend, resolve_device, resolve_dtype
+from segue.workers.devices.devices import resolve_device, resolve_dtype
 from segue.workers.devices.names import DeviceMap
-from segue.workers.models import support
-from segue.workers.models.fused_cpu import FusedDecoder
-from segue.workers.models.quantization import checked_quantization, refusal
-from segue.workers.models.source import ModelRefused, locate, safetensors_directory
-
-ATTENTION_NAME = "segue_tree"
-PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}  # of the logits' norm
-QUANTIZED_TOLERANCE = 5e-2
-
-
-def tree_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    segue_step: StepRun | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention signature; query `[1, H, T, D]` -> `[1, T, H, D]`."""
-    if segue_step is None:
-        raise ModelRefused(f"{type(module).__name__} does not pass extra arguments to its attention")
-    check_attention_call(module, attention_mask, kwargs)
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    out = segue_step.attend(int(module.layer_idx), query[0], key[0], value[0], scale)  # type: ignore[arg-type]
-    return out.unsqueeze(0), None
-
-
-def check_attention_call(module: nn.Module, attention_mask: Tensor | None, kwargs: Mapping[str, Any]) -> None:
-    """Raises ModelRefused for what a model hands its attention and ours, served or trained, would leave out."""
-    if attention_mask is not None:
-        raise ModelRefused(f"{type(module).__name__} insists on a mask of its own")
-    for name in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise ModelRefused(f"{type(module).__name__} uses {name!r}, which the tree cannot merge")
-
-
-@dataclass(eq=False)
-class TreeModel:
-    """A loaded model, its tokenizer, and what the engine must know of it."""
-
-    model: Any  # PreTrainedModel; its attention is the tree's
-    tokenizer: Any  # PreTrainedTokenizerBase
-    kv_shape: KVShape
-    max_model_len: int
-    eos_token_ids: frozenset[int]
-    fused: FusedDecoder | None = None  # the same decoder in fewer calls, where there is one
-
-    @property
-    def layer_devices(self) -> list[torch.device]:
-        """Where each layer's attention runs: one device, unless a model is larger than that."""
-        return [_device_of(layer) for layer in self.model.get_decoder().layers]
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self.model.config.get_text_config().vocab_size)
-
-    @torch.inference_mode()
-    def forward(self, step: TreeStep) -> Tensor:
-        """The final hidden states of a step's tokens, `[T, E]`, after the last norm. Writes its keys and values."""
-        device = self.kv_shape.device
-        ids = torch.tensor([step.blocks.token_ids], device=device)
-        positions = torch.tensor([step.blocks.position_ids], device=device)
-        hidden = self.hidden(ids, positions, step.run)
-        step.run.finish()
-        return hidden
-
-    def hidden(self, ids: Tensor, positions: Tensor, run: StepRun) -> Tensor:
-        """ids and positions `[1, T]` -> `[T, E]`, with `run` as the attention of every layer."""
-        if self.fused is not None:
-            return self.fused(ids, positions, run)
-        output = self.model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False, segue_step=run)
-        return output.last_hidden_state[0]
-
-    @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden `[N, E]` -> `[N, V]` fp32."""
-        return self.rounded_logits(hidden).float()
-
-    @torch.inference_mode()
-    def rounded_logits(self, hidden: Tensor) -> Tensor:
-        """The same in the model's own type, half of what there is to read, where nothing is done to them any more."""
-        return vocabulary_logits(self.model, hidden, self.fused and self.fused.head)
+from segue.workers.errors import ModelRefused
+from segue.workers.models.quantization import Quantization, checked_quantization, refusal
+from segue.workers.models.source import locate, safetensors_directory
+from segue.workers.models.support import checked_config
+from segue.workers.models.tree_model import TreeModel, tree_model
 
 
 def load_model(
@@ -118,10 +29,10 @@ def load_model(
     device_map: DeviceMap = None,
     quantization: Mapping[str, Any] | None = None,
 ) -> TreeModel:
-    """Load, check and probe. `device_map` is for a model larger than a device: where its layers go; `quantization` is
-    transformers' own configuration of weights of fewer bits.
+    """Load a model, check it and probe it.
 
-    Raises ModelRefused with the reason.
+    `device_map` says where the layers of a model go that is larger than a device. `quantization` is transformers' own
+    configuration of weights of fewer bits. Raises ModelRefused with the reason.
     """
     directory = safetensors_directory(locate(source, revision))
     torch_device = resolve_device(device)
@@ -130,67 +41,12 @@ def load_model(
     quantized = checked_quantization(config, quantization, has_adapter=adapter is not None)
     if quantized is not None:
         device_map = device_map or ({"": str(torch_device)} if torch_device.type != "cpu" else None)
-        try:
-            model = load_weights(directory, config, torch_dtype, device_map, quantized.wanted)
-        except (ImportError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise refusal(error) from error
-        return tree_model(model, tokenizer)
-    # An adapter is merged in fp32 and rounded once.
+        return tree_model(_load_quantized(directory, config, torch_dtype, device_map, quantized), tokenizer)
+    # An adapter is merged in fp32, so that the sum is rounded only once.
     model = load_weights(directory, config, torch.float32 if adapter else torch_dtype, device_map)
     if adapter:
         model = merge_adapter(model, adapter).to(torch_dtype)
     return tree_model(model if device_map else model.to(torch_device), tokenizer)
-
-
-def vocabulary_logits(model: Any, hidden: Tensor, head: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """Final hidden states `[..., E]` of a transformers model -> `[..., V]`, scaled and capped, in fp32, as it does.
-
-    `head` computes what the model's own output embeddings do.
-    """
-    config = model.config.get_text_config()
-    logits = (head or model.get_output_embeddings())(hidden)
-    scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
-    if scale != 1.0:
-        logits = logits.float() * scale
-    cap = getattr(config, "final_logit_softcapping", None)
-    logits = torch.tanh(logits.float() / cap) * cap if cap else logits
-    return logits.to(hidden.device)  # the head may be elsewhere
-
-
-def checked_config(directory: Path) -> tuple[Any, Any]:
-    """Configuration and tokenizer of a model directory that passes every check that needs no weights in memory."""
-    from transformers import AutoTokenizer
-
-    config = support.read_config(directory)
-    support.check_supported(config)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as error:
-        raise ModelRefused(f"the model has no readable tokenizer: {error}") from error
-    if not tokenizer.is_fast:
-        raise ModelRefused("the model has no fast tokenizer (tokenizer.json)")
-    support.check_vocabulary(config, tokenizer)
-    support.check_weights_match(directory, config)
-    return config, tokenizer
-
-
-def tree_model(model: Any, tokenizer: Any) -> TreeModel:
-    """Turn a transformers model in memory into one that runs over the tree. Raises ModelRefused if it cannot."""
-    support.check_supported(model.config)
-    model.eval().requires_grad_(False)
-    wanted = own_logits(model)
-    _register_attention()
-    model.set_attn_implementation(ATTENTION_NAME)
-    loaded = TreeModel(
-        model, tokenizer, _kv_shape(model), support.max_model_len(model.config), eos_token_ids(model, tokenizer)
-    )
-    loaded.fused = FusedDecoder.of(model)
-    if loaded.fused is not None and not _probed_error(loaded, wanted) <= _tolerance(loaded):
-        loaded.fused = None
-    _probe(loaded, wanted)
-    return loaded
 
 
 def load_weights(
@@ -216,8 +72,19 @@ def load_weights(
     )
 
 
+def _load_quantized(
+    directory: Path, config: Any, dtype: torch.dtype, device_map: DeviceMap, quantized: Quantization
+) -> Any:
+    try:
+        return load_weights(directory, config, dtype, device_map, quantized.wanted)
+    except torch.OutOfMemoryError:
+        raise
+    except (ImportError, RuntimeError) as error:
+        raise refusal(error) from error
+
+
 def merge_adapter(model: Any, adapter: str) -> Any:
-    """The model with an adapter's weights added to its own. Raises ModelRefused for what is no PEFT adapter."""
+    """The model with an adapter's weights added to its own. Raises ModelRefused if it is not a PEFT adapter."""
     try:
         from peft import PeftModel
     except ImportError as error:
@@ -225,85 +92,3 @@ def merge_adapter(model: Any, adapter: str) -> Any:
     if not (Path(adapter) / "adapter_model.safetensors").is_file():
         raise ModelRefused(f"model.adapter: {adapter!r} has no adapter_model.safetensors")
     return PeftModel.from_pretrained(model, adapter).merge_and_unload()
-
-
-def _register_attention() -> None:
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(ATTENTION_NAME, tree_attention)
-
-
-def _kv_shape(model: Any) -> KVShape:
-    config = model.config.get_text_config()
-    return KVShape(
-        int(config.num_hidden_layers),
-        support.num_kv_heads(config),
-        support.head_dim(config),
-        model.dtype,
-        _device_of(model.get_decoder().layers[0]),
-    )
-
-
-def _device_of(layer: nn.Module) -> torch.device:
-    """Where it computes. accelerate may keep its weights elsewhere until then."""
-    hook: Any = getattr(layer, "_hf_hook", None)
-    where = getattr(hook, "execution_device", None)
-    if where is None:
-        return next(layer.parameters()).device
-    return torch.device("cuda", where) if isinstance(where, int) else torch.device(where)
-
-
-def eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Every id that ends a generation: the generation defaults' and the tokenizer's."""
-    found: set[int] = set()
-    for ids in (model.generation_config and model.generation_config.eos_token_id, tokenizer and tokenizer.eos_token_id):
-        if ids is not None:
-            found |= {ids} if isinstance(ids, int) else set(ids)
-    return frozenset(found)
-
-
-def probe_ids(model: Any) -> list[int]:
-    """A few tokens of any vocabulary."""
-    vocab_size = int(model.config.get_text_config().vocab_size)
-    return [(7 * i + 3) % vocab_size for i in range(9)]
-
-
-@torch.no_grad()
-def own_logits(model: Any) -> Tensor:
-    """`[V]` at the last probe token, by the model's own eager attention."""
-    model.set_attn_implementation("eager")
-    ids = torch.tensor([probe_ids(model)], device=model.device)
-    return model(input_ids=ids, use_cache=False).logits[0, -1].float()
-
-
-def _probe(loaded: TreeModel, wanted: Tensor) -> None:
-    """Run a short causal prompt through the tree: whatever a configuration hides shows as different logits."""
-    error = _probed_error(loaded, wanted)
-    if not error <= _tolerance(loaded):
-        raise ModelRefused(
-            f"model of type {loaded.model.config.model_type!r} is not supported: over the tree its logits differ from "
-            f"its own by {error:.2%} of their norm"
-        )
-
-
-def _tolerance(loaded: TreeModel) -> float:
-    """Of the logits' norm. Where activations are rounded to a few bits the last bit of attention tips many of them."""
-    is_quantized = getattr(loaded.model.config, "quantization_config", None) is not None
-    return QUANTIZED_TOLERANCE if is_quantized else PROBE_TOLERANCE[loaded.kv_shape.dtype]
-
-
-def _probed_error(loaded: TreeModel, wanted: Tensor) -> float:
-    """As a share of the logits' norm."""
-    got = chain_logits(loaded, [Segment(tuple(probe_ids(loaded.model)), False)])
-    return float((got - wanted).norm() / wanted.norm().clamp_min(1e-6))
-
-
-def chain_logits(loaded: TreeModel, segments: list[Segment]) -> Tensor:
-    """`[V]` after one chain of segments, in one pass with a cache of its own; the engine does it for many rows."""
-    backend = make_backend("auto", loaded.kv_shape, loaded.layer_devices)
-    memory = backend.new_memory(loaded.kv_shape, loaded.kv_shape.bytes_per_token * num_tokens(segments))
-    nodes = NodeCache(memory)
-    end = nodes.insert(segments)
-    nodes.acquire(end)
-    step = TreeStep(blocks_of(end.path(), []), (), memory, backend)
-    return loaded.logits(loaded.forward(step)[-1:])[0]

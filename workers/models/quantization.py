@@ -1,7 +1,7 @@
-"""Weights of fewer bits, by transformers' own quantisation: what a job asks for, or what a checkpoint was saved in.
+"""Weights of fewer bits, by transformers' own quantisation: what a job asks for, or how a checkpoint was saved.
 
-A method's package does the work, and says what it needs; here its answers become reasons. Keys and values stay in the
-model's precision.
+The package of a method does the work and says what it needs. Here its errors become reasons for refusing. Keys and
+values stay in the model's precision.
 """
 
 import math
@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 
-from segue.workers.models.source import ModelRefused
+from segue.workers.errors import ModelRefused
 
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """Of a model whose weights are, or will be, quantised."""
+    """How the weights of a model are, or will be, quantised."""
 
-    wanted: Any | None  # transformers' configuration of what is done while loading; None for a checkpoint's own
+    wanted: Any | None  # transformers' configuration for loading; None if the checkpoint has its own
 
     def size_in_memory(self, directory: Path, config: Any, dtype: torch.dtype) -> tuple[int, int]:
-        """(weights, their bytes). The files alone do not tell how many weights there are."""
+        """(number of weights, their bytes). The files alone do not show how many weights there are."""
         from transformers import AutoModelForCausalLM
         from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -35,17 +35,17 @@ class Quantization:
         quantizer = AutoHfQuantizer.from_config(self.wanted, pre_quantized=False)
         try:
             quantizer.preprocess_model(model, dtype=dtype)
-        except RuntimeError:  # it wants a GPU even for that: the weights as they are now are the most there can be
+        except RuntimeError:  # the method wants a GPU even for this; it cannot need more than the plain weights
             return num_weights, num_weights * dtype.itemsize
         sizes = (each.numel() * quantizer.param_element_size(model, name, each) for name, each in parameters.items())
         return num_weights, math.ceil(sum(sizes))
 
 
 def checked_quantization(config: Any, wanted: Mapping[str, Any] | None, *, has_adapter: bool) -> Quantization | None:
-    """What becomes of the weights of a model with this configuration; None if they are plain and stay so.
+    """How the weights of a model with this configuration will be quantised; None if they stay plain.
 
-    Raises ModelRefused for a method or option that transformers does not know, one whose package is missing, a model
-    that is quantised already, and an adapter. Whether there is the GPU that a method may want shows when it is loaded.
+    Raises ModelRefused for a method or option that transformers does not know, a method whose package is missing, a
+    model that is quantised already, and an adapter. A missing GPU shows only when the model is loaded.
     """
     own = own_quantization(config)
     given = own if wanted is None else wanted
@@ -65,7 +65,7 @@ def checked_quantization(config: Any, wanted: Mapping[str, Any] | None, *, has_a
 
 
 def own_quantization(config: Any) -> dict[str, Any] | None:
-    """What a checkpoint says of its weights, if they are quantised."""
+    """A checkpoint's own quantisation; None if its weights are plain."""
     found = getattr(config, "quantization_config", None)
     if found is None:
         return None
@@ -73,7 +73,7 @@ def own_quantization(config: Any) -> dict[str, Any] | None:
 
 
 def refusal(error: Exception) -> ModelRefused:
-    """What a method or its package says against it, as a reason."""
+    """The error of a method or its package as a reason."""
     first_line = (str(error).splitlines() or [""])[0]
     return ModelRefused(f"model.quantization: {type(error).__name__}: {first_line}")
 
@@ -90,7 +90,7 @@ def _built(given: Mapping[str, Any], *, is_own: bool) -> Any:
     try:
         quantizer.validate_environment()
     except RuntimeError:
-        pass  # no GPU here
+        pass  # there is no GPU here
     except Exception as error:
         raise refusal(error) from error
     return built

@@ -1,11 +1,11 @@
-"""From what a job calls its model to a directory of safetensors, config and tokenizer on this machine.
+"""From a job's `model.source` to a directory of safetensors, config and tokenizer on this machine.
 
     a directory                    used as it is
     a .gguf file                   dequantised once into a content-addressed cache that all workers map
-    package://module/path          a file or directory inside an installed Python package (never imported)
-    owner/name                     a model hub id, through transformers' own download
+    package://module/path          a file or directory inside an installed Python package, which is not imported
+    owner/name                     a model hub id, downloaded by huggingface_hub
 
-Knows files only: nothing is loaded onto a device here.
+Knows files only. Nothing is loaded onto a device here.
 """
 
 import hashlib
@@ -19,25 +19,23 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from segue.workers.devices.cache import cache_root
+from segue.workers.errors import ModelRefused
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-WEIGHT_SUFFIXES = (".safetensors", ".gguf")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
-
-class ModelRefused(ValueError):
-    """The model cannot be used, and why: what was got, what is wanted."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """A model on this machine. Exactly one of the two forms."""
+    """A model on this machine: a directory of safetensors, or one GGUF file in a directory."""
 
     directory: Path
-    gguf_file: str | None = None  # name inside `directory`
+    gguf_file: str | None = None  # its name in `directory`
 
     @property
     def commit(self) -> str | None:
-        """The hub's commit, if the files are a snapshot of one."""
+        """The hub's commit, if the files are one of its snapshots."""
         return self.directory.name if self.directory.parent.name == "snapshots" else None
 
     @property
@@ -47,14 +45,8 @@ class ModelFiles:
         return sorted(self.directory.glob("*.safetensors"))
 
 
-def cache_root() -> Path:
-    """Where converted models are kept: SEGUE_CACHE, else the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "segue"
-    return Path(os.environ.get("SEGUE_CACHE") or default)
-
-
 def locate(source: str, revision: str | None = None) -> ModelFiles:
-    """Find the files of a model. Raises ModelRefused when there are none, or only pickles."""
+    """Find the files of a model. Raises ModelRefused if there are none, or only pickles."""
     if source.startswith("package://"):
         return _files_at(_package_path(source), source)
     path = Path(source).expanduser()
@@ -96,7 +88,7 @@ def _files_at(path: Path, source: str) -> ModelFiles:
 
 
 def _download(source: str, revision: str | None) -> Path:
-    """A snapshot of a hub repository, safetensors only. HF_HUB_OFFLINE and the hub's cache are honoured."""
+    """A snapshot of a hub repository, safetensors only. Obeys HF_HUB_OFFLINE and uses the hub's cache."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -107,7 +99,7 @@ def _download(source: str, revision: str | None) -> Path:
 
 
 def weights_identity(files: ModelFiles) -> str:
-    """sha256 over the names and bytes of weights, config and tokenizer: what a fingerprint records."""
+    """sha256 over the names and bytes of weights, config and tokenizer. A fingerprint records it."""
     total = hashlib.sha256()
     texts = (
         []
@@ -120,7 +112,7 @@ def weights_identity(files: ModelFiles) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file, remembered by path, size and time of change, since weights are large."""
+    """sha256 of a file. It is remembered by path, size and time of change, since weights are large."""
     stat = path.stat()
     stamp = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
     memo = cache_root() / "digests" / hashlib.sha256(stamp.encode()).hexdigest()
@@ -128,7 +120,7 @@ def file_digest(path: Path) -> str:
         return memo.read_text()
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    with suppress(OSError):  # a disk that is full: it is computed again
+    with suppress(OSError):  # the disk may be full; then the digest is computed again next time
         _write_once(memo, digest)
     return digest
 
@@ -146,7 +138,7 @@ def _write_once(path: Path, text: str) -> None:
 
 
 def safetensors_directory(files: ModelFiles) -> Path:
-    """A directory that transformers maps quickly: the model's own, or the converted GGUF (once a machine)."""
+    """A directory of safetensors: the model's own, or that of the converted GGUF file (converted once a machine)."""
     if files.gguf_file is None:
         return files.directory
     digest = file_digest(files.weights[0])
@@ -157,7 +149,7 @@ def safetensors_directory(files: ModelFiles) -> Path:
 
 
 def _convert_gguf(files: ModelFiles, target: Path) -> None:
-    """Dequantise into a temporary folder beside `target`, then rename: a reader sees all of it or nothing."""
+    """Dequantise into a temporary folder beside `target`, then rename it, so that readers see all of it or nothing."""
     from safetensors import SafetensorError
 
     scratch: Path | None = None
@@ -176,7 +168,7 @@ def _convert_gguf(files: ModelFiles, target: Path) -> None:
 
 
 def _write_safetensors(files: ModelFiles, target: Path) -> None:
-    """The weights as fp32, losslessly; the tokenizer with its chat template; the generation defaults."""
+    """Write the weights as fp32, which loses nothing, the tokenizer with its chat template, and generation defaults."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 

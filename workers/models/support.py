@@ -1,7 +1,8 @@
-"""Which models the tree can express, decided from the configuration alone, before any weight is read.
+"""Which models the tree can express, decided from the files of a model before its weights are in memory.
 
-A model is refused by name and reason, never run on hope. What a configuration does not show is caught by the probe in
-`workers/models/load.py`, which compares the tree with the model's own attention.
+A model that is not known to work is refused, with its kind and the reason. What a configuration does not show, the
+probe in `workers/models/tree_model.py` finds: it compares the tree with the model's own attention. Imports no torch,
+and transformers only when a function needs it.
 """
 
 import json
@@ -9,14 +10,16 @@ import math
 from pathlib import Path
 from typing import Any
 
-from segue.workers.models.source import ModelRefused
+from segue.workers.errors import ModelRefused
 
 SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention", "attention"})
 
 
 def read_config(directory: Path) -> Any:
-    """The model's transformers configuration. Raises ModelRefused for remote code, an unknown kind, or a file that is
-    no configuration."""
+    """The model's transformers configuration.
+
+    Raises ModelRefused for code of the model's own, an unknown kind, or a file that is not a configuration.
+    """
     from transformers import CONFIG_MAPPING, AutoConfig
 
     try:
@@ -30,7 +33,7 @@ def read_config(directory: Path) -> Any:
             raise ModelRefused(f"config.json asks for code of its own ({key!r}); only transformers' own models are run")
     try:
         return AutoConfig.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # of validators, whose own kinds there are many of
+    except Exception as error:  # validators of configurations raise many kinds
         if raw.get("model_type") not in CONFIG_MAPPING:
             raise ModelRefused(
                 f"config.json: model_type {raw.get('model_type')!r} is unknown to transformers"
@@ -40,7 +43,7 @@ def read_config(directory: Path) -> Any:
 
 
 def check_supported(config: Any) -> None:
-    """Raises ModelRefused naming what the segment tree cannot express."""
+    """Raises ModelRefused, which names what the segment tree cannot express."""
     for reason in _objections(config):
         raise ModelRefused(f"model of type {config.model_type!r} is not supported: {reason}")
 
@@ -72,8 +75,28 @@ def _objections(config: Any) -> list[str]:
     return reasons
 
 
+def checked_config(directory: Path) -> tuple[Any, Any]:
+    """Configuration and tokenizer of a model directory, after every check that needs no weights in memory.
+
+    Raises ModelRefused.
+    """
+    from transformers import AutoTokenizer
+
+    config = read_config(directory)
+    check_supported(config)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:
+        raise ModelRefused(f"the model has no readable tokenizer: {error}") from error
+    if not tokenizer.is_fast:
+        raise ModelRefused("the model has no fast tokenizer (tokenizer.json)")
+    check_vocabulary(config, tokenizer)
+    check_weights_match(directory, config)
+    return config, tokenizer
+
+
 def sliding_window(config: Any) -> int | None:
-    """The shortest window of any layer, in tokens; None when all layers see everything."""
+    """The sliding window of layers that have one, in tokens; None if all layers see everything."""
     text = config.get_text_config()
     window = getattr(text, "sliding_window", None)
     if not window or getattr(text, "use_sliding_window", True) is False:
@@ -83,9 +106,9 @@ def sliding_window(config: Any) -> int | None:
 
 
 def max_model_len(config: Any) -> int:
-    """Tokens a row may have, prompt and answer: the context, or the sliding window if that is shorter.
+    """The tokens that a row may have, prompt and answer: the context, or the sliding window if that is shorter.
 
-    Up to the window's length a sliding layer sees exactly what a full one does; beyond it the tree would be wrong.
+    Up to the window's length a sliding layer sees what a full layer sees. Beyond it the tree would be wrong.
     """
     context = int(config.get_text_config().max_position_embeddings)
     window = sliding_window(config)
@@ -93,7 +116,7 @@ def max_model_len(config: Any) -> int:
 
 
 def check_vocabulary(config: Any, tokenizer: Any) -> None:
-    """Raises ModelRefused if the tokenizer can make ids that the weights do not have."""
+    """Raises ModelRefused if the tokenizer has ids that the weights do not have."""
     vocab_size = int(config.get_text_config().vocab_size)
     highest = max(tokenizer.get_vocab().values())
     if highest >= vocab_size:
@@ -103,8 +126,9 @@ def check_vocabulary(config: Any, tokenizer: Any) -> None:
 
 
 def check_weights_match(directory: Path, config: Any) -> None:
-    """Raises ModelRefused if the embedding in the safetensors headers is not as the configuration says."""
-    from safetensors import safe_open  # for torch it maps a file as memory of the process, which a child has little of
+    """Raises ModelRefused if the embedding in the safetensors headers has another shape than the configuration says."""
+    # Its framework "np" is used: "pt" maps the whole file, and a checking child has little memory to map.
+    from safetensors import safe_open
 
     text = config.get_text_config()
     wanted = [int(text.vocab_size), int(text.hidden_size)]
@@ -123,17 +147,17 @@ def check_weights_match(directory: Path, config: Any) -> None:
 
 
 def head_dim(config: Any) -> int:
-    """Width of a head."""
+    """The width of a head."""
     return int(getattr(config, "head_dim", None) or int(config.hidden_size) // int(config.num_attention_heads))
 
 
 def num_kv_heads(config: Any) -> int:
-    """Key heads of a layer."""
+    """The key heads of a layer."""
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
 def num_weights(directory: Path) -> int:
-    """How many numbers the safetensors files of a checked directory hold, by their headers."""
+    """The number of weights in the safetensors files of a checked directory, by their headers."""
     from safetensors import safe_open
 
     total = 0
@@ -144,6 +168,6 @@ def num_weights(directory: Path) -> int:
 
 
 def kv_bytes_per_token(config: Any, bytes_per_number: int) -> int:
-    """Of all layers."""
+    """The bytes of one token's keys and values in all layers."""
     text = config.get_text_config()
     return 2 * int(text.num_hidden_layers) * num_kv_heads(text) * head_dim(text) * bytes_per_number

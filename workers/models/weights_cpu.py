@@ -73,7 +73,7 @@ class OneDnnWeights:
 
 
 class OneDnnProduct:
-    """Layers with the same input as one product."""
+    """Layers with the same input as one product, by the operations that torch's own compiler calls."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         weight, bias = _joined(layers)
@@ -125,11 +125,6 @@ def tiled_product(layer: nn.Linear, kernels: Kernels) -> Callable[[Tensor], Tens
     """`[..., K]` -> `[..., N]`"""
     weights = kernels.pack(*_joined([layer]))
     return lambda inputs: kernels.product(inputs.flatten(0, -2), weights).unflatten(0, inputs.shape[:-1])
-
-
-def has_onednn_products() -> bool:
-    """Whether oneDNN computes in bf16 here. torch's own compiler calls the same operations."""
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _joined(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:

@@ -1,4 +1,5 @@
 """From text and chats to segments of token ids.
 
-May import `workers.models.adapter_record`, `workers.rows` and `attention`. No tensor.
+May import `workers.models.adapter_record`, `workers.errors` and `attention`. Imports no torch; transformers only when
+a function needs it.
 """

@@ -1,8 +1,8 @@
 """A conversation as pieces of text with borders between its segments, whatever the model's chat template does to it.
 
-Private marks after each content show where the template put it; the rendering without marks must be the real one.
-Control tokens in the row's own text are hidden from the template and stay text. Knows templates and messages. Does
-not know columns, presets or token ids.
+A private mark after each content shows where the template put it. Without the marks the rendering must be the real one.
+Control tokens in the row's own text are hidden from the template and stay text. Knows templates and messages. Does not
+know columns, presets or token ids.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from segue.workers.prompts.tokenizer import Piece, RunTokenizer, control_ids
 
 @dataclass(frozen=True, slots=True)
 class Border:
-    """A segment begins at a character offset and goes on to the next border."""
+    """A segment begins at a character offset and ends at the next border."""
 
     offset: int
     bidirectional: bool
@@ -27,7 +27,7 @@ class Border:
 
 @dataclass(frozen=True, slots=True)
 class SegmentedText:
-    """A prompt before tokenisation: pieces of text, and borders into the joined text. The first border is at 0."""
+    """A prompt before tokenisation: pieces of text, and borders in the joined text. The first border is at 0."""
 
     pieces: tuple[Piece, ...]
     borders: tuple[Border, ...]
@@ -37,7 +37,7 @@ class SegmentedText:
 class _Located:
     """A rendering and where its messages and parts end in it."""
 
-    text: str  # hidden control tokens still hidden
+    text: str  # control tokens in it are still hidden
     ends: tuple[tuple[int, int], ...]  # (message, offset after its last character that is not white space)
     part_starts: tuple[int, ...]
 
@@ -61,20 +61,20 @@ class ChatRenderer:
         self._scaffolds = Scaffolds(template, tokenizer, bos)
 
     def check_roles(self, roles: Sequence[Role]) -> None:
-        """Raises RowError(TEMPLATE_ERROR) if the template cannot render messages of these roles, each exactly once."""
+        """Raises RowError(TEMPLATE_ERROR) if the template cannot render messages of these roles, each of them once."""
         generates = not self._continues
         self._real_text([Message(role, ("x",)) for role in roles], add_generation_prompt=generates)
         self._scaffolds.of(tuple(roles), (True,) * len(roles), add_generation_prompt=generates)
 
     def answer_end_id(self) -> int | None:
         """The control token that the template writes after an answer; None if it writes none."""
-        answer = "\U000f0003"  # what no template asks for or writes itself
+        answer = "\U000f0003"  # a character that no template looks for or writes
         text = self._real_text([Message("user", ("x",)), Message("assistant", (answer,))], add_generation_prompt=False)
         pieces = self._tokenizer.split(text.rpartition(answer)[2])
         return next((piece.control_id for piece in pieces if piece.control_id is not None), None)
 
     def render(self, messages: Sequence[Message]) -> SegmentedText:
-        """Raises RowError: TEMPLATE_ERROR if the template raises or a message cannot be located, BAD_MESSAGES."""
+        """Raises RowError: TEMPLATE_ERROR if the template raises or a message cannot be located; BAD_MESSAGES."""
         if self._continues and messages[-1].role != "assistant":
             message = "continue_final_message wants a last message of role assistant"
             raise RowError(RowErrorCode.BAD_MESSAGES, message)
@@ -94,10 +94,10 @@ class ChatRenderer:
         return self._template.render(conversation, add_generation_prompt=add_generation_prompt)
 
     def _ways(self, messages: Sequence[Message]) -> Iterator[tuple[tuple[bool, ...], bool]]:
-        """(which messages are marked, whether assistant text is hidden too), in order of preference.
+        """(which messages get a mark, whether control tokens in assistant text are hidden), the preferred way first.
 
-        Some templates ask whether a content is empty, so a mark in an empty one may not hold. Some take `<think>`
-        blocks out of assistant history, and must be able to see them.
+        Some templates ask whether a content is empty, and a mark would change the answer. Some take `<think>` blocks
+        out of earlier assistant messages, and must be able to see them.
         """
         everything = (True,) * len(messages)
         not_empty = tuple(bool(message.content.strip()) for message in messages)
@@ -109,7 +109,7 @@ class ChatRenderer:
     def _locate(
         self, messages: Sequence[Message], live: Sequence[bool], private: PrivateUse, hides_all: bool
     ) -> _Located | None:
-        """None unless each mark shows up exactly once."""
+        """None unless the template renders each mark exactly once."""
         conversation = []
         num_marks = len(messages)
         for number, message in enumerate(messages):
@@ -139,7 +139,7 @@ class ChatRenderer:
             return content, []
         starts, position = [], 0
         for part in message.parts:
-            if part.strip() and content[:position].strip():  # a blank part is no segment: templates may trim it away
+            if part.strip() and content[:position].strip():  # a blank part is not a segment: templates may trim it away
                 starts.append(position)
             position += len(part) + len(PART_SEPARATOR)
         return content, starts
@@ -158,7 +158,7 @@ class ChatRenderer:
     def _borders(
         self, messages: Sequence[Message], located: _Located, scaffold: Scaffold
     ) -> tuple[tuple[Border, ...], int]:
-        """Borders, and the length of the text that counts: an unfinished last message ends with its content."""
+        """Borders, and the length of the text that is used: a message to be continued ends with its content."""
         if tuple(message for message, _ in located.ends) != scaffold.order:
             raise _error("the chat template orders the messages by their text")
         borders, position = self._before_messages(located.text, scaffold)
@@ -204,7 +204,7 @@ def _insert(content: str, marks: Sequence[tuple[int, str]]) -> str:
 
 
 def _content_end(text: str, end: int, content: str, closer: str) -> int:
-    """Where a content with its trailing white space ends in `text`, as far as the template left that white space."""
+    """Where a content ends in `text`, with as much of its trailing white space as the template has kept."""
     trailing = content[len(content.rstrip()) :]
     kept = common_length(trailing, text[end : end + len(trailing)])
     for spaces in range(kept, -1, -1):
@@ -214,12 +214,12 @@ def _content_end(text: str, end: int, content: str, closer: str) -> int:
 
 
 def _after(text: str, end: int, content: str, closer: str | None) -> int:
-    """Where a turn ends. One merged with the next goes on: its border is dropped by `_joined`."""
+    """Where a turn ends. -1 if the template merged it with the next one: `_joined` drops that border."""
     return -1 if closer is None else _content_end(text, end, content, closer) + len(closer)
 
 
 def _joined(borders: Sequence[Border]) -> tuple[Border, ...]:
-    """In order of offset, without the borders (-1) between merged messages; at one offset the last one counts."""
+    """The borders in order of offset, without those between merged messages (-1). At one offset the last one counts."""
     by_offset = {border.offset: border for border in borders if border.offset >= 0}
     by_offset.setdefault(0, Border(0, False))
     return tuple(by_offset[offset] for offset in sorted(by_offset))

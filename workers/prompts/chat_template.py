@@ -1,6 +1,6 @@
-"""A model's chat template, rendered as transformers renders it, on a date that does not move.
+"""A model's chat template, rendered as transformers renders it, on a fixed date.
 
-The only place that knows transformers' Jinja environment. Does not know tokens, segments or rows.
+Only this module knows transformers' Jinja environment. Does not know tokens, segments or rows.
 """
 
 import datetime
@@ -11,10 +11,10 @@ from segue.workers.errors import RowError, RowErrorCode
 
 
 class ChatTemplate:
-    """A compiled chat template. Raises ValueError if `source` is no valid Jinja.
+    """A compiled chat template. Raises ValueError if `source` is not valid Jinja.
 
-    `date` is what the template's `strftime_now` gives: some templates print today's date, and a plan's prompts must
-    be the same on the day it is resumed.
+    `date` is what the template's `strftime_now` returns: some templates print today's date, and the prompts of a plan
+    must be the same on the day when it is resumed.
     """
 
     def __init__(
@@ -36,16 +36,16 @@ class ChatTemplate:
             return self._compiled.render(
                 messages=conversation, add_generation_prompt=add_generation_prompt, **self._variables
             )
-        except MemoryError:  # which may have been used by other rows
+        except MemoryError:  # other rows may have used up the memory
             raise
-        except Exception as error:  # a template is code: whatever it raises is the row's error, without the row's text
+        except Exception as error:  # a template is code: whatever it raises is the row's error, without its text
             message = f"the chat template raised {type(error).__name__} on roles {_roles(messages)}"
             raise RowError(RowErrorCode.TEMPLATE_ERROR, message) from None
 
 
 def _compile(source: str, date: datetime.date) -> Any:
-    # transformers caches compiled templates by source and gives no way to pass a function: its uncached compiler
-    # gives a template of our own, whose clock can be set without setting anybody else's.
+    # transformers caches compiled templates by source, and no function can be passed to it. Its uncached compiler
+    # returns a template of our own, so that setting its clock changes no other template's.
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import _cached_compile_jinja_template
 

@@ -1,6 +1,6 @@
-"""What one row says, before any template: messages made of text parts, and the checks that row text must pass.
+"""What one row says, before any template: messages made of text parts, and the checks that a row's text must pass.
 
-Knows shapes and sizes of text. Does not know templates, tokenizers or where the row came from.
+Knows shapes and sizes of text. Does not know templates, tokenizers or where the row comes from.
 """
 
 import numbers
@@ -13,7 +13,7 @@ from segue.workers.errors import RowError, RowErrorCode
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[str, ...] = get_args(Role)
 MAX_MESSAGES = 1000
-PART_SEPARATOR = "\n"  # vLLM's, where a template takes strings only
+PART_SEPARATOR = "\n"  # as in vLLM, where a template takes strings only
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +29,12 @@ class Message:
 
     @property
     def is_bidirectional(self) -> bool:
-        """Assistant text was generated causally and stays causal; all other roles are read at once."""
+        """Assistant text was generated causally and stays causal. All other roles are read at once."""
         return self.role != "assistant"
 
 
 def parse_messages(value: object) -> tuple[Message, ...]:
-    """A row's messages column, or a list of chat messages given in process.
+    """A row's messages column, or a list of chat messages given to the engine.
 
     Raises RowError: NULL_PROMPT, BAD_MESSAGES, UNSUPPORTED_CONTENT.
     """
@@ -63,8 +63,8 @@ def column_text(row: Mapping[str, object], column: str) -> str:
 def check_texts(texts: Sequence[str], *, from_row: Sequence[str], max_bytes: int) -> None:
     """Refuse text that must not reach a template or a tokenizer.
 
-    `texts` is all of the prompt's text, `from_row` what the row itself supplied (nothing, if the prompt is
-    constant). Raises RowError: PROMPT_TOO_LARGE, BAD_UNICODE, EMPTY_PROMPT.
+    `texts` is all text of the prompt. `from_row` is what the row itself supplied; nothing if the prompt is constant.
+    Raises RowError: PROMPT_TOO_LARGE, BAD_UNICODE, EMPTY_PROMPT.
     """
     num_chars = sum(map(len, texts))
     num_bytes = num_chars if num_chars > max_bytes else sum(map(_num_bytes, texts))

@@ -1,6 +1,6 @@
-"""From a row to the segments of its prompt: where a prompt template meets a model's tokenizer.
+"""From a row to the segments of its prompt: here a prompt template meets a model's tokenizer.
 
-Runs in plan tasks, and in process below `Engine`. Does not know the model's weights, masks or where rows come from.
+Runs in plan tasks and in `Engine`. Does not know the model's weights, masks or where rows come from.
 """
 
 import datetime
@@ -27,19 +27,19 @@ DEFAULT_MAX_PROMPT_BYTES = 4 * 1024 * 1024
 
 
 def import_tokenizers() -> None:
-    """What takes seconds, for who will need it soon."""
+    """Import in advance what takes seconds."""
     from transformers import AutoConfig, AutoTokenizer
 
-    _ = AutoTokenizer.from_pretrained  # which imports lazily
-    AutoConfig.for_model("llama")  # so do configurations, of whatever kind: transformers (5.23) reads much of itself
+    _ = AutoTokenizer.from_pretrained  # the attribute makes transformers import it
+    AutoConfig.for_model("llama")  # so does a configuration of any kind: transformers 5.23 then imports much of itself
 
 
 class PromptEncoder:
     """Turns rows into segments of token ids.
 
-    `date` is the plan's: what dated chat templates print. Raises ValueError if the tokenizer or the chat template
-    cannot be used safely, or cannot show the template's messages. Can be pickled; made by `from_directory` it is
-    pickled as the path.
+    `date` is the plan's, for chat templates that print one. Raises ValueError if the tokenizer or the chat template
+    cannot be used safely, or if the chat template cannot show the messages of `template`. Can be pickled; an encoder
+    made by `from_directory` is pickled as the path.
     """
 
     def __init__(
@@ -68,17 +68,13 @@ class PromptEncoder:
         *,
         date: datetime.date,
         max_prompt_bytes: int = DEFAULT_MAX_PROMPT_BYTES,
-        gguf_file: str | None = None,
     ) -> "PromptEncoder":
-        """With the tokenizer of a local model directory; `gguf_file` names a GGUF file in it. No network."""
+        """An encoder with the tokenizer of a local model directory. Uses no network."""
         from transformers import AutoTokenizer
 
-        options = {} if gguf_file is None else {"gguf_file": gguf_file}
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         encoder = cls(tokenizer, template, date=date, max_prompt_bytes=max_prompt_bytes)
-        encoder._rebuild = partial(
-            cls.from_directory, path, template, date=date, max_prompt_bytes=max_prompt_bytes, gguf_file=gguf_file
-        )
+        encoder._rebuild = partial(cls.from_directory, path, template, date=date, max_prompt_bytes=max_prompt_bytes)
         return encoder
 
     def __reduce__(self) -> tuple[Callable[[], "PromptEncoder"], tuple[()]]:
@@ -90,7 +86,7 @@ class PromptEncoder:
         return self._hf_tokenizer
 
     def encode(self, row: Mapping[str, object], *, may_be_blank: bool = False) -> tuple[Segment, ...]:
-        """The row's prompt as segments, none empty. Raises RowError; `may_be_blank` where no text is no error."""
+        """The row's prompt as segments, none empty. Raises RowError; not for missing text if `may_be_blank`."""
         blocks = self._checked_blocks(row, may_be_blank)
         if blocks is not None:
             return self.encode_blocks(blocks)
@@ -102,11 +98,11 @@ class PromptEncoder:
         return self._checked_blocks(row, may_be_blank=True)
 
     def encode_blocks(self, blocks: Sequence[Block]) -> tuple[Segment, ...]:
-        """Blocks of text as segments, none empty, with what the tokenizer adds to plain text by default."""
+        """Blocks of text as segments, none empty, with the tokens that the tokenizer adds to plain text by default."""
         return self._encode_plain(segmented(blocks, self._tokenizer.split))
 
     def token_ids_of_many(self, texts: Sequence[Sequence[Block]]) -> list[tuple[int, ...]]:
-        """The tokens alone of many such texts, which is faster than one by one. Raises RowError."""
+        """The tokens of many such texts, without segments; faster than one by one. Raises RowError."""
         for blocks in texts:
             self._check([part.text for _, parts in blocks for part in parts], ())
         pieces = [segmented(blocks, self._tokenizer.split).pieces for blocks in texts]
@@ -116,9 +112,9 @@ class PromptEncoder:
         ]
 
     def encode_prompt(self, prompt: str | Sequence[Mapping[str, object]]) -> tuple[Segment, ...]:
-        """A string is plain text, one causal segment; a list is chat messages. Raises RowError.
+        """A string is plain text, one causal segment. A list is chat messages. Raises RowError.
 
-        In both, control tokens in the text are text, as they are in rows: a rendered chat is given as messages.
+        Control tokens in either are plain text, as in rows: pass a chat as messages, not as rendered text.
         """
         if not isinstance(prompt, str):
             messages = parse_messages(prompt)
@@ -127,20 +123,20 @@ class PromptEncoder:
         return self.encode_blocks(text_blocks([Row(prompt)]))
 
     def encode_continuation(self, text: str) -> tuple[int, ...]:
-        """Token ids of text that follows a prompt: nothing added, control tokens in it are text. May be empty."""
+        """Token ids of text that follows a prompt. Nothing is added; control tokens in it are text. May be empty."""
         check_texts([text], from_row=[], max_bytes=self._max_prompt_bytes)
         return self._tokenizer.encode([Piece(text)])[0]
 
     @property
     def template_digest(self) -> str | None:
-        """Names the chat template and what it is rendered with; None for other formats."""
+        """Identifies the chat template and its arguments; None for other formats."""
         if self._template.format != "chat":
             return None
         source = self._template.chat_template or self._own_chat_template()
         return template_digest(source, self._template.chat_template_kwargs)
 
     def record(self, mask: str, **base: str) -> AdapterRecord:
-        """What an adapter is trained for if it is trained with these prompts; `base` is what is said of its model."""
+        """The record of an adapter that is trained with these prompts. `base` describes its model."""
         prompts = {
             "prompt_format": self._template.format,
             "segment_by": self._template.segment_by,
@@ -186,7 +182,7 @@ class PromptEncoder:
             ) from None
 
     def _check_template(self) -> None:
-        """Refuse, before the first row, what would fail in every row."""
+        """Refuse before the first row what would fail in every row."""
         messages = self._template.messages or ()
         if any(message.content_file is not None for message in messages):
             raise ValueError("the template still names a content_file: call PromptTemplate.resolve(folder) first")
@@ -217,7 +213,7 @@ class PromptEncoder:
 
     def _encode_chat(self, messages: tuple[Message, ...], from_row: Sequence[str]) -> tuple[Segment, ...]:
         self._check([message.content for message in messages], from_row)
-        # A rendered chat has its own BOS, or none: nothing is added to it.
+        # A rendered chat has its own BOS, or none, so nothing is added to it.
         return self._encode(self._renderer.render(messages))
 
     def _checked_blocks(self, row: Mapping[str, object], may_be_blank: bool) -> tuple[Block, ...] | None:
@@ -246,7 +242,7 @@ class PromptEncoder:
         check_texts(texts, from_row=from_row, max_bytes=self._max_prompt_bytes)
 
     def _encode_plain(self, text: SegmentedText) -> tuple[Segment, ...]:
-        """With what the tokenizer adds to plain text by default; a BOS that the author wrote is not doubled."""
+        """Adds what the tokenizer adds to plain text by default. A BOS that the author wrote is not doubled."""
         segments = self._encode(text) or (Segment((), False),)
         first = Segment(self._before(segments[0].token_ids) + segments[0].token_ids, segments[0].bidirectional)
         segments = (first, *segments[1:])

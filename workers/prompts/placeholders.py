@@ -1,7 +1,7 @@
 """Text with `{column}` placeholders: the smallest template language that a job file needs.
 
-Knows text and names of columns. No attribute access, no indexing, no format specification: a column's value can
-never reach anything but its own text. Does not know rows, messages or tokens.
+Knows text and names of columns. There is no attribute access, no indexing and no format specification, so a
+placeholder can give nothing but the column's own text. Does not know rows, messages or tokens.
 """
 
 import re
@@ -40,7 +40,7 @@ def columns_in(text: str) -> frozenset[str]:
 
 
 def fill(text: str, values: Mapping[str, str]) -> str:
-    """`text` with each placeholder replaced by its column's value; values are not searched for placeholders."""
+    """`text` with each placeholder replaced by its column's value. Placeholders in values are plain text."""
     pieces = parse_placeholders(text)
     return "".join(values[piece.column] if isinstance(piece, Placeholder) else piece for piece in pieces)
 

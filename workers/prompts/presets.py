@@ -1,8 +1,8 @@
-"""Prompts that are no chats: plain text, and the two formats that the MAS authors' adapters were trained on.
+"""Prompts that are not chats: plain text, and the two formats that the MAS authors' adapters were trained on.
 
-The wording of `alpaca` is Stanford Alpaca's; that of `commonsense`, with its indentation and its spaces at line
-ends, is LLM-Adapters' (Hu et al., arXiv 2304.01933). Borders follow the structure: `###` in a row's own text is text.
-Does not know tokenizers or rows.
+The wording of `alpaca` is Stanford Alpaca's. That of `commonsense`, with its indentation and its spaces at the ends of
+lines, is LLM-Adapters' (Hu et al., arXiv 2304.01933). Borders follow the format, not the text: `###` in a row's own
+text is text. Does not know tokenizers or rows.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,14 +19,14 @@ _INDENT = " " * 16
 
 @dataclass(frozen=True, slots=True)
 class Author:
-    """Text that the job's author or a preset wrote: control tokens in it are control tokens."""
+    """Text that the job's author or a preset wrote. Control tokens in it are control tokens."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Text that a row supplied: never anything but text."""
+    """Text that a row supplied. Control tokens in it are text."""
 
     text: str
 
@@ -40,7 +40,7 @@ def text_blocks(parts: Iterable[Author | Row]) -> tuple[Block, ...]:
 
 
 def alpaca_blocks(instruction: str, extra: str) -> tuple[Block, ...]:
-    """One bidirectional segment up to `### Response:`, which is causal. `extra` is the input, "" for none."""
+    """One bidirectional segment, then `### Response:`, which is causal. `extra` is the input, "" for none."""
     header = f"{_TASK}{_CONTEXT if extra else ''}{_WANTED}\n\n### Instruction:\n"
     question: tuple[Author | Row, ...] = (Author(header), Row(instruction), Author("\n\n"))
     if extra:
@@ -49,7 +49,7 @@ def alpaca_blocks(instruction: str, extra: str) -> tuple[Block, ...]:
 
 
 def commonsense_blocks(instruction: str, extra: str) -> tuple[Block, ...]:
-    """Bidirectional segments that each end after a ` ###`; what follows the last is causal. `extra` as above."""
+    """Bidirectional segments that each end after a ` ###`. What follows the last one is causal. `extra` as above."""
     header = f"{_TASK}{_CONTEXT}{_WANTED} \n\n" if extra else f"{_TASK}{_WANTED}  \n\n"
     blocks: list[Block] = [(True, (Author(f"{header}{_INDENT}###"),))]
     blocks.append((True, _section("Instruction", instruction)))
@@ -59,7 +59,7 @@ def commonsense_blocks(instruction: str, extra: str) -> tuple[Block, ...]:
 
 
 def segmented(blocks: Iterable[Block], split: Callable[[str], list[Piece]]) -> SegmentedText:
-    """The blocks as text with borders; `split` finds the control tokens in what an author wrote."""
+    """The blocks as text with borders. `split` finds the control tokens in an author's text."""
     pieces: list[Piece] = []
     borders: list[Border] = []
     length = 0
@@ -76,7 +76,7 @@ def _section(title: str, text: str) -> tuple[Author | Row, ...]:
 
 
 def _joined_runs(pieces: Iterable[Piece]) -> Iterable[Piece]:
-    """Neighbouring runs as one: a word may be written by both author and row."""
+    """Joins neighbouring runs of text: a word may be written by both author and row."""
     run: list[str] = []
     for piece in pieces:
         if piece.control_id is None:

@@ -1,7 +1,7 @@
-"""Characters that stand in for others while a prompt is rendered, and marks that show where text ended up.
+"""Characters that stand in for others while a prompt is rendered, and marks that show where the template put text.
 
-They come from Unicode's private use planes, in an order drawn anew in each process, and never occur in the text
-they are used with: a row can neither guess nor forge them. Does not know templates or tokenizers.
+They come from Unicode's private use plane 15, in an order that each process draws anew, and never occur in the text
+that they are used with. So a row can neither guess nor forge them. Does not know templates or tokenizers.
 """
 
 import re
@@ -15,7 +15,7 @@ _ORDER: list[str] = []
 
 
 class PrivateUse:
-    """Stand-ins and marks for one row. `avoid` is all text they will be mixed with."""
+    """Stand-ins and marks for one row. `avoid` is all text that they will be mixed with."""
 
     def __init__(self, avoid: Sequence[str]) -> None:
         self._fresh = _unused(avoid)
@@ -24,11 +24,11 @@ class PrivateUse:
         self._stand_ins: dict[str, str] = {}
 
     def mark(self, number: int) -> str:
-        """Text that shows where place `number` is after rendering."""
+        """Text that shows after rendering where place `number` is."""
         return f"{self._mark}{number}{self._mark}"
 
     def find_marks(self, text: str) -> tuple[str, list[tuple[int, int]]]:
-        """`text` without marks, and (number, offset into that text) of each mark in order."""
+        """`text` without marks, and (number, offset in that text) of each mark in order."""
         places, kept, position, length = [], [], 0, 0
         for match in self._marks.finditer(text):
             kept.append(text[position : match.start()])
@@ -38,7 +38,7 @@ class PrivateUse:
         return "".join([*kept, text[position:]]), places
 
     def hide(self, text: str, find_starts: Callable[[str], list[int]]) -> str:
-        """`text` with the first character of all that `find_starts` finds replaced, until it finds nothing."""
+        """`text`, in which the characters that `find_starts` finds are replaced until it finds none."""
         while starts := find_starts(text):
             characters = list(text)
             for start in starts:
@@ -47,7 +47,7 @@ class PrivateUse:
         return text
 
     def restore(self, text: str) -> str:
-        """`text` with the characters that `hide` replaced."""
+        """`text` with its own characters again, where `hide` replaced them."""
         return text.translate({ord(stand_in): character for character, stand_in in self._stand_ins.items()})
 
     def _stand_in(self, character: str) -> str:

@@ -1,11 +1,11 @@
-"""What a chat template writes around messages: where each turn opens and closes, for a given sequence of roles.
+"""What a chat template writes around messages: how each turn opens and closes, for a given sequence of roles.
 
-Learned by rendering harmless canary messages, so that a row's own text never has a say in it. Knows the template and
+It is learned by rendering harmless canary messages, so that a row's own text cannot change it. Knows the template and
 which strings are control tokens. Does not know rows.
 
-A turn's `closer` is what is written after its content up to the next opener. It is what the template writes after
-the last message of that role both with and without a generation header, found again in the gap between two messages,
-with the white space behind it. A gap without it is one turn: the template merged two messages.
+A turn's `closer` is what is written after its content, up to the next opener. After the last message of a role the
+template writes it both with and without a generation header. It is then found again in the gap between two messages,
+with the white space after it. A gap without it means that the template merged two messages into one turn.
 """
 
 import re
@@ -31,12 +31,12 @@ _TURNS: tuple[tuple[str, ...], ...] = (("user", "assistant", "user"), ("system",
 
 @dataclass(frozen=True, slots=True)
 class Scaffold:
-    """The borders of one sequence of roles, as the template renders it."""
+    """What the template writes around one sequence of roles."""
 
     order: tuple[int, ...]  # located messages in rendered order
-    bos: str  # BOS text outside the first message, or ""
-    inserted: str  # a system prompt of the template's own before the first message, or ""
-    closers: tuple[str | None, ...]  # after each message of `order`; None: merged with the next one
+    bos: str  # the text of BOS if it stands outside the first message, else ""
+    inserted: str  # the template's own system prompt before the first message, or ""
+    closers: tuple[str | None, ...]  # after each message of `order`; None if it is merged with the next one
     control_ids: tuple[int, ...]  # control tokens of the whole prompt
 
 
@@ -46,13 +46,13 @@ class _Rendering:
     spans: tuple[tuple[int, int, int], ...]  # (message, start, end) of each content, in rendered order
 
     def gap(self, place: int) -> str:
-        """What stands between one content and the next, or after the last."""
+        """The text between one content and the next, or after the last one."""
         following = self.spans[place + 1][1] if place + 1 < len(self.spans) else len(self.text)
         return self.text[self.spans[place][2] : following]
 
 
 class Scaffolds:
-    """Learns and remembers the scaffolds of one template. `bos` is the text of the tokenizer's BOS, or ""."""
+    """Learns the scaffolds of one template and remembers them. `bos` is the text of the tokenizer's BOS, or ""."""
 
     def __init__(self, template: ChatTemplate, tokenizer: RunTokenizer, bos: str) -> None:
         self._template = template
@@ -68,7 +68,7 @@ class Scaffolds:
         """Raises RowError(TEMPLATE_ERROR) if the template cannot render these roles or does not show every message."""
         key = (roles, live, add_generation_prompt)
         if key not in self._known:
-            if len(self._known) >= _MAX_KNOWN:  # rows choose their roles: what is remembered must not grow for ever
+            if len(self._known) >= _MAX_KNOWN:  # rows choose their roles, so there is no end to these
                 self._known.clear()
             self._known[key] = self._learn(roles, live, add_generation_prompt)
         return self._known[key]
@@ -109,7 +109,7 @@ class Scaffolds:
         return gap.removesuffix(opener) if opener and gap.endswith(opener) else None
 
     def _inserted(self, head: str, roles: Sequence[str]) -> str:
-        """A system prompt that nobody asked for: what precedes the first message's usual opener."""
+        """The template's own system prompt: what it writes before the first message's usual opener."""
         opener = self._openers.get(roles[0], "") if roles else ""
         if not opener or roles[0] == "system" or not head.endswith(opener):
             return ""
@@ -138,7 +138,7 @@ class Scaffolds:
             return
 
     def _whole_tokens(self, text: str, length: int) -> str:
-        """The first `length` characters of `text`, less a control token that is cut through."""
+        """The first `length` characters of `text`, without a control token of which only a part is left."""
         position = 0
         for piece in self._tokenizer.split(text):
             if piece.control_id is not None and position < length < position + len(piece.text):
@@ -147,7 +147,7 @@ class Scaffolds:
         return text[:length]
 
     def _check_openings(self, shown: _Rendering, roles: Sequence[str]) -> None:
-        # Were "<|im_end|" written just before a content, a row could complete the token with ">".
+        # If a template wrote "<|im_end|" right before a content, a row could complete the token with ">".
         for control in self._tokenizer.control_ids:
             beginnings = tuple(control[:length] for length in range(1, len(control)))
             if any(shown.text.endswith(beginnings, 0, start) for _, start, _ in shown.spans):
@@ -167,7 +167,7 @@ class Scaffolds:
 
 
 def common_length(first: str, second: str) -> int:
-    """How many characters two strings begin with in common."""
+    """The number of characters that two strings have in common at their beginning."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))
 

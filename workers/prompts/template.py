@@ -1,7 +1,7 @@
 """The job's `prompt:` section: how the columns of a row become a prompt.
 
-Data only: checked when the job is loaded, printed, fingerprinted. Does not know tokenizers, templates of models
-or rows; `workers/prompts/encoder.py` carries it out.
+Data only: it is checked when the job is loaded, printed, and part of the fingerprint. `workers/prompts/encoder.py`
+applies it to rows. Does not know tokenizers, models' chat templates or rows.
 """
 
 from collections.abc import Collection, Iterator
@@ -57,7 +57,7 @@ class MessageTemplate(BaseModel):
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The template text of each part; empty while `content_file` is not read."""
+        """The template text of each part. Empty as long as `content_file` has not been read."""
         if isinstance(self.content, tuple):
             return tuple(part.text for part in self.content)
         return () if self.content is None else (self.content,)
@@ -120,7 +120,7 @@ class PromptTemplate(BaseModel):
 
     @property
     def input_column(self) -> str:
-        """May be missing, null or blank: the presets have wording for that."""
+        """The column of the input. It may be missing, null or blank: the presets have wording for that."""
         return self.columns.get("input", "input")
 
     def resolve(self, base_dir: Path | str) -> "PromptTemplate":
@@ -133,10 +133,10 @@ class PromptTemplate(BaseModel):
         return PromptTemplate.model_validate(self.model_dump(exclude_unset=True) | {"messages": messages})
 
     def required_columns(self, available: Collection[str]) -> frozenset[str]:
-        """The columns that a prompt reads, given those that the dataset has.
+        """The columns that a prompt reads. `available` are those that the dataset has.
 
-        A column of the result that is not in `available` is an error of the job: a misspelt placeholder,
-        or a dataset without a prompt.
+        If a column of the result is not in `available`, the job has an error: a misspelt placeholder, or a dataset
+        without a prompt.
         """
         return frozenset(self._columns_read(available))
 

@@ -1,8 +1,8 @@
-"""Token ids of a prompt in which only its author may write control tokens.
+"""Token ids of a prompt in which only the job's author may write control tokens.
 
-The prompt's text is split at the control tokens; each run of text between them is encoded by the same tokenizer
-with its control tokens taken out, so no text, wherever it came from, can spell one. Knows text, ids and character
-offsets. Does not know messages, templates or rows.
+The prompt's text is split at the control tokens. Each run of text between them is encoded by the same tokenizer without
+its control tokens, so that no text can spell one. Knows text, ids and character offsets. Does not know messages,
+templates or rows.
 """
 
 import json
@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_RUN = f"run-{secrets.token_hex(16)}"  # what the splitter calls all that is no control token; text cannot guess it
+_RUN = f"run-{secrets.token_hex(16)}"  # the splitter's only word, for all other text; no text can guess it
 _CANARIES = (
     "Hello, world!",
     " leading and trailing ",
@@ -47,9 +47,9 @@ class Piece:
 class RunTokenizer:
     """A tokenizer's ids for pieces of text and control tokens.
 
-    Control tokens are its added tokens, except those of white space alone (Gemma's, GPT-NeoX's), which are how
-    those tokenizers write ordinary text. Raises ValueError if the tokenizer is not a fast one, if text can spell
-    a control token's id, or if run by run it does not give the ids of the whole text.
+    Control tokens are its added tokens, except those of white space alone (Gemma's, GPT-NeoX's): with these, such
+    tokenizers write ordinary text. Raises ValueError if the tokenizer is not a fast one, if text can spell a control
+    token's id, or if the ids run by run differ from those of the whole text.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -70,7 +70,7 @@ class RunTokenizer:
         self._check(tokenizer)
 
     def split(self, text: str) -> list[Piece]:
-        """The control tokens in `text` and the runs between them, as the tokenizer itself would find them."""
+        """The control tokens in `text` and the runs between them, as the tokenizer itself finds them."""
         pieces, position = [], 0
         for start, end, control_id in self._control_spans(text):
             pieces.append(Piece(text[position:start]))
@@ -80,13 +80,13 @@ class RunTokenizer:
         return [piece for piece in pieces if piece.text]
 
     def control_starts(self, text: str) -> list[int]:
-        """Where in `text` a control token begins, white space that it swallows left out."""
+        """The offsets at which control tokens begin in `text`, without the white space that they take in."""
         return [start + _indent(text[start:end]) for start, end, _ in self._control_spans(text)]
 
     def encode(self, pieces: Iterable[Piece], borders: Sequence[int] = ()) -> list[tuple[int, ...]]:
-        """Token ids between `borders`, ascending character offsets into the joined text of `pieces`.
+        """Token ids between `borders`, which are ascending character offsets in the joined text of `pieces`.
 
-        Returns len(borders) + 1 tuples. A token that straddles a border comes after it.
+        Returns len(borders) + 1 tuples. A token that lies across a border comes after it.
         """
         ids: list[int] = []
         ends: list[int] = []
@@ -103,7 +103,7 @@ class RunTokenizer:
         return [tuple(ids[start:stop]) for start, stop in pairwise(cuts)]
 
     def encode_many(self, texts: Sequence[Sequence[Piece]]) -> list[tuple[int, ...]]:
-        """`encode` without borders of many texts at once, which is several times as fast as one by one."""
+        """`encode` of many texts at once, without borders. Several times as fast as one by one."""
         runs = [
             (number, place)
             for number, text in enumerate(texts)
@@ -142,7 +142,7 @@ class RunTokenizer:
         ]
 
     def _check(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Refuse a tokenizer for which the ids would not be those of the whole text, or not safe."""
+        """Refuse a tokenizer if the ids would differ from those of the whole text, or would not be safe."""
         unknown = getattr(tokenizer, "unk_token_id", None)
         forbidden = set(self.control_ids.values()) - {unknown}
         for content in self.control_ids:
@@ -171,9 +171,9 @@ _known: WeakKeyDictionary[Any, tuple[str, RunTokenizer]] = WeakKeyDictionary()
 
 
 def run_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> RunTokenizer:
-    """The RunTokenizer of a tokenizer: it takes half a second to make, and is made again only if that was changed."""
+    """The RunTokenizer of a tokenizer. Making one takes half a second; it is made anew if the tokenizer has changed."""
     if not getattr(tokenizer, "is_fast", False):
-        return RunTokenizer(tokenizer)  # which says why not
+        return RunTokenizer(tokenizer)  # raises, with the reason
     serialised = tokenizer.backend_tokenizer.to_str()  # type: ignore[attr-defined]
     if tokenizer not in _known or _known[tokenizer][0] != serialised:
         _known[tokenizer] = serialised, RunTokenizer(tokenizer)
@@ -207,7 +207,7 @@ def _splitter(serialised: dict[str, Any], control_ids: dict[str, int]) -> Tokeni
 
 
 def _bare(serialised: dict[str, Any], control_ids: dict[str, int]) -> Tokenizer:
-    """The same tokenizer without control tokens; white-space tokens stay."""
+    """The same tokenizer without control tokens. Tokens of white space stay."""
     model = _without_vocabulary(serialised["model"], control_ids)
     blank = [token for token in serialised["added_tokens"] if token["content"] not in control_ids]
     try:
@@ -219,13 +219,13 @@ def _bare(serialised: dict[str, Any], control_ids: dict[str, int]) -> Tokenizer:
 
 
 def _tokenizer(serialised: dict[str, Any], **changes: Any) -> Tokenizer:
-    # Post-processors trim offsets and add tokens: neither is wanted for runs.
+    # Post-processors trim offsets and add tokens. Runs want neither.
     parts = serialised | {"truncation": None, "padding": None, "post_processor": None} | changes
     return Tokenizer.from_str(json.dumps(parts))
 
 
 def _without_vocabulary(model: dict[str, Any], control_ids: dict[str, int]) -> dict[str, Any]:
-    """The model with its control tokens renamed beyond the reach of text; a model may spell them by itself."""
+    """The model with its control tokens renamed, so that no text gives them: some models spell them by merges."""
     unknown = model.get("unk_token")
     renamed = {content: f"{_RUN}{number}" for content, number in control_ids.items() if content != unknown}
     vocabulary = model["vocab"]
@@ -240,7 +240,7 @@ def _without_vocabulary(model: dict[str, Any], control_ids: dict[str, int]) -> d
 
 
 def _never_first(pre_tokenizer: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Metaspace with `prepend_scheme: first` prepends its space at the start of the whole text only."""
+    """For runs after the first. Metaspace with `prepend_scheme: first` adds its space only where the text starts."""
     if pre_tokenizer is None:
         return None
     text = json.dumps(pre_tokenizer)
@@ -248,14 +248,14 @@ def _never_first(pre_tokenizer: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _real_ids(bare: Tokenizer, added: list[dict[str, Any]]) -> dict[int, int]:
-    """White-space tokens are numbered anew when control tokens before them are taken out."""
+    """The real ids of white-space tokens, which get other ids when control tokens before them are taken out."""
     real = {token["content"]: token["id"] for token in added}
     decoder = bare.get_added_tokens_decoder()
     return {number: real[token.content] for number, token in decoder.items() if number != real[token.content]}
 
 
 def _added_around(tokenizer: "PreTrainedTokenizerBase") -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What the tokenizer puts before and after a plain text by default: BOS, mostly."""
+    """The tokens that the tokenizer puts before and after a plain text by default, often BOS."""
     with_added = tuple(tokenizer("a").input_ids)
     plain = tuple(tokenizer("a", add_special_tokens=False).input_ids)
     for start in range(len(with_added) - len(plain) + 1):

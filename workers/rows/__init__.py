@@ -1,4 +1,4 @@
-"""What a row asks for and what it gets: parameters, forms, requests, outputs.
+"""What a row asks for and what it gets: sampling parameters, forms, requests, outputs.
 
-May import `workers.errors` and `attention`. Every other room may import this one.
+May import `workers.errors` and `attention`. Imports no torch.
 """

@@ -1,7 +1,8 @@
 """The form an answer must have: a JSON schema, a regular expression or one of some texts, under vLLM's names.
 
-A form is refused unless all of it can be enforced: what ends by itself has it. Knows forms and llguidance's grammars
-for them; no tokens, no model. Without the extra `structured` only `problem_of` tells.
+A form is refused unless all of it can be enforced. So an answer that ends by itself has its form. Knows forms and
+llguidance's grammars for them; no tokens, no model. The extra `structured` installs llguidance; without it `problem_of`
+says so.
 """
 
 import functools
@@ -13,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 
 MISSING = "the extra structured is not installed (llguidance): pip install 'segue[structured]'"
 MAX_FORM_CHARS = 2**20
-# As json.dumps writes it. White space that is left to a small model has no end, and costs a step a token.
+# JSON is written as json.dumps writes it. A small model that may choose white space writes it without end.
 _JSON_OPTIONS = {
     "whitespace_flexible": False,
     "item_separator": ", ",
@@ -21,18 +22,18 @@ _JSON_OPTIONS = {
     "coerce_one_of": False,
     "lenient": False,
 }
-_SYNTAX = re.compile(r"[\\.+*?()|\[\]{}^$#&~-]")  # of Rust's regular expressions, which are llguidance's
-# What a message may name without quoting a row.
+_SYNTAX = re.compile(r"[\\.+*?()|\[\]{}^$#&~-]")  # of Rust's regular expressions, which llguidance takes
+# Words that a message may contain: they are JSON Schema's, not the row's.
 _KEYWORDS = frozenset(
     {"$anchor", "$dynamicAnchor", "$dynamicRef", "$recursiveRef", "additionalItems", "allOf", "anyOf", "contains",
      "dependencies", "dependentRequired", "dependentSchemas", "else", "format", "if", "maxContains", "minContains",
      "not", "oneOf", "propertyNames", "then", "type", "unevaluatedItems", "unevaluatedProperties", "uniqueItems"}
 )  # fmt: skip
-_NAMED = re.compile(r"\"([$\w]+)\"|\b(oneOf|allOf|anyOf)\b|(?:Unknown|Invalid) (format|type)\b")  # in its messages
+_NAMED = re.compile(r"\"([$\w]+)\"|\b(oneOf|allOf|anyOf)\b|(?:Unknown|Invalid) (format|type)\b")  # llguidance's
 
 
 def _json_text(schema: object) -> object:
-    """A schema as JSON; the order of its properties is the order in which they are written."""
+    """A schema as JSON text. An answer has the properties in the schema's order."""
     if not isinstance(schema, dict):
         return schema
     try:
@@ -63,25 +64,25 @@ class StructuredOutputs(BaseModel, frozen=True):
 
     @model_validator(mode="after")
     def _check_one(self) -> "StructuredOutputs":
-        told = [name for name in (self.json_schema, self.regex, self.choice) if name is not None]
-        if len(told) != 1:
-            raise ValueError(f"structured_outputs wants exactly one of json, regex and choice, got {len(told)}")
+        given = [form for form in (self.json_schema, self.regex, self.choice) if form is not None]
+        if len(given) != 1:
+            raise ValueError(f"structured_outputs wants exactly one of json, regex and choice, got {len(given)}")
         schema = _object(self.json_schema) if self.json_schema is not None else {}
         if schema is None:
             raise ValueError("structured_outputs.json wants a JSON schema: an object")
-        if "x-guidance" in schema:  # it would change what is enforced
+        if "x-guidance" in schema:  # llguidance's own key, which changes what is enforced
             raise ValueError("structured_outputs.json must not have x-guidance")
         return self
 
     @property
     def kind(self) -> str:
-        """The name of what is set."""
+        """json, regex or choice."""
         if self.choice is not None:
             return "choice"
         return "json" if self.json_schema is not None else "regex"
 
     def grammar(self) -> str:
-        """For llguidance. Raises ImportError without it, ValueError for JSON that it cannot read."""
+        """The form as llguidance's grammar. Raises ImportError without llguidance, ValueError for unreadable JSON."""
         from llguidance import LLMatcher
 
         if self.json_schema is not None:
@@ -94,14 +95,14 @@ class StructuredOutputs(BaseModel, frozen=True):
 
 @functools.lru_cache(maxsize=1024)
 def problem_of(outputs: StructuredOutputs) -> str | None:
-    """Why no answer can be held to this, in words that quote nothing of it; None if there is no reason."""
+    """Why this form cannot be enforced, without quoting any of it. None if it can be."""
     try:
         from llguidance import LLMatcher
     except ImportError:
         return MISSING
     try:
         is_wrong, messages = LLMatcher.validate_grammar_with_warnings(outputs.grammar())
-    except ValueError:  # JSON that is none to it: NaN, a number without end, a lone surrogate, a very deep one
+    except ValueError:  # JSON that llguidance cannot read: NaN, endless numbers, lone surrogates, very deep values
         is_wrong, messages = True, [""]
     if not is_wrong:
         return None

@@ -1,6 +1,6 @@
-"""How a row's answer is drawn: sampling parameters under vLLM's names, and the drawing itself.
+"""The sampling parameters of a row, under vLLM's names.
 
-Knows logits and parameters; nothing of trees, models or text.
+Data only. The drawing is in `workers/sampling/draw.py`. Does not know models, logits or text.
 """
 
 from typing import Annotated
@@ -43,7 +43,7 @@ class SamplingParams(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _accept_lists(cls, value: object) -> object:
-        """YAML and JSON have lists, not tuples, and integers where a float is meant; a single stop is a string."""
+        """YAML and JSON have lists, not tuples. A single stop may be a string."""
         if not isinstance(value, dict):
             return value
         fields = dict(value)
@@ -65,8 +65,8 @@ class SamplingParams(BaseModel):
         return self
 
     def _check_structured(self) -> None:
-        """Such an answer ends by its form, and what would end it elsewhere would break it."""
-        told = {
+        """Refuse what would end the answer before its form is complete, or after it."""
+        settings = {
             "min_tokens": self.min_tokens > 0,
             "stop": self.stop,
             "stop_token_ids": self.stop_token_ids,
@@ -74,7 +74,7 @@ class SamplingParams(BaseModel):
             "include_stop_str_in_output": self.include_stop_str_in_output,
             "skip_special_tokens: false": not self.skip_special_tokens,
         }
-        named = ", ".join(name for name, is_told in told.items() if is_told)
+        named = ", ".join(name for name, is_set in settings.items() if is_set)
         if named:
             raise ValueError(f"structured_outputs ends an answer by its form: leave out {named}")
 
@@ -83,18 +83,18 @@ class SamplingParams(BaseModel):
         if not overrides:
             return self
         unknown = overrides.keys() - SamplingParams.model_fields.keys()
-        if unknown:  # which are the row's own text, so they are not shown
+        if unknown:  # their names are the row's own text, so they are not shown
             wanted = ", ".join(SamplingParams.model_fields)
             message = f"sampling_params has {len(unknown)} keys that are no parameters, wanted some of {wanted}"
             raise RowError(RowErrorCode.BAD_PARAMS, message)
         try:
             return SamplingParams.model_validate(self.model_dump() | overrides)
         except ValidationError as error:
-            raise RowError(RowErrorCode.BAD_PARAMS, _told(error)) from None
+            raise RowError(RowErrorCode.BAD_PARAMS, _first_problem(error)) from None
 
 
-def _told(error: ValidationError) -> str:
-    """The first thing that is wrong, without the row's own words."""
+def _first_problem(error: ValidationError) -> str:
+    """The first problem, without the row's own words."""
     first = error.errors(include_input=False, include_url=False)[0]
     known = {*SamplingParams.model_fields, "json", "regex", "choice"}
     place = ".".join(

@@ -1,4 +1,4 @@
-"""Which tokens may come next in an answer that must have a form. Knows llguidance, tokens and forms; no tree, no batch.
+"""Which tokens may come next in answers that must have a form. Knows llguidance, tokens and forms; no tree, no model.
 
 Shapes: `B` rows, `V` vocabulary.
 """
@@ -32,31 +32,34 @@ class Grammar:
         return Grammar(self.matcher.deep_copy())
 
     def accept(self, token: int) -> RowError | None:
-        """The next token of the answer, or why there can be none."""
+        """Take the next token of the answer. The error, if the form does not allow it."""
         return None if self.matcher.consume_token(token) else RowError(RowErrorCode.BAD_PARAMS, _STUCK)
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing may follow."""
+        """Whether no token may follow."""
         return self.matcher.is_stopped()
 
     @property
     def has_end_token(self) -> bool:
-        """Whether its last token is an end-of-sequence token, and no part of the text."""
+        """Whether the last token is an end-of-sequence token, which is not part of the text."""
         return self.matcher.stop_reason() == "EndOfSentence"
 
 
 class Grammars:
-    """Grammars over a model's tokens; nothing is loaded before the first."""
+    """Makes grammars over a model's tokens. Nothing is loaded before the first one."""
 
     def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
-        self._first = functools.lru_cache(KEPT_GRAMMARS)(self._made)
+        self._first = functools.lru_cache(KEPT_GRAMMARS)(self._make)
 
     def begin(self, outputs: StructuredOutputs) -> Grammar:
-        """Of an answer without tokens. Raises RowError(BAD_PARAMS), also without llguidance or for such a tokenizer."""
+        """The grammar of an answer that has no tokens yet.
+
+        Raises RowError(BAD_PARAMS): the form is wrong, llguidance is not installed, or it cannot read the tokenizer.
+        """
         return self._first(outputs).copy()
 
     @functools.cached_property
@@ -71,12 +74,12 @@ class Grammars:
         except ValueError:
             raise RowError(RowErrorCode.BAD_PARAMS, "structured_outputs: not with this model's tokenizer") from None
 
-    def _made(self, outputs: StructuredOutputs) -> Grammar:
+    def _make(self, outputs: StructuredOutputs) -> Grammar:
         tokens = self._tokens
         from llguidance import LLMatcher, LLParserLimits
 
-        limits = LLParserLimits(verbose_errors=False)  # the rest as it is: they bound what a row may cost
-        with suppress(ValueError):  # of a form that was not checked before
+        limits = LLParserLimits(verbose_errors=False)  # the other limits stay: they bound what a row may cost
+        with suppress(ValueError):  # the form was not checked before
             matcher = LLMatcher(tokens, outputs.grammar(), log_level=0, limits=limits)
             if not matcher.is_error():
                 return Grammar(matcher)
@@ -84,7 +87,7 @@ class Grammars:
 
 
 def forbidden_tokens(grammars: Sequence[Grammar], vocab_size: int) -> Tensor:
-    """`[B, V]` bool. A row that no token can continue is let go: whatever it draws is not accepted."""
+    """`[B, V]` bool. Where no token can follow, none is forbidden: `Grammar.accept` refuses whatever is drawn."""
     from llguidance.numpy import fill_next_token_bitmask_par
 
     bits = np.zeros((len(grammars), -(-vocab_size // 32)), dtype=np.int32)

@@ -1,4 +1,4 @@
-"""What is wanted of logits over a whole vocabulary, in few passes: it is the longest dimension there is.
+"""The numbers that sampling and scoring want of logits, in few passes: the vocabulary is the longest dimension.
 
 Shapes: `N` positions, `V` vocabulary.
 """
@@ -11,19 +11,19 @@ from torch import Tensor
 from segue.attention.cpu.kernels import DTYPES
 from segue.workers.devices.devices import cpu_kernels
 
-CACHED_ROWS = 16  # what is passed over several times should stay in the processor's cache
+CACHED_ROWS = 16  # rows that are read several times should stay in the processor's cache
 
 
 class Summary(NamedTuple):
-    """Of each position, `[N]`."""
+    """For each position, `[N]`."""
 
-    highest: Tensor  # fp32; NaN if any logit is
-    most_likely: Tensor  # int64: of equal logits the first, as for argmax
-    log_totals: Tensor  # fp32: what turns a logit into a log-probability; empty unless wanted
+    highest: Tensor  # fp32: the largest logit; NaN if any logit is NaN
+    most_likely: Tensor  # int64: the token of the largest logit; of equal ones the first, as for argmax
+    log_totals: Tensor  # fp32: a logit minus this is its log-probability; empty unless wanted
 
 
 def summarise(logits: Tensor, *, with_totals: bool = False) -> Summary:
-    """logits `[N, V]` of any type."""
+    """The summary of logits `[N, V]` of any type."""
     kernels = cpu_kernels() if logits.device.type == "cpu" and logits.dtype in DTYPES else None
     if kernels is not None:
         return Summary(*kernels.summarise(logits, with_totals=with_totals))

@@ -1,7 +1,7 @@
 """A context and its continuations as tokens, joined as lm-evaluation-harness joins them.
 
 Source: `_encode_pair` and `loglikelihood` of lm-evaluation-harness 0.4.13 (`lm_eval/api/model.py`). Knows prompts as
-blocks of text and their tokenizer; no model, no scores, no rows.
+blocks of text, and their tokenizer; no model, no scores.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,8 +19,8 @@ Context = str | Sequence[Mapping[str, object]] | Sequence[Segment]
 class PairEncoder:
     """Turns a context and a continuation into segments and the token ids to score.
 
-    Contexts of text are tokenised together with what follows, and their last white space belongs to the continuation. A
-    chat is tokenised as it is, and the continuation follows its generation header.
+    A context of text is tokenised together with its continuation, and its last white space belongs to the continuation.
+    A chat is tokenised alone, and the continuation follows its generation header.
     """
 
     def __init__(self, encoder: PromptEncoder, tokenizer: Any) -> None:
@@ -39,9 +39,9 @@ class PairEncoder:
     def encode_all(
         self, pairs: Sequence[tuple[Context, str | Sequence[int]]]
     ) -> list[tuple[Sequence[Segment], tuple[int, ...]]]:
-        """(context segments, continuation token ids) of each pair, equal contexts of text being tokenised once.
+        """(context segments, continuation token ids) of each pair. Equal contexts of text are tokenised once.
 
-        Raises RowError(EMPTY_PROMPT) if nothing is left to score.
+        Raises RowError(EMPTY_PROMPT) if a continuation has no tokens.
         """
         found: dict[int, tuple[Sequence[Segment], tuple[int, ...]]] = {}
         texts: dict[str, dict[int, str]] = {}  # context -> its continuations by position
@@ -60,9 +60,9 @@ class PairEncoder:
     def encode_row(
         self, row: Mapping[str, object], continuations: Sequence[str], max_context: int
     ) -> tuple[Sequence[Segment], list[tuple[int, ...]]]:
-        """The context that a row's prompt is, and the tokens of each continuation; any of these may have none.
+        """A row's prompt as the context, and the tokens of each continuation, of which any may have none.
 
-        Raises RowError, for a context of more than `max_context` tokens before any continuation is tokenised.
+        Raises RowError. A context of more than `max_context` tokens is refused before any continuation is tokenised.
         """
         blocks = self._encoder.blocks_of(row)
         if blocks is None:
@@ -72,7 +72,7 @@ class PairEncoder:
         return self._encode_blocks(blocks, continuations, max_context)
 
     def encode_answer(self, row: Mapping[str, object], answer: str) -> tuple[Sequence[Segment], tuple[int, ...]]:
-        """A prompt as it is answered, every space in its place, and an answer to it. Raises RowError."""
+        """A prompt as generation sees it, with the white space at its end, and an answer to it. Raises RowError."""
         chain = self._encoder.encode(row)
         if not num_tokens(chain):
             raise RowError(RowErrorCode.EMPTY_PROMPT, "the prompt has no tokens, wanted at least one")
@@ -81,10 +81,10 @@ class PairEncoder:
     def _encode_blocks(
         self, blocks: Sequence[Block], continuations: Sequence[str], max_context: int | None = None
     ) -> tuple[Sequence[Segment], list[tuple[int, ...]]]:
-        """The same for a context of text; with many continuations it is tokenised again with a few at a time."""
+        """`encode_row` for a context of text. The context is tokenised again with a few continuations at a time."""
         context, space = _without_last_space(blocks)
         if not context:
-            # Nothing is added to a continuation, and control tokens in it are text: it never begins with the prefix.
+            # Control tokens in a continuation are text and nothing is added to it, so it cannot begin with the prefix.
             return [Segment((self.prefix_token_id,), False)], [self._tokens(space + text) for text in continuations]
         chain = self._encoder.encode_blocks(context)
         _check_context(chain, max_context)
@@ -96,11 +96,11 @@ class PairEncoder:
         return chain, found
 
     def encode_text(self, text: str) -> tuple[tuple[int, ...], int]:
-        """A text to score as a whole: (its tokens, the token to predict the first one from). Raises RowError."""
+        """A text to score as a whole: (its tokens, the token that its first one is predicted from). Raises RowError."""
         return self._whole_text(text_blocks([Row(text)]))
 
     def encode_row_text(self, row: Mapping[str, object]) -> tuple[str, tuple[int, ...], int]:
-        """The same for a row whose prompt is that text, with the text. Raises RowError."""
+        """(text, tokens, the token before them) of a row whose prompt is scored as a whole. Raises RowError."""
         blocks = self._encoder.blocks_of(row)
         if blocks is None:
             raise ValueError("a chat cannot be scored as one text")
@@ -130,7 +130,7 @@ def _check_context(chain: Sequence[Segment], max_context: int | None) -> None:
 
 
 def _without_last_space(blocks: Sequence[Block]) -> tuple[tuple[Block, ...], str]:
-    """(the blocks up to their last character that is not white space, the white space); no blocks for blank text"""
+    """(the blocks without the white space at their end, that white space). Blank text leaves no blocks."""
     kept, space = list(blocks), ""
     while kept:
         bidirectional, parts = kept.pop()
@@ -145,7 +145,7 @@ def _without_last_space(blocks: Sequence[Block]) -> tuple[tuple[Block, ...], str
 
 
 def _extended(blocks: tuple[Block, ...], text: str) -> tuple[Block, ...]:
-    """With a row's text after them, which is causal whatever the last block is."""
+    """The blocks with a row's text after them. That text is causal, whatever the last block is."""
     bidirectional, parts = blocks[-1]
     if bidirectional:
         return (*blocks, (False, (Row(text),)))

@@ -1,6 +1,6 @@
-"""A row of a dataset to what is scored of it: a context, and the tokens that may follow.
+"""From a row of a dataset to what is scored of it: a context, and the tokens of its continuations.
 
-Carries out `workers/scoring/template.py`. What is wrong with a row is a RowError. Knows rows and text; no model, no
+Applies `workers/scoring/template.py`. Whatever is wrong with a row raises RowError. Knows rows and text; no model, no
 storage.
 """
 
@@ -23,7 +23,7 @@ _SPACE = re.compile(r"\s+")
 
 @dataclass(frozen=True, slots=True)
 class ScoreRow:
-    """What a row asks to have scored. For perplexity the one continuation is the whole text, of any length."""
+    """What a row wants scored. For perplexity the only continuation is the whole text, of any length."""
 
     context: tuple[Segment, ...]  # canonical
     continuations: tuple[tuple[int, ...], ...]  # token ids, none empty
@@ -32,7 +32,7 @@ class ScoreRow:
 
 
 class RowScorer:
-    """Reads rows for one job."""
+    """Reads the rows of one job."""
 
     def __init__(
         self,
@@ -103,14 +103,14 @@ class RowScorer:
 
 
 def requests_of(row: ScoreRow, task: str, max_model_len: int) -> list[ScoringRequest]:
-    """What the engine is asked for a row: each continuation, or each window of a text."""
+    """A row's requests to the engine: one for each continuation, or for each window of a text."""
     if task == "perplexity":
         return list(rolling_requests(row.continuations[0], row.context[0].token_ids[0], max_model_len))
     return [ScoringRequest(row.context, tokens) for tokens in row.continuations]
 
 
 def check_fits(request: ScoringRequest, max_model_len: int, limit: str) -> None:
-    """Raises RowError(PROMPT_TOO_LONG): nothing is ever cut off to fit."""
+    """Raises RowError(PROMPT_TOO_LONG) if the request is too long. Nothing is ever cut off."""
     length = num_tokens(request.context) + len(request.continuation)
     if length > max_model_len + 1:
         message = f"context and continuation have {length:,} tokens, wanted at most {max_model_len + 1:,} ({limit})"
@@ -122,7 +122,7 @@ def _filled(template: str, row: Mapping[str, object]) -> str:
 
 
 def _label(value: object, choices: Sequence[str]) -> int | None:
-    """The position of the right choice, None for a row without label."""
+    """The position of the right choice; None if the row has no label."""
     if value is None:
         return None
     if isinstance(value, str):

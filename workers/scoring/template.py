@@ -1,7 +1,7 @@
 """The job's `scoring:` section: what is scored after a row's prompt, and what a row's label means.
 
-Data only: checked when the job is loaded, printed, fingerprinted. Does not know tokenizers or models;
-`workers/scoring/rows.py` carries it out.
+Data only: it is checked when the job is loaded, printed, and part of the fingerprint. `workers/scoring/rows.py` applies
+it to rows. Does not know tokenizers or models.
 """
 
 from collections.abc import Collection, Iterator
@@ -42,24 +42,24 @@ class ScoringTemplate(BaseModel):
         return self
 
     def foreign_keys(self, task: str) -> list[str]:
-        """The keys that were given and mean nothing to `task`."""
+        """The keys that were given but have no meaning for `task`."""
         return sorted(name for name in self.model_fields_set if task not in _TASKS_OF[name])
 
     def text_columns(self, task: str) -> frozenset[str]:
-        """The columns of which the text is scored."""
+        """The columns whose text is scored."""
         return frozenset(self._text_columns(task))
 
     def label_of(self, task: str, available: Collection[str]) -> str | None:
-        """The column of labels, if there is one. One that was named must be there, which is for the caller to check."""
+        """The column of labels, if there is one. The caller checks that a column which the job names is there."""
         has_label = "label_column" in self.model_fields_set or self.label_column in available
         return self.label_column if task == "choose" and has_label else None
 
     def list_column(self, task: str) -> str | None:
-        """The column of each row's own choices, if they are the row's own."""
+        """The column of choices, if each row has its own."""
         return self.choices_column if task == "choose" and self.choices is None else None
 
     def delimiter(self, prompt_format: str) -> str:
-        """What stands between a prompt of this format and a choice."""
+        """The text between a prompt of this format and a choice."""
         if self.target_delimiter is not None:
             return self.target_delimiter
         return " " if prompt_format == "text" else ""

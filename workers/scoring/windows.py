@@ -1,4 +1,4 @@
-"""A text longer than a model's context, scored in windows, each token once.
+"""A text longer than a model's context is scored in windows, each token once.
 
 Knows token ids and scores; no model, no text.
 """
@@ -15,8 +15,8 @@ def rolling_windows(
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """(context, continuation) pairs that predict each token of a text once, each with at least one token of context.
 
-    lm-evaluation-harness' `get_rolling_token_windows` with `context_len=1`, made disjoint: every window but the last is
-    full of new tokens, the last one is filled up with context.
+    They are those of lm-evaluation-harness' `get_rolling_token_windows` with `context_len=1`, made disjoint: every
+    window but the last has new tokens only, and the last one is filled up with context.
     """
     tokens = tuple(token_ids)
     first = min(max_length, len(tokens))
@@ -32,13 +32,13 @@ def rolling_windows(
 
 
 def rolling_requests(token_ids: Sequence[int], prefix_token_id: int, max_length: int) -> Iterator[ScoringRequest]:
-    """The windows of a text. Only the first is a beginning that another text may have, too."""
+    """The windows of a text. Only the first one begins as another text may begin, so only it is shared."""
     for number, (context, continuation) in enumerate(rolling_windows(token_ids, prefix_token_id, max_length)):
         yield ScoringRequest((Segment(context, False),), continuation, is_shared=number == 0)
 
 
 def total_score(scores: Iterable[Score]) -> Score:
-    """Of consecutive pieces of one text."""
+    """The score of a text from those of its consecutive pieces."""
     pieces = list(scores)
     return Score(
         math.fsum(piece.logprob for piece in pieces),

@@ -1,4 +1,4 @@
-"""Training adapters under the segment mask.
+"""Trains adapters under the segment mask.
 
-May import `workers.models`, `workers.devices`, `workers.rows` and `attention`.
+May import every room but `workers.engine`, and `attention`. `params` and `batches` import no torch.
 """

@@ -1,6 +1,6 @@
-"""Checkpoints of a training: adapters, optimizer and progress in a folder each, written whole or not at all.
+"""Checkpoints of a training: each is a folder with adapters, optimizer and progress, written whole or not at all.
 
-Safetensors and JSON only, so that reading one runs nothing. Knows files on a local file system; no model.
+Safetensors and JSON only, so that reading a checkpoint runs no code. Knows files on a local file system; no model.
 """
 
 import json
@@ -20,21 +20,21 @@ _TEMPORARY = ".tmp-"
 
 @dataclass(slots=True)
 class Progress:
-    """How far a training is, apart from its weights."""
+    """How far a training is; its weights are apart."""
 
     step: int = 0  # steps done
     num_tokens: int = 0  # fed in all steps
-    seconds: float = 0.0  # of training, those before a resume included
-    last_loss: float | None = None  # on the held-out examples, when they were last looked at
+    seconds: float = 0.0  # of training, with those before a resume
+    last_loss: float | None = None  # on the held-out examples, at the last evaluation
     best_loss: float | None = None
     best_step: int | None = None
-    looks_since_best: int = 0
-    is_stopped: bool = False  # early
+    looks_since_best: int = 0  # evaluations
+    is_stopped: bool = False  # early, since the loss no longer fell
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a training goes on from."""
+    """What a resumed training needs."""
 
     progress: Progress
     adapter: dict[str, Tensor]  # by parameter name
@@ -42,22 +42,22 @@ class TrainingState:
 
 
 class Checkpoints:
-    """The folder that holds them."""
+    """The folder of a training's checkpoints. `keep` is how many it keeps, besides the best adapter."""
 
     def __init__(self, root: Path, *, keep: int = 2) -> None:
         self._root = root
         self._keep = keep
 
     def save(self, state: TrainingState) -> None:
-        """Publish one under its step; older ones than the last few are removed."""
+        """Publish one under its step. All but the latest few are removed."""
         self._write(_STEP, state, self._keep)
 
     def save_best(self, progress: Progress, adapter: Mapping[str, Tensor]) -> None:
-        """The adapter with the best held-out loss so far; the one before is removed."""
+        """Publish the adapter with the best held-out loss so far. The one before is removed."""
         self._write(_BEST, TrainingState(progress, dict(adapter)), 1)
 
     def latest(self) -> TrainingState | None:
-        """The one with the most steps, None if there is none."""
+        """The checkpoint with the most steps; None if there is none."""
         found = self._folders(_STEP)
         return _read(found[-1]) if found else None
 
@@ -69,7 +69,7 @@ class Checkpoints:
         return sorted(self._root.glob(f"{prefix}*"))
 
     def _write(self, prefix: str, state: TrainingState, keep: int) -> None:
-        """One that is there already is of the same training: it stays as it is, and is never half of something."""
+        """A checkpoint of this step that is there already is of the same training, and complete. It stays as it is."""
         name = _name(prefix, state.progress.step)
         temporary, target = self._root / f"{_TEMPORARY}{name}", self._root / name
         if not target.exists():

@@ -1,8 +1,8 @@
 """A model with adapters to train, and the log-probabilities of given answers under the mask.
 
-Attention is torch's own over a dense mask, made by the rule that serving is held to (`attention/visibility.py`): rows
-of a batch differ, and their keys are used once, so there is no tree to gain from. Rows are padded on the right, where
-no earlier token looks. Only the positions that predict an answer's token go through the vocabulary.
+Attention is torch's own over a dense mask, made by the rule that serving obeys (`attention/visibility.py`). The rows
+of a batch differ and their keys are used once, so a tree would save nothing. Rows are padded on the right, where no
+earlier token looks. Only the positions that predict an answer's token go through the vocabulary.
 
 Shapes: `B` rows of a batch, `S` their longest, `N` answer tokens of all, `E` hidden width, `V` vocabulary.
 """
@@ -20,29 +20,30 @@ from torch.utils.checkpoint import checkpoint
 
 from segue.attention.visibility import block_sequence_ids, visible
 from segue.workers.devices.devices import resolve_device
-from segue.workers.models.load import (
+from segue.workers.errors import ModelRefused
+from segue.workers.models.load import load_weights
+from segue.workers.models.quantization import own_quantization
+from segue.workers.models.source import locate, safetensors_directory
+from segue.workers.models.support import checked_config
+from segue.workers.models.tree_model import (
     PROBE_TOLERANCE,
     check_attention_call,
-    checked_config,
     eos_token_ids,
-    load_weights,
     own_logits,
     probe_ids,
     vocabulary_logits,
 )
-from segue.workers.models.quantization import own_quantization
-from segue.workers.models.source import ModelRefused, locate, safetensors_directory
 from segue.workers.training.batches import TrainingExample
 from segue.workers.training.params import LoraParams
 
 ATTENTION_NAME = "segue_training"
-SHORT_TOKENS = 160  # on a CPU: rows of up to so many tokens are attended by plain products
-MAX_LOGITS = 1 << 24  # numbers of fp32 logits held at once: 64 MiB; more are made again in the backward pass
+SHORT_TOKENS = 160  # on a CPU plain products compute the attention of rows of up to so many tokens
+MAX_LOGITS = 1 << 24  # fp32 logits in memory at once: 64 MiB; more are computed again in the backward pass
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingMask:
-    """Additive, `[B, 1, S, S]` in the model's precision; None where every row is causal."""
+    """An additive mask, `[B, 1, S, S]` in the model's precision; None if every row is causal."""
 
     bias: Tensor | None
 
@@ -57,7 +58,7 @@ def training_attention(
     segue_mask: TrainingMask | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention signature; query `[B, H, S, D]` -> `[B, S, H, D]`."""
+    """Has the signature of transformers' attention; query `[B, H, S, D]` -> `[B, S, H, D]`."""
     if segue_mask is None:
         raise ModelRefused(f"{type(module).__name__} does not pass extra arguments to its attention")
     check_attention_call(module, attention_mask, kwargs)
@@ -73,9 +74,9 @@ def training_attention(
 
 
 def _short_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """query `[B, H, S, D]`, key, value `[B, Hkv, S, D]` -> `[B, H, S, D]`: plain products in fp32.
+    """query `[B, H, S, D]`, key, value `[B, Hkv, S, D]` -> `[B, H, S, D]`, by plain products in fp32.
 
-    With the backward pass 1.3 (160 tokens) to 3.5 times (45) as fast as torch's flash kernel for CPU.
+    With the backward pass 1.3 times (160 tokens) to 3.5 times (45 tokens) as fast as torch's flash kernel for CPUs.
     """
     batch, heads, length, width = query.shape
     grouped = (batch * key.shape[1], -1, width)  # [B * Hkv, G * S or S, D]: each key is read once for its group
@@ -91,7 +92,7 @@ class TrainingModel:
     """A transformers model with LoRA adapters in fp32 over frozen weights."""
 
     def __init__(self, model: Any, lora: LoraParams, *, seed: int) -> None:
-        """`model` has its weights in memory and is changed. Raises ModelRefused for modules that it does not have."""
+        """Changes `model`, whose weights are in memory. Raises ModelRefused for modules that it does not have."""
         wanted = own_logits(model)
         _register_attention()
         model.set_attn_implementation(ATTENTION_NAME)
@@ -126,18 +127,18 @@ class TrainingModel:
         return self._model.device
 
     def use_gradient_checkpointing(self) -> None:
-        """Keep only what enters each layer, and compute the rest again in the backward pass. Raises ModelRefused."""
+        """Keep only the inputs of each layer, and compute the rest again in the backward pass. Raises ModelRefused."""
         try:
             self._model.activation_checkpointing_enable({"use_reentrant": False})
         except ValueError as error:
             raise ModelRefused(f"training.gradient_checkpointing: {error}") from None
 
     def train(self, is_training: bool) -> None:
-        """With dropout or without."""
+        """Switch dropout on or off."""
         self.peft.train(is_training)
 
     def logprobs(self, batch: Sequence[TrainingExample]) -> Tensor:
-        """`[N]` fp32: of each example's answer tokens, one after the other, example by example."""
+        """`[N]` fp32: the log-probability of each answer token, example by example."""
         hidden = self._hidden(batch)
         rows, columns, targets = [], [], []
         for row, example in enumerate(batch):
@@ -149,14 +150,14 @@ class TrainingModel:
         return self._logprobs_of(states, torch.tensor(targets, device=self.device))
 
     def save_adapter(self, directory: Path, *, base_model: str) -> None:
-        """In PEFT's format. `base_model` is how the base is called in it."""
+        """Write the adapter in PEFT's format. `base_model` is the name of its base there."""
         config = self.peft.peft_config["default"]
         config.base_model_name_or_path = base_model
         self.peft.save_pretrained(directory, save_embedding_layers=False)  # "auto" would ask the hub
-        (directory / "README.md").unlink(missing_ok=True)  # a card with nothing filled in
+        (directory / "README.md").unlink(missing_ok=True)  # an empty model card
         written = directory / "adapter_config.json"
         values = json.loads(written.read_bytes())
-        values["target_modules"] = sorted(values["target_modules"])  # PEFT writes a set, in another order each time
+        values["target_modules"] = sorted(values["target_modules"])  # PEFT writes a set, whose order changes
         written.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def _hidden(self, batch: Sequence[TrainingExample]) -> Tensor:
@@ -179,7 +180,7 @@ class TrainingModel:
         return TrainingMask(bias.to(self.device))
 
     def _logprobs_of(self, states: Tensor, targets: Tensor) -> Tensor:
-        """states `[N, E]`, targets `[N]` -> `[N]`, a bounded number of logits at a time."""
+        """states `[N, E]`, targets `[N]` -> `[N]`. At most MAX_LOGITS logits are in memory at once."""
         size = max(1, MAX_LOGITS // int(self._model.config.get_text_config().vocab_size))
         if len(targets) <= size:
             return self._target_logprobs(states, targets)
@@ -194,7 +195,7 @@ class TrainingModel:
 
     @torch.no_grad()
     def _probe(self, wanted: Tensor) -> None:
-        """New adapters change nothing yet: a short causal prompt must give the model's own logits."""
+        """New adapters change nothing yet, so a short causal prompt must give the model's own logits."""
         self.train(False)
         ids = torch.tensor([probe_ids(self._model)], device=self.device)
         hidden = self._model.get_decoder()(input_ids=ids, use_cache=False, segue_mask=TrainingMask(None))
@@ -208,7 +209,7 @@ class TrainingModel:
 
 
 def check_trainable(source: str, revision: str | None, lora: LoraParams, answer_end_id: int) -> None:
-    """Whether a model has what is to be trained, and stops where answers end; reads no weights. Raises ModelRefused."""
+    """Raises ModelRefused unless a model has the layers to train, and stops where answers end. Reads no weights."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     _import_peft()
@@ -271,7 +272,7 @@ def _target_modules(model: Any, lora: LoraParams) -> list[str]:
     linear = {
         name.rpartition(".")[2]: module is head
         for name, module in model.named_modules()
-        # Merged for serving, what is added to a tied head would be added to the embedding, too.
+        # When it is merged for serving, an adapter of a tied head would change the embedding too.
         if isinstance(module, nn.Linear) and not (is_tied and module is head)
     }
     if lora.target_modules == "all-linear":

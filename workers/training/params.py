@@ -1,8 +1,8 @@
-"""The job's `lora:` and `training:` sections: what is trained of a model, and how long, how fast, how often looked at.
+"""The job's `lora:` and `training:` sections: what is trained of a model, how long, how fast, and when it is evaluated.
 
-Data only: checked when the job is loaded, printed, fingerprinted. Names are PEFT's and transformers' Trainer's where
-they have one; defaults are the MAS paper's (Katz et al., arXiv 2412.18487). `workers/training/trainer.py` carries it
-out.
+Data only: it is checked when the job is loaded, printed, and written beside the output. Names are those of PEFT and of
+transformers' Trainer where they have one. Defaults are the MAS paper's (Katz et al., arXiv 2412.18487).
+`workers/training/trainer.py` applies it.
 """
 
 from typing import Annotated, ClassVar, Literal
@@ -15,7 +15,7 @@ def _list_to_tuple(value: object) -> object:
 
 
 def _int_to_float(value: object) -> object:
-    """YAML has integers where a float is meant."""
+    """In YAML an integer may stand for a float."""
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
@@ -25,7 +25,7 @@ Number = Annotated[float, BeforeValidator(_int_to_float)]
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss or its gradient is no finite number; the message names the step."""
+    """The loss or its gradient is not a finite number. The message names the step."""
 
 
 class _Section(BaseModel):
@@ -67,7 +67,7 @@ class TrainingParams(_Section):
     gradient_checkpointing: bool = False  # recompute layers in the backward pass: less memory, a third more time
 
     def learning_rate_at(self, step: int, num_steps: int) -> float:
-        """Of the step with this number, from 0."""
+        """The learning rate of a step. Steps are numbered from 0."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         if self.lr_scheduler == "constant":

@@ -1,4 +1,4 @@
-"""The processes of one training: who this one is, and sums over all of them. Knows torch.distributed; no Ray."""
+"""The processes of one training: which one this is, and sums over all of them. Knows torch.distributed; no Ray."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """`size` processes with equal weights; one alone needs no process group."""
+    """`size` processes that have the same weights. One alone needs no process group."""
 
     rank: int = 0
     size: int = 1
@@ -28,7 +28,7 @@ class Ranks:
             tensor.copy_(total.view_as(tensor))
 
     def sum(self, *values: float) -> list[float]:
-        """Of numbers."""
+        """The sum of each value over all processes."""
         total = torch.tensor(values, dtype=torch.float64)
         self.sum_([total])
         return total.tolist()

@@ -1,8 +1,8 @@
-"""The training loop: adapters learn to give an answer's tokens, and are looked at, saved and resumed on the way.
+"""The training loop: adapters learn to give the tokens of answers, and are evaluated, saved and resumed on the way.
 
 The loss is that of answers only: under the segment mask a prompt's token sees its successor, so a loss on prompts would
-reward copying. It is averaged over the answer tokens of a step, whichever processes compute them. What a step draws,
-batches and dropout, follows from the seed and its number: a training that was killed goes on as if it had not been.
+reward copying. It is averaged over the answer tokens of a step, whichever processes compute them. Batches and dropout
+follow from the seed and the step's number alone, so a training that was killed and resumed ends with the same weights.
 Knows models and examples; no Ray, no dataset.
 """
 
@@ -27,9 +27,9 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One step."""
+    """The numbers of one step."""
 
-    step: int  # from 1
+    step: int  # counted from 1
     num_steps: int
     epoch: float
     loss: float  # nats an answer token
@@ -43,7 +43,7 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationReport:
-    """A look at the held-out examples after a step."""
+    """The loss on the held-out examples after a step."""
 
     step: int
     eval_loss: float  # nats an answer token
@@ -55,7 +55,7 @@ Report = Callable[[StepReport | EvaluationReport], None]
 
 
 class Trainer:
-    """Trains one model on some examples. All processes of `ranks` are given the same."""
+    """Trains one model on some examples. All processes of `ranks` get the same examples."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class Trainer:
 
     @property
     def num_steps(self) -> int:
-        """Of the whole training, unless it stops early."""
+        """The number of steps, unless the training stops early."""
         return num_steps(len(self._examples), self._params)
 
     @property
@@ -92,14 +92,14 @@ class Trainer:
 
     @property
     def kept_loss(self) -> float | None:
-        """On the held-out examples, of the adapter that a finished training ends with; None without any."""
+        """The held-out loss of the adapter that a finished training keeps; None without held-out examples."""
         return self._progress.best_loss if self._params.keep == "best" else self._progress.last_loss
 
     def run(self, checkpoints: Checkpoints, report: Report, should_stop: Callable[[], bool] = lambda: False) -> bool:
-        """Train to the end, from the beginning or from where `resume` found it.
+        """Train to the end, from the beginning or from the checkpoint that `resume` found.
 
-        Returns False if `should_stop` said so before: then there is a checkpoint to go on from. Raises
-        TrainingDiverged. `report` is called in the first process only.
+        Returns False if `should_stop` ended it earlier; then a checkpoint has been saved. Raises TrainingDiverged.
+        `report` is called in the first process only.
         """
         started = time.monotonic() - self._progress.seconds
         while self._progress.step < self.num_steps and not self._progress.is_stopped:
@@ -118,9 +118,9 @@ class Trainer:
         return True
 
     def resume(self, checkpoints: Checkpoints) -> int:
-        """Go on from the latest checkpoint, if there is one; the steps that are done.
+        """Go on from the latest checkpoint, if there is one. Returns the number of steps that are done.
 
-        Raises ValueError for one of other adapters.
+        Raises ValueError if the checkpoint is of other adapters.
         """
         found = checkpoints.latest()
         if found is not None:
@@ -131,7 +131,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, int]:
-        """(nats an answer token, answer tokens) of the held-out examples."""
+        """(loss in nats an answer token, number of answer tokens) of the held-out examples."""
         self._model.train(False)
         total = count = 0.0
         for batch in self._own_passes(self._held_out):
@@ -142,23 +142,13 @@ class Trainer:
         return total / count, int(count)
 
     def _step(self) -> StepReport:
-        started = time.monotonic()
-        step = self._progress.step
+        started, step = time.monotonic(), self._progress.step
         chosen = batch_of_step(step, len(self._examples), self._params.batch_size, self._seed)
         examples = [self._examples[index] for index in chosen]
-        num_answer_tokens = sum(len(example.answer) for example in examples)
         num_tokens = sum(example.num_fed_tokens for example in examples)
+        num_answer_tokens = sum(len(example.answer) for example in examples)
+        loss, grad_norm = self._gradients(examples, num_answer_tokens, step)
         learning_rate = self._params.learning_rate_at(step, self.num_steps)
-        loss = self._backward(examples, num_answer_tokens, step)
-        gradients = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
-        self._ranks.sum_(gradients)
-        (loss,) = self._ranks.sum(loss)
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._params.max_grad_norm))
-        if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            raise TrainingDiverged(
-                f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; wanted finite numbers. "
-                "Try a lower training.learning_rate, in another output.path"
-            )
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step()
@@ -179,14 +169,30 @@ class Trainer:
             seconds_left=mean * (self.num_steps - step - 1),
         )
 
+    def _gradients(self, examples: Sequence[TrainingExample], num_answer_tokens: int, step: int) -> tuple[float, float]:
+        """Computes the gradients of a step, summed over all processes and clipped.
+
+        Returns (loss, norm of the gradients before clipping). Raises TrainingDiverged.
+        """
+        loss = self._backward(examples, num_answer_tokens, step)
+        self._ranks.sum_([parameter.grad for parameter in self._parameters.values() if parameter.grad is not None])
+        (loss,) = self._ranks.sum(loss)
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._params.max_grad_norm))
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            raise TrainingDiverged(
+                f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; wanted finite numbers. "
+                "Try a lower training.learning_rate, in another output.path"
+            )
+        return loss, grad_norm
+
     def _backward(self, examples: Sequence[TrainingExample], num_answer_tokens: int, step: int) -> float:
-        """Gradients of this process' share of the step, and its share of the loss."""
+        """Computes the gradients of this process's share of the step. Returns its share of the loss."""
         self._model.train(True)
         self._optimizer.zero_grad(set_to_none=False)
         for parameter in self._parameters.values():
             if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)  # a process without examples has to add nothing
-        torch.manual_seed(Random(f"segue:{self._seed}:{step}:{self._ranks.rank}").getrandbits(63))  # dropout's draws
+                parameter.grad = torch.zeros_like(parameter)  # a process without examples adds zeros to the sum
+        torch.manual_seed(Random(f"segue:{self._seed}:{step}:{self._ranks.rank}").getrandbits(63))  # for dropout
         loss = 0.0
         for batch in self._own_passes(examples):
             part = -self._model.logprobs(batch).sum() / num_answer_tokens
@@ -195,7 +201,7 @@ class Trainer:
         return loss
 
     def _own_passes(self, examples: Sequence[TrainingExample]) -> list[list[TrainingExample]]:
-        """This process' share, longest first, so that shares are about equal."""
+        """This process's share. Examples are dealt out longest first, so that shares are about equal."""
         by_length = sorted(examples, key=lambda example: -example.num_fed_tokens)
         return forward_passes(by_length[self._ranks.rank :: self._ranks.size], self._params.max_num_batched_tokens)
 
@@ -249,7 +255,7 @@ class Trainer:
                 parameter.copy_(adapter[name])
 
     def _keep_wanted(self, checkpoints: Checkpoints) -> None:
-        """The adapter that the training ends with."""
+        """Load the adapter that the training ends with."""
         self._ranks.sum(0.0)  # wait until the first process has written it
         if self._progress.best_step is not None and self._params.keep == "best":
             self._load(checkpoints.best(self._progress.best_step))

@@ -25,10 +25,10 @@ CLUSTER = """
 import sys
 from ray.cluster_utils import Cluster
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "num_gpus": float(sys.argv[1])})
-ray_session.wait_for_nodes()
-print(ray_session.address, flush=True)
+cluster.wait_for_nodes()
+print(cluster.address, flush=True)
 sys.stdin.read()
-ray_session.shutdown()
+cluster.shutdown()
 """
 
 
@@ -39,7 +39,9 @@ def ray_with_gpus(num_gpus: int) -> Iterator[str]:
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
-        yield process.stdout.readline().strip()
+        address = process.stdout.readline().strip()
+        assert address, "Ray did not start"
+        yield address
     finally:
         process.communicate(timeout=PATIENCE)
 

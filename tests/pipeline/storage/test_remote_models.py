@@ -9,7 +9,7 @@ from fault_proxy import Fault
 
 from segue.pipeline.storage.models import local_source
 from segue.workers.engine.engine import Engine
-from segue.workers.models.source import ModelRefused
+from segue.workers.errors import ModelRefused
 from segue.workers.rows.params import SamplingParams
 
 

@@ -13,7 +13,7 @@ from segue.pipeline.problems import JobRefused
 from segue.pipeline.run.worker import make_engine
 from segue.pipeline.train.finetune import prepare_finetune
 from segue.workers.engine.engine import Engine
-from segue.workers.models.source import ModelRefused
+from segue.workers.errors import ModelRefused
 from segue.workers.rows.params import SamplingParams
 
 # Ray's own code warns of itself; what it says of our calls stays an error.

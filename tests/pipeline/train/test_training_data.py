@@ -11,7 +11,7 @@ from segue.pipeline.ledger.manifest import load_manifest
 from segue.pipeline.train.examples import Holdout, load_training_data
 from segue.pipeline.train.finetune import prepare_finetune
 from segue.pipeline.train.process import NothingToTrain, train_process
-from segue.workers.engine.echo import echo_tokenizer
+from segue.workers.models.echo import echo_tokenizer
 from segue.workers.training.ranks import Ranks
 
 # Ray's own code warns of itself; what it says of our calls stays an error.

@@ -8,7 +8,7 @@ from tiny_models import oracle_logits, oracle_model
 from segue.attention.segments import Segment
 from segue.workers.engine.core import EngineCore
 from segue.workers.errors import RowError
-from segue.workers.models.load import TreeModel
+from segue.workers.models.tree_model import TreeModel
 from segue.workers.rows.params import SamplingParams
 from segue.workers.rows.request import GenerationRequest, ScoringRequest
 

@@ -14,7 +14,8 @@ from segue.attention.memory.budget import KVShape
 from segue.attention.memory.pool import KVPool
 from segue.workers.devices import devices
 from segue.workers.engine.engine import Engine, EngineConfig
-from segue.workers.models.load import load_model, tree_model
+from segue.workers.models.load import load_model
+from segue.workers.models.tree_model import tree_model
 from segue.workers.rows.params import SamplingParams
 
 SPLIT = {

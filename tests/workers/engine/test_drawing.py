@@ -9,7 +9,7 @@ from tiny_models import oracle_logits, oracle_model, tiny_model, tiny_tokenizer
 
 from segue.attention.segments import Segment
 from segue.workers.engine.engine import Engine, EngineConfig
-from segue.workers.models.load import tree_model
+from segue.workers.models.tree_model import tree_model
 from segue.workers.rows.params import SamplingParams
 from segue.workers.sampling.vocabulary import summarise
 

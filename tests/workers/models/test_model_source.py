@@ -12,10 +12,11 @@ from tiny_models import oracle_logits, tiny_model, tiny_tokenizer
 from segue.attention.segments import Segment
 from segue.workers.devices.devices import resolve_dtype
 from segue.workers.engine.engine import Engine, EngineConfig
+from segue.workers.errors import ModelRefused
 from segue.workers.models.facts import find_model, inspect_model
 from segue.workers.models.inspect import config_facts
 from segue.workers.models.load import load_model
-from segue.workers.models.source import ModelRefused, file_digest, locate, safetensors_directory, weights_identity
+from segue.workers.models.source import file_digest, locate, safetensors_directory, weights_identity
 
 PROMPT = [Segment((5, 6, 7), True), Segment((8, 9), False)]
 
@@ -245,16 +246,15 @@ def test_gguf_conversion_that_fails_leaves_nothing_behind(tmp_path, monkeypatch)
     assert list((tmp_path / "cache" / "models").iterdir()) == []
 
 
-def test_dtype_auto_is_bf16_only_where_the_hardware_has_it():
-    has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    assert resolve_dtype("auto") == (torch.bfloat16 if has_bf16 else torch.float32)
+@pytest.mark.parametrize(("has_bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_dtype_auto_on_a_cpu_is_bf16_only_where_the_processor_multiplies_it(has_bf16, dtype, monkeypatch):
+    monkeypatch.setattr("segue.workers.devices.devices.cpu_multiplies_bf16", lambda: has_bf16)
+    assert resolve_dtype("auto", torch.device("cpu")) == dtype
 
 
 def test_dtype_float16_on_a_cpu_is_refused():
-    if torch.cuda.is_available():
-        pytest.skip("a GPU is here")
     with pytest.raises(ModelRefused, match="bfloat16 or float32"):
-        resolve_dtype("float16")
+        resolve_dtype("float16", torch.device("cpu"))
 
 
 def test_bfloat16_answers_are_close_to_fp32(model_directory):

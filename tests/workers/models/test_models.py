@@ -4,6 +4,7 @@
 import copy
 import os
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -22,12 +23,12 @@ from transformers import AutoModelForCausalLM
 
 from segue.attention.cpu.kernels import Kernels
 from segue.attention.segments import Segment
-from segue.workers.devices.devices import cpu_kernels
+from segue.workers.devices.devices import cpu_kernels, cpu_multiplies_bf16
 from segue.workers.engine.engine import Engine, EngineConfig
+from segue.workers.errors import ModelRefused
 from segue.workers.models import support
 from segue.workers.models.fused_cpu import FusedDecoder
-from segue.workers.models.load import tree_model
-from segue.workers.models.source import ModelRefused
+from segue.workers.models.tree_model import tree_model
 from segue.workers.models.weights_cpu import OneDnnProduct, OneDnnWeights, PlainWeights, TiledWeights
 from segue.workers.rows.params import SamplingParams
 
@@ -148,28 +149,41 @@ WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "num_attenti
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("by_tiles", [True, False])
-def test_packed_weights_compute_what_the_plain_ones_do(bias, by_tiles):
-    """With large weights, so that every part counts."""
+@pytest.mark.parametrize("packing", ["tiles", "onednn bf16", "onednn fp32"])
+def test_packed_weights_compute_what_the_plain_ones_do(bias, packing):
+    """With large weights, so that every part counts. oneDNN packs fp32 on every processor."""
+    dtype, packed = _packing(packing)
     torch.manual_seed(0)
-    layer = tiny_model("llama", attention_bias=bias, mlp_bias=bias, **WIDE).model.layers[0].bfloat16()
-    packed = partial(TiledWeights, kernels=_tiles()) if by_tiles else OneDnnWeights
+    layer = tiny_model("llama", attention_bias=bias, mlp_bias=bias, **WIDE).model.layers[0].to(dtype)
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             parameter.normal_(std=1.0 if name.endswith("bias") else parameter.shape[-1] ** -0.5)
-    residual = torch.randn(37, 64).bfloat16()
+    residual = torch.randn(37, 64).to(dtype)
     for name in ("qkv", "output", "mlp"):
-        hidden = torch.randn(37, layer.self_attn.o_proj.in_features if name == "output" else 64).bfloat16()
+        hidden = torch.randn(37, layer.self_attn.o_proj.in_features if name == "output" else 64).to(dtype)
         inputs = (hidden,) if name == "qkv" else (hidden, residual)
         got, wanted = (getattr(kind(layer), name)(*inputs).float() for kind in (packed, PlainWeights))
-        assert (got - wanted).norm() < 1e-2 * wanted.norm()
+        assert (got - wanted).norm() < (1e-5 if dtype == torch.float32 else 1e-2) * wanted.norm()
         assert wanted.norm() > 0.5 * residual.norm()
 
 
-def test_small_models_in_bf16_run_on_packed_weights_with_the_same_logits():
+def test_probe_of_bf16_says_whether_onednn_packs_it():
+    layer = torch.nn.Linear(64, 32, dtype=torch.bfloat16)
+    if cpu_multiplies_bf16():
+        OneDnnProduct([layer])
+    else:
+        with pytest.raises(RuntimeError, match="bf16"):
+            OneDnnProduct([layer])
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_small_models_in_bf16_are_packed_where_the_processor_multiplies_it_with_the_same_logits(has_bf16, monkeypatch):
+    if has_bf16 and not cpu_multiplies_bf16():
+        pytest.skip("this processor does not multiply bf16")
+    monkeypatch.setattr("segue.workers.models.fused_cpu.cpu_multiplies_bf16", lambda: has_bf16)
     model = tree_model(tiny_model("llama").bfloat16(), tiny_tokenizer())
     assert model.fused is not None
-    assert isinstance(model.fused.head, OneDnnProduct)
+    assert isinstance(model.fused.head, OneDnnProduct) == has_bf16
     got = Engine(model, EngineConfig(mask="segment")).logits(PROMPTS)
     model.fused = None
     wanted = Engine(model, EngineConfig(mask="segment")).logits(PROMPTS)
@@ -241,6 +255,14 @@ def test_decoder_whose_blocks_only_torch_attends_to_goes_layer_by_layer(monkeypa
     model.fused = None
     plain = Engine(model, EngineConfig(mask="segment")).logits(prompts)
     assert (got - plain).norm() < 3e-2 * plain.norm()
+
+
+def _packing(name: str) -> tuple[torch.dtype, Any]:
+    if name == "tiles":
+        return torch.bfloat16, partial(TiledWeights, kernels=_tiles())
+    if name == "onednn bf16" and not cpu_multiplies_bf16():
+        pytest.skip("this processor does not multiply bf16")
+    return torch.bfloat16 if name == "onednn bf16" else torch.float32, OneDnnWeights
 
 
 def _tiles() -> Kernels:

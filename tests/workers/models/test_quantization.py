@@ -18,10 +18,10 @@ from segue.attention.segments import Segment
 from segue.pipeline.problems import JobRefused
 from segue.pipeline.run.worker import make_engine
 from segue.workers.engine.engine import Engine
+from segue.workers.errors import ModelRefused
 from segue.workers.models.facts import FoundModel, ModelFacts, find_model, inspect_model
 from segue.workers.models.fused_cpu import FusedDecoder
 from segue.workers.models.inspect import config_facts
-from segue.workers.models.source import ModelRefused
 from segue.workers.rows.params import SamplingParams
 from segue.workers.training.model import check_trainable
 from segue.workers.training.params import LoraParams

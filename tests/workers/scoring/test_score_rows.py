@@ -13,7 +13,7 @@ from segue.pipeline.ledger.chains import decode_chain
 from segue.pipeline.ledger.units import score_row
 from segue.pipeline.prompts.check import checked_encoder
 from segue.pipeline.prompts.render import render_block
-from segue.workers.engine.echo import CONTROL_TOKENS, echo_tokenizer
+from segue.workers.models.echo import CONTROL_TOKENS, echo_tokenizer
 from segue.workers.prompts.template import PromptTemplate
 from segue.workers.scoring.rows import ScoreRow
 from segue.workers.scoring.template import ScoringTemplate

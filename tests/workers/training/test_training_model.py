@@ -11,8 +11,8 @@ from tiny_models import KINDS, oracle_logits, oracle_model, tiny_model, tiny_tok
 
 from segue.attention.segments import Segment, canonical_segments
 from segue.workers.engine.engine import Engine, EngineConfig
-from segue.workers.models.load import tree_model
-from segue.workers.models.source import ModelRefused
+from segue.workers.errors import ModelRefused
+from segue.workers.models.tree_model import tree_model
 from segue.workers.training import model as training_model
 from segue.workers.training.batches import TrainingExample
 from segue.workers.training.model import TrainingModel, check_trainable
