@@ -22,7 +22,7 @@ from segue.attention.visibility import block_sequence_ids, visible
 H, HKV, D, SCALE = 4, 2, 8, 0.37
 SHAPE = KVShape(1, HKV, D, torch.float32)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-LONG, SHORT = 80, 50  # more and fewer tokens than a node that is batched with others may have
+LONG, SHORT = 80, 50  # tokens of a node
 
 
 class Harness:

@@ -1,10 +1,10 @@
 """Llama-like decoders on CPUs in fewer and larger calls: in small models a call costs as much as what it computes.
 
-Queries, keys and values are one product, gate and up another; norms and rotary positions take the fewest passes over
-their numbers. The weights are those of the transformers model, whose own code stays the oracle. In bf16 they are kept
-once more in the layout they are multiplied in, which otherwise is made in each call and is a third of what a product
-of few tokens takes; sums are added to and gated before they are rounded. Where our kernels multiply, on processors with
-AMX, all layers are one call; elsewhere oneDNN's do.
+Queries, keys and values are one product, gate and up another; norms and rotary positions take as few passes over their
+numbers as possible. The weights are those of the transformers model, whose own code stays the oracle. In bf16 they are
+kept a second time, in the layout in which they are multiplied: to make it in each call is a third of the time of a
+product of few tokens. Residuals and gates are applied to sums before these are rounded. On processors with AMX our
+kernels multiply, and all layers are one call; elsewhere oneDNN multiplies.
 
 Shapes: `T` packed tokens, `E` hidden width, `H` query and `Hkv` key heads of width `D`, `F` width of the MLP.
 """
@@ -32,7 +32,7 @@ from segue.workers.models.weights_cpu import (
 )
 
 KINDS = frozenset({"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"})
-MAX_BYTES = 4 << 30  # of weights: in a larger model calls are not what counts, and fusing takes a copy
+MAX_BYTES = 4 << 30  # of weights: in a larger model the number of calls does not matter, and fusing takes a copy
 MAX_PACKED_BYTES = 1 << 30  # of a model whose weights are kept twice, as they are and packed
 
 
@@ -62,7 +62,7 @@ class FusedDecoder:
 
     @classmethod
     def of(cls, model: Any) -> Self | None:
-        """None for a decoder of another kind, a large, a quantised one, or one that is not on one CPU as a whole."""
+        """None for a decoder of another kind, a large or quantised one, and one that is not wholly on one CPU."""
         decoder = model.get_decoder()
         if type(decoder).__name__ not in KINDS:
             return None

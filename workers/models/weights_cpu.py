@@ -1,6 +1,6 @@
 """A decoder layer's products: by torch's linear layers, by oneDNN on packed weights, or by our tiles on their own.
 
-The last two keep the weights once more, in bf16, and do what follows a product before its sums are rounded.
+The last two keep the weights a second time, in bf16, and apply what follows a product before its sums are rounded.
 
 Shapes: `T` packed tokens, `E` hidden width, `H` query and `Hkv` key heads of width `D`, `F` width of the MLP.
 """
@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 from segue.attention.cpu.kernels import PANEL_OUTPUTS, After, Kernels, PackedWeights
 
-GATED = PANEL_OUTPUTS // 2  # outputs of the gate, then as many that it is multiplied with
+GATED = PANEL_OUTPUTS // 2  # outputs of the gate, followed by as many outputs of up, which they are multiplied with
 
 
 class LayerWeights(Protocol):
-    """What the products of a layer make of packed tokens."""
+    """The products of a layer, over packed tokens."""
 
     def qkv(self, hidden: Tensor, /) -> Tensor:
         """`[T, E]` -> `[T, (H + 2 Hkv) D]`"""
