@@ -107,7 +107,8 @@ def _devices_of(workers: int, wanted: Reservation, monkeypatch, *, num_served: i
     config = WorkersConfig(min_size=workers, max_size=workers)
     receipts = list(pool.run_units(units, config, None, None, wanted, units_in_flight=1))  # type: ignore[arg-type]
     assert len(receipts) == len(units)
-    return Counter(ray.get(gate.devices_of_all.remote()).values())
+    devices: dict[int, str] = ray.get(gate.devices_of_all.remote())  # type: ignore[assignment]
+    return Counter(devices.values())
 
 
 @pytest.mark.slow

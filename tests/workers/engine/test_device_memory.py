@@ -52,8 +52,9 @@ def test_steps_that_cannot_be_smaller_take_memory_from_the_pool(monkeypatch):
     _failing_forward(engine.model, monkeypatch, lambda sizes: memory_of(engine).budget_tokens > 300)
     assert token_ids(engine.generate(prompts, params)) == wanted
     assert 200 < memory_of(engine).budget_tokens <= 300
-    assert isinstance(memory_of(engine), KVPool)
-    assert memory_of(engine).tensors[0].shape[1] == memory_of(engine).budget_tokens + 1
+    pool = memory_of(engine)
+    assert isinstance(pool, KVPool)
+    assert pool.tensors[0].shape[1] == pool.budget_tokens + 1
 
 
 def test_rows_give_way_when_the_pool_becomes_too_small_for_them(monkeypatch):

@@ -101,7 +101,9 @@ def test_scores_and_generation_in_one_engine_do_not_disturb_each_other():
     subject.add("generated", GenerationRequest(context, SamplingParams(max_tokens=6), b"0"))
     subject.add("scored", ScoringRequest(context, (30, 31, 32)))
     outputs = {output.request_id: output for output in steps_to_the_end(subject)}
-    assert outputs["scored"].score.logprob == pytest.approx(oracle_score(context, (30, 31, 32))[0], abs=1e-3)
+    scored = outputs["scored"].score
+    assert scored is not None
+    assert scored.logprob == pytest.approx(oracle_score(context, (30, 31, 32))[0], abs=1e-3)
     alone = tiny_engine().generate([context], SamplingParams(max_tokens=6))[0]
     assert outputs["generated"].outputs[0].token_ids == alone.outputs[0].token_ids
 
