@@ -153,7 +153,7 @@ def _segue(model: TreeModel, prompts: Sequence[Any], ceilings: dict[str, Any], *
     run(NUM_NEW + 1)  # warm; captures graphs
 
     def fresh(num_new: int) -> float:
-        """With nothing left of the run before."""
+        """A run from an empty cache."""
         engine.core.nodes.make_room(engine.core.runner.memory.budget_tokens)
         return run(num_new)
 

@@ -10,10 +10,10 @@ SMOOTHED_STEPS = 20
 
 
 def draw_loss_curve(output: str) -> str | None:
-    """Write `loss.png` into a training's folder and return its path; None if there is no step yet."""
+    """Write `loss.png` into the output folder of a training and return its path. None before the first step."""
     lines = read_metrics(LocalStore(output))
     steps = [line for line in lines if "loss" in line]
-    looks = [line for line in lines if "eval_loss" in line]
+    evaluations = [line for line in lines if "eval_loss" in line]
     if not steps:
         return None
     from matplotlib.figure import Figure
@@ -23,8 +23,8 @@ def draw_loss_curve(output: str) -> str | None:
     numbers, losses = [line["step"] for line in steps], [line["loss"] for line in steps]
     axes.plot(numbers, losses, color="tab:blue", alpha=0.3, linewidth=0.8, label="each step")
     axes.plot(numbers, _smoothed(losses), color="tab:blue", label=f"mean of the last {SMOOTHED_STEPS} steps")
-    if looks:
-        held_out = [line["step"] for line in looks], [line["eval_loss"] for line in looks]
+    if evaluations:
+        held_out = [line["step"] for line in evaluations], [line["eval_loss"] for line in evaluations]
         axes.plot(*held_out, color="tab:orange", marker="o", markersize=3, label="held-out examples")
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats an answer token")
