@@ -99,10 +99,10 @@ def others_folder() -> Iterator[Path]:
 
 
 def test_check_output_that_is_not_writable_is_refused(others_folder):
+    path = others_folder / "job.yaml"
     for output in ("out", "out/below"):
-        line = refusal(job(others_folder, output={"path": output}))
-        assert "not writable" in line
+        assert "not writable" in refusal(path, f"output.path={output}")
     os.seteuid(0)
     (others_folder / "out").chmod(0o777)
     os.seteuid(65534)
-    assert passes(job(others_folder)).inputs
+    assert ready_job(path, "output.path=out").checked.inputs
