@@ -1,4 +1,5 @@
-"""Rows that cannot be answered, and rows with parameters of their own: each costs or changes itself alone."""
+"""Rows that cannot be answered cost themselves alone, rows with parameters of their own change themselves alone. A
+damaged unit and an input file that changed end the run in one clear error."""
 
 import os
 
