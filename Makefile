@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip install -qq --constraint constraints.txt
 # Named with its version, so that pip takes the build for CPUs; the newest build would bring CUDA along.
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo setup check test test-fast test-commands chaos fuzz format bench test-gpu bench-gpu
+.PHONY: demo setup check test test-fast test-commands script chaos fuzz format bench test-gpu bench-gpu
 .DEFAULT_GOAL := test
 
 setup: $(READY)
@@ -53,19 +53,25 @@ SEVERAL_AT_A_TIME := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=3 
 test: check
 	$(SEVERAL_AT_A_TIME) -m "not commands and not long"
 
+# Scripts of tests/faults use the support modules of the tests. By hand: make script RUN="tests/faults/chaos.py --runs 8"
+SCRIPT := PYTHONPATH=tests/support:tests/support/models:tests/support/jobs:tests/support/servers $(BIN)/python
+
+script: $(READY)
+	$(SCRIPT) $(RUN)
+
 chaos: $(READY)
 	@$(PIP) --no-build-isolation --editable '.[dev,stores]'
-	$(BIN)/python tests/faults/crash_points.py
+	$(SCRIPT) tests/faults/crash_points.py
 	$(BIN)/python -m pytest -m "chaos or long"
-	$(BIN)/python tests/faults/mutations.py
-	$(BIN)/python tests/faults/chaos.py
+	$(SCRIPT) tests/faults/mutations.py
+	$(SCRIPT) tests/faults/chaos.py
 
 fuzz: $(READY)
 	SEGUE_HYPOTHESIS=fuzz $(BIN)/python -m pytest -m fuzz --timeout=7200
 
 # On a machine with a GPU. PYTHON names a Python with a CUDA build of torch; nothing is installed.
 test-gpu:
-	PYTHONPATH=.:tests/support $(or $(PYTHON),python3) -m pytest tests/gpu/test_gpu.py --noconftest -p no:cacheprovider
+	PYTHONPATH=.:tests/support/models $(or $(PYTHON),python3) -m pytest tests/gpu/test_gpu.py --noconftest -p no:cacheprovider
 
 VLLM := $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
 

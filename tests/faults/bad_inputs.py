@@ -1,6 +1,6 @@
 """The matrix of bad inputs as a table: number, what it is, what was expected, what came.
 
-    python tests/faults/bad_inputs.py
+    make script RUN=tests/faults/bad_inputs.py
 
 Ends with 1 if anything came otherwise. Jobs are checked as `segue validate` does; rows go through runs of the echo
 model, whose answers are compared with its definition.

@@ -1,10 +1,11 @@
 """Every step of the commit protocol as a place to die: on local disk and on S3, one death and two, in this process.
 
-    python tests/faults/crash_points.py                     every step once, 60 pairs, both stores; prints how many
-    python tests/faults/crash_points.py --pairs 500 --seed 7
+    make script RUN=tests/faults/crash_points.py      every step once, 60 pairs, both stores; prints how many
+    make script RUN="tests/faults/crash_points.py --pairs 500 --seed 7"
 
-The job's own code runs without Ray, with one worker after the other in this process (`tests/support/in_process.py`).
-A dead process does nothing more: after a crash every later step of it crashes, too, those of `finally` blocks included.
+The job's own code runs without Ray, with one worker after the other in this process
+(`tests/support/jobs/in_process.py`). A dead process does nothing more: after a crash every later step of it crashes,
+too, those of `finally` blocks included.
 """
 
 import argparse

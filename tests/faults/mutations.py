@@ -1,7 +1,7 @@
 """Makes each mutant of `mutants.py` in a copy of the repository, runs its tests, and says which of them fails.
 
-    python tests/faults/mutations.py                 all of them
-    python tests/faults/mutations.py limit seed      those with one of the words in their name
+    make script RUN=tests/faults/mutations.py                   all of them
+    make script RUN="tests/faults/mutations.py limit seed"      those with one of the words in their name
 
 Ends with 1 if no test fails for one of them, and with a message if a mutant's text is not in its file any more.
 """

@@ -1,6 +1,6 @@
 """The matrix of bad inputs: jobs that are refused by name, rows that cost themselves, files that no writer makes.
 
-The same tables are printed by `python tests/faults/bad_inputs.py`.
+The same tables are printed by `make script RUN=tests/faults/bad_inputs.py`.
 """
 
 import pyarrow as pa

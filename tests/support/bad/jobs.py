@@ -1,7 +1,7 @@
 """Jobs that must be refused before any work, by the numbers of the bad-input matrix: C1 to C7 here, the job file.
 
 The dataset and the output are in `bad.data`, the model and the prompt in `bad.models`.
-`python tests/faults/bad_inputs.py` prints what was expected of each and what came.
+`make script RUN=tests/faults/bad_inputs.py` prints what was expected of each and what came.
 """
 
 from pathlib import Path

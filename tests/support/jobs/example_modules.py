@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-EXAMPLES = Path(__file__).parents[2] / "jobs" / "examples"
+EXAMPLES = Path(__file__).parents[3] / "jobs" / "examples"
 
 
 def load_generator(folder: Path, name: str = "make_data") -> ModuleType:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-SCRIPT = Path(__file__).parents[2] / "infra" / "local" / "cluster.sh"
+SCRIPT = Path(__file__).parents[3] / "infra" / "local" / "cluster.sh"
 
 
 @dataclass(frozen=True)
