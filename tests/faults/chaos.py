@@ -1,6 +1,6 @@
 """Seeded kills of everything that takes part in a run, on local disk and on S3, with the echo engine and a tiny model.
 
-    make script RUN=tests/faults/chaos.py                       5 faults, 2 places, 2 engines, 3 seeds: 60 runs, 40 minutes
+    make script RUN=tests/faults/chaos.py                       5 faults, 2 places, 2 engines, 3 seeds: 60 runs, 40 min
     make script RUN="tests/faults/chaos.py --runs 8 --seed 7"   some of them
 
 A run is disturbed at a moment drawn at random, and run again until it is done; every third is planned in two windows.
