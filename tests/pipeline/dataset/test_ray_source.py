@@ -1,32 +1,17 @@
 """Rows of files as read tasks: each once, whatever the row groups, with Ray and without."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray.data
+from block_reader import Blocks
 from parquet_files import typed_table, write_numbered
 
-from segue.pipeline.dataset.blocks import block_of, read_blocks
-from segue.pipeline.dataset.files import InputFile, RowNumbers, cut_rows, discover
+from segue.pipeline.dataset.files import cut_rows, discover
 from segue.pipeline.dataset.ray_source import RowSource
 
 COLUMNS = pa.schema({"body": pa.string()})
-
-
-class Blocks:
-    """The reader of a source whose blocks are those of `pipeline/dataset/blocks.py`."""
-
-    def __init__(self, columns: pa.Schema) -> None:
-        self._columns = columns
-
-    def read(self, file: InputFile, start: int, stop: int, wanted: RowNumbers) -> Iterator[pa.Table]:
-        return (block for _, block in read_blocks(file, start, stop, self._columns, wanted))
-
-    def empty(self) -> pa.Table:
-        return block_of(self._columns.empty_table(), "", 0)
 
 
 def rows_of(source: RowSource) -> list[tuple[str, int, str]]:
