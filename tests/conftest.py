@@ -13,6 +13,9 @@ settings.register_profile("segue", deadline=None)
 settings.register_profile("fuzz", deadline=None, max_examples=5000)
 settings.load_profile(os.environ.get("SEGUE_HYPOTHESIS", "segue"))
 
+# A test that uses Ray without `local_ray` fails, where Ray would start one by itself.
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
+
 _shared_ray = ExitStack()
 
 

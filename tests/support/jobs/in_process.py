@@ -6,6 +6,7 @@ of what ends a child process take `without_ray` alone.
 """
 
 import asyncio
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -18,7 +19,7 @@ from ready_jobs import ready_job
 from segue.pipeline.ledger.manifest import Manifest
 from segue.pipeline.ledger.totals import RunSummary
 from segue.pipeline.ledger.units import UnitSpec
-from segue.pipeline.plan import windows
+from segue.pipeline.plan import order, windows
 from segue.pipeline.processes import ray_session
 from segue.pipeline.processes.limited import ChildDied, LimitedProcess
 from segue.pipeline.processes.progress import Say
@@ -45,8 +46,11 @@ def run_here(path: str | Path, *overrides: str, say: Say = silent) -> RunSummary
 
 @contextmanager
 def without_ray() -> Iterator[None]:
-    """In the block a run needs no Ray, be it a call or a command. A plan of many rows fails."""
+    """In the block a run needs no Ray, be it a call or a command, however large its plan is."""
     with (
+        patch.multiple(
+            order, FEW_ROWS=sys.maxsize, FEW_BYTES=sys.maxsize, FEW_PIECES=sys.maxsize, HELD_BYTES=sys.maxsize
+        ),
         patch.multiple(
             ray_session,
             ray_session=nullcontext,
