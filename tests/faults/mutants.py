@@ -112,7 +112,7 @@ ACROSS_THE_PACKAGES = (
         "tests/attention/test_tree_attention.py",
     ),
     Mutant(
-        "equal tokens of two kinds have one key", "attention/tree/tree.py",
+        "equal tokens of two kinds have one key", "attention/tree/node.py",
         "parent_key + kind + tokens", "parent_key + tokens", "tests/attention/test_segment_tree.py",
     ),
     Mutant(
