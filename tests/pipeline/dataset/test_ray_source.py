@@ -1,9 +1,11 @@
 """Rows of files as read tasks: each once, whatever the row groups, with Ray and without."""
 
+import block_reader
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray.cloudpickle
 import ray.data
 from block_reader import Blocks
 from parquet_files import typed_table, write_numbered
@@ -11,6 +13,7 @@ from parquet_files import typed_table, write_numbered
 from segue.pipeline.dataset.files import cut_rows, discover
 from segue.pipeline.dataset.ray_source import RowSource
 
+ray.cloudpickle.register_pickle_by_value(block_reader)  # Ray's workers do not find the modules of the tests
 COLUMNS = pa.schema({"body": pa.string()})
 
 

@@ -1,11 +1,11 @@
 """Models in a bucket: fetched once a machine, whole or not at all, and used like any other."""
 
-import json
 from pathlib import Path
 
 import pytest
-from echo_jobs import outcome, rows_of, segue_process, write_input, write_job
+from echo_jobs import rows_of, write_input, write_job
 from fault_proxy import Fault
+from in_process import run_here
 
 from segue.pipeline.storage.models import local_source
 from segue.workers.engine.engine import Engine
@@ -61,9 +61,7 @@ def test_place_without_a_model_is_refused_by_name(bucket, source, wanted):
 def test_run_with_a_model_from_a_bucket_answers_as_with_the_same_model_from_a_folder(bucket, tmp_path, model_directory):
     folder = write_input(tmp_path, num_rows=8)
     job = write_job(folder, model={"source": "s3://data/model", "dtype": "float32"})
-    with segue_process(folder, "run", str(job), "--json", "--quiet") as process:
-        code, out, err = outcome(process)
-    assert (code, json.loads(out)["num_errors"]) == (0, 0), err
+    assert run_here(job).num_errors == 0
     rows = list(rows_of(folder / "out").values())
     engine = Engine.from_pretrained(model_directory, mask="causal", dtype="float32")
     prompts = [[{"role": "user", "content": row["prompt"]}] for row in rows]

@@ -1,4 +1,4 @@
-"""A reader of rows for Ray's tasks, in a module that Ray's workers can import."""
+"""A reader of rows for the read tasks of `RowSource`."""
 
 from collections.abc import Iterator
 
