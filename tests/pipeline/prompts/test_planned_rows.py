@@ -1,6 +1,5 @@
 """Rows made ready in a child process: ordinary ones come out as in process, hostile ones cost themselves."""
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +77,10 @@ def test_rows_are_those_of_rendering_in_process_whatever_the_batches(tmp_path, m
 def test_template_bombs_cost_the_rows_that_set_them_off(tmp_path):
     prompts = [f"row {n}" for n in range(60)]
     prompts[7], prompts[31], prompts[58] = "LOOP", "WIDE", "LONG"
-    started = time.monotonic()
     rows = read(write_prompts(tmp_path / "a.parquet", prompts), render_spec(BOMB_CHAT))
     assert errors(rows) == {7: "ROW_TIMEOUT", 31: "ROW_OOM", 58: "ROW_OOM"}
     assert "limits.row_cpu_s, 1.5 s" in rows[7]["error"]["message"]
     assert "limits.row_memory_bytes" in rows[31]["error"]["message"]
-    assert time.monotonic() - started < 60
 
 
 def test_rows_that_all_set_a_bomb_off_end_the_plan_with_a_reason(tmp_path, monkeypatch):
@@ -117,10 +114,8 @@ def test_dictionary_bomb_costs_the_rows_that_are_too_large_and_little_memory(tmp
         )
         file.write_table(pa.table({"prompt": small}))
     assert path.stat().st_size < 3000
-    started = time.monotonic()
     rows = read(path, render_spec(max_prompt_bytes=4 * MIB), RowLimits(30, 256 * MIB))
     assert errors(rows) == dict.fromkeys(range(5, 205), "PROMPT_TOO_LARGE")
-    assert time.monotonic() - started < 120
 
 
 def test_page_that_does_not_fit_into_memory_costs_the_rows_from_there_to_the_end_of_its_row_group(tmp_path):

@@ -1,7 +1,6 @@
 """Some rows are tried before anything starts: a prompt that fits none is refused, single rows cost themselves."""
 
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +68,7 @@ def test_row_that_ends_the_process_is_left_to_the_plan(tmp_path):
     bombs = {
         "chat_template": "{% if 'LOOP' in messages[0]['content'] %}" + LOOPS + "{% endif %}{{ messages[0]['content'] }}"
     }
-    started = time.monotonic()
     assert over(tmp_path, ["LOOP"] * 1000, prompt=bombs).trial.num_rows == 0
-    assert time.monotonic() - started < 60, "5 seconds of CPU time and a process were not enough"
 
 
 def test_damaged_page_is_left_to_the_plan(tmp_path):

@@ -1,6 +1,5 @@
 """The store on S3, over real HTTP: moto behind a proxy that breaks what a test asks it to break."""
 
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -95,10 +94,8 @@ def test_server_that_never_answers_is_asked_again(store, proxy, monkeypatch, met
     monkeypatch.setattr(remote, "READ_TIMEOUT_SECONDS", 1.5)
     assert store.create("first", b"content"), "a connection that was used before is another matter than a new one"
     proxy.faults.append(Fault("hang", method, "/a", times=2, seconds=60))
-    started = time.monotonic()
     assert store.create("a", b"content")
     assert store.read("a") == b"content"
-    assert time.monotonic() - started < 40
     assert proxy.faults[0].times == 0
 
 
@@ -110,10 +107,8 @@ def test_lost_reply_after_another_was_first_is_a_lost_race(store, proxy):
 
 def test_endless_throttling_ends_in_an_error_that_names_it(store, proxy):
     proxy.faults.append(Fault("status", times=10**6))
-    started = time.monotonic()
     with pytest.raises(OutputStorageError, match="s3://data/out/a: SlowDown"):
         store.create("a", b"content")
-    assert time.monotonic() - started < 120
 
 
 def test_denied_access_is_no_matter_of_patience_and_tells_no_secret(store, proxy):

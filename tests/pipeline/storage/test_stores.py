@@ -131,11 +131,9 @@ def test_output_that_cannot_be_written_is_refused_at_the_start(
     bucket, through, tmp_path, monkeypatch, keys, output, told
 ):
     use(monkeypatch, through.url, keys)
-    started = time.monotonic()
     code, _, err = run(job_of(tmp_path, output))
     assert code in (2, 5), err
     assert any(word in err for word in told.split("|")), err
-    assert time.monotonic() - started < 30
     assert not bucket.exists("data/out/_job/manifest.json")
 
 
