@@ -49,7 +49,7 @@ def _check_texts(mutants: list[Mutant]) -> None:
 def _killer(mutant: Mutant, folder: Path) -> str | None:
     """The first test that fails."""
     for name in FOLDERS:
-        ignored = shutil.ignore_patterns("__pycache__", "out*")
+        ignored = shutil.ignore_patterns("__pycache__", "out", "out-*")
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignored)
     for name in FILES:
         shutil.copy(ROOT / name, folder / name)
