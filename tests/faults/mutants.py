@@ -121,7 +121,7 @@ ACROSS_THE_PACKAGES = (
     ),
     Mutant(
         "all samples of a row are drawn alike", "workers/sampling/draw.py",
-        'f"{seed}:{sample_index}:{position}:"', 'f"{seed}:{position}:"', "tests/workers/engine/test_engine.py",
+        'f"{seed}:{sample_index}:{position}:"', 'f"{seed}:{position}:"', "tests/workers/engine/test_drawing.py",
     ),
     Mutant(
         "later windows of a text lose a token of context", "workers/scoring/windows.py",
