@@ -43,11 +43,3 @@ class Backend(Protocol):
         `tails[i]` is the tail of the query at `blocks.decode_index[i]`.
         """
         ...
-
-
-class TreeStep:
-    """A step that is being computed. Call `run.finish` after the last layer."""
-
-    def __init__(self, blocks: StepBlocks, tails: Sequence[Tail], memory: KVMemory, backend: Backend) -> None:
-        self.blocks = blocks
-        self.run = backend.begin(blocks, tails, memory)

@@ -13,10 +13,6 @@ from dataclasses import dataclass
 from segue.attention.tree.node import Node
 
 
-class SegmentTooLong(ValueError):
-    """A bidirectional segment does not fit into one step: its keys need all of its tokens at once."""
-
-
 @dataclass(frozen=True, slots=True)
 class SelfBlock:
     """A node computed in this step over its own keys: queries `[start, stop)`."""

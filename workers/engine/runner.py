@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from segue.attention.backend import TreeStep
 from segue.attention.cuda.backend import CudaBackend
 from segue.attention.memory.budget import Tail
 from segue.attention.memory.pool import KVPool
@@ -68,7 +67,7 @@ class StepRunner:
         try:
             if self.graphs is not None and not blocks.self_blocks:
                 return self.graphs.forward(blocks, tails)
-            return self.model.forward(TreeStep(blocks, tails, self.memory, self.backend))
+            return self.model.forward(blocks, self.backend.begin(blocks, tails, self.memory))
         except torch.OutOfMemoryError as error:
             return StepTooLarge(blocks.num_tokens, str(error))
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segue.attention.backend import StepRun, TreeStep
+from segue.attention.backend import StepRun
 from segue.attention.memory.budget import KVShape
 from segue.attention.segments import Segment, num_tokens
-from segue.attention.tree.blocks import blocks_of
+from segue.attention.tree.blocks import StepBlocks, blocks_of
 from segue.attention.tree.cache import NodeCache
 from segue.workers.devices.devices import make_backend
 from segue.workers.errors import ModelRefused
@@ -78,13 +78,16 @@ class TreeModel:
         return int(self.model.config.get_text_config().vocab_size)
 
     @torch.inference_mode()
-    def forward(self, step: TreeStep) -> Tensor:
-        """The final hidden states of a step's tokens, `[T, E]`, after the last norm. Writes their keys and values."""
+    def forward(self, blocks: StepBlocks, run: StepRun) -> Tensor:
+        """The final hidden states of a step's tokens, `[T, E]`, after the last norm. Writes their keys and values.
+
+        `run`: a backend that has begun the step of these blocks.
+        """
         device = self.kv_shape.device
-        ids = torch.tensor([step.blocks.token_ids], device=device)
-        positions = torch.tensor([step.blocks.position_ids], device=device)
-        hidden = self.hidden(ids, positions, step.run)
-        step.run.finish()
+        ids = torch.tensor([blocks.token_ids], device=device)
+        positions = torch.tensor([blocks.position_ids], device=device)
+        hidden = self.hidden(ids, positions, run)
+        run.finish()
         return hidden
 
     def hidden(self, ids: Tensor, positions: Tensor, run: StepRun) -> Tensor:
@@ -215,5 +218,5 @@ def chain_logits(loaded: TreeModel, segments: list[Segment]) -> Tensor:
     nodes = NodeCache(memory)
     end = nodes.insert(segments)
     nodes.acquire(end)
-    step = TreeStep(blocks_of(end.path(), []), (), memory, backend)
-    return loaded.logits(loaded.forward(step)[-1:])[0]
+    blocks = blocks_of(end.path(), [])
+    return loaded.logits(loaded.forward(blocks, backend.begin(blocks, (), memory))[-1:])[0]

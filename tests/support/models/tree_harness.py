@@ -10,7 +10,6 @@ from chains import chains
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from segue.attention.backend import TreeStep
 from segue.attention.memory.budget import KVShape
 from segue.attention.memory.pool import KVPool
 from segue.attention.reference import dense_attention
@@ -52,9 +51,9 @@ class Harness:
         for node in nodes:
             self.node_qkv[node] = self.random_qkv(len(node))
         packed = [torch.cat([self.node_qkv[b.node][i] for b in blocks.self_blocks], dim=1) for i in range(3)]
-        step = TreeStep(blocks, (), self.cache, self.backend)
-        out = step.run.attend(0, packed[0], packed[1], packed[2], SCALE)
-        step.run.finish()
+        run = self.backend.begin(blocks, (), self.cache)
+        out = run.attend(0, packed[0], packed[1], packed[2], SCALE)
+        run.finish()
         for node in nodes:
             self.tree.keep_computed(node, None)
         return {b.node: out[b.start : b.stop] for b in blocks.self_blocks}
@@ -68,8 +67,8 @@ class Harness:
         order = sorted(range(len(queries)), key=lambda i: blocks.decode_index[i])
         qkv = [self.random_qkv(1) for _ in queries]
         packed = [torch.cat([qkv[i][part] for i in order], dim=1) for part in range(3)]
-        step = TreeStep(blocks, tails, self.cache, self.backend)
-        out = step.run.attend(0, packed[0], packed[1], packed[2], SCALE)
+        run = self.backend.begin(blocks, tails, self.cache)
+        out = run.attend(0, packed[0], packed[1], packed[2], SCALE)
         for i, tail in enumerate(tails):
             tail.length += 1
             fed[i].append(qkv[i])

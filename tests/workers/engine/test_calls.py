@@ -26,11 +26,11 @@ def interrupt(monkeypatch, at_step, error):
     forward = TreeModel.forward
     steps = []
 
-    def interrupted(self, step):
-        steps.append(step)
+    def interrupted(self, blocks, run):
+        steps.append(blocks)
         if len(steps) == at_step:
             raise error
-        return forward(self, step)
+        return forward(self, blocks, run)
 
     monkeypatch.setattr(TreeModel, "forward", interrupted)
 
@@ -121,10 +121,10 @@ def test_logits_where_the_device_has_no_memory_for_a_step_are_those_of_smaller_s
     subject = tiny_engine()
     forward = TreeModel.forward
 
-    def limited(self, step):
-        if step.blocks.num_tokens > 70:
+    def limited(self, blocks, run):
+        if blocks.num_tokens > 70:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
-        return forward(self, step)
+        return forward(self, blocks, run)
 
     monkeypatch.setattr(TreeModel, "forward", limited)
     torch.testing.assert_close(subject.logits(prompts), wanted, atol=1e-4, rtol=0)

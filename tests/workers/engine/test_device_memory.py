@@ -19,11 +19,11 @@ def _failing_forward(model, monkeypatch, is_too_much):
     forward = type(model).forward
     sizes = []
 
-    def wrapped(self, step):
-        sizes.append(step.blocks.num_tokens)
+    def wrapped(self, blocks, run):
+        sizes.append(blocks.num_tokens)
         if is_too_much(sizes):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
-        return forward(self, step)
+        return forward(self, blocks, run)
 
     monkeypatch.setattr(type(model), "forward", wrapped)
     return sizes
