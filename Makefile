@@ -48,7 +48,7 @@ check: $(READY)
 
 # Three processes on two cores, because tests often wait for other processes. Tests that share a Ray are one group, which
 # comes first; every other file is a group (tests/conftest.py).
-SEVERAL_AT_A_TIME := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=3 --dist=loadgroup --no-loadscope-reorder
+SEVERAL_AT_A_TIME := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=3 --dist=loadscope --no-loadscope-reorder
 
 test: check
 	$(SEVERAL_AT_A_TIME) -m "not commands and not long"

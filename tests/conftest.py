@@ -4,6 +4,9 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -16,19 +19,37 @@ settings.load_profile(os.environ.get("SEGUE_HYPOTHESIS", "segue"))
 # A test that uses Ray without `local_ray` fails, where Ray would start one by itself.
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 
+ROOT = Path(__file__).parents[1]
 _shared_ray = ExitStack()
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the shared Ray are one group, so that one process starts it; the others are a group for each file.
-
-    The longest come first: the shared Ray, then files with slow tests.
-    """
+    """The longest come first: tests of the shared Ray, then files with slow tests."""
     slow = {item.path for item in items if any(item.get_closest_marker(name) for name in ("slow", "chaos"))}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if _needs_ray(item) else str(item.path)))
     items.sort(key=lambda item: (not _needs_ray(item), item.path not in slow))
+
+
+@pytest.hookimpl(optionalhook=True)  # without xdist there is no such hook
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """A file's tests run in one process, and so do those of all files that share something dear.
+
+    `--dist=loadgroup` would say so by a mark, but pytest-xdist 3.8 does not see groups under pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group_of(nodeid.partition("::")[0])
+
+    return ByGroup(config, log)
+
+
+@cache
+def _group_of(file: str) -> str:
+    """Files with tests of the shared Ray are one group, those of one training another, the others a group each."""
+    if "local_ray" in (ROOT / file).read_text(encoding="utf-8"):
+        return "ray"
+    return "training" if file.startswith("tests/pipeline/train/") else file
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
