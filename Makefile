@@ -46,9 +46,9 @@ check: $(READY)
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-# Three processes on two cores, because tests often wait for other processes. Tests that share a Ray are one group, which
+# Four processes on two cores, because tests often wait for other processes. Tests that share a Ray are one group, which
 # comes first; every other file is a group (tests/conftest.py).
-SEVERAL_AT_A_TIME := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=3 --dist=loadscope --no-loadscope-reorder
+SEVERAL_AT_A_TIME := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=4 --dist=loadscope --no-loadscope-reorder
 
 test: check
 	$(SEVERAL_AT_A_TIME) -m "not commands and not long"

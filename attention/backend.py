@@ -7,6 +7,7 @@ Shapes: `T` packed tokens, `H` query heads, `Hkv` key heads, `D` head width.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -15,13 +16,28 @@ from segue.attention.memory.budget import KVMemory, KVShape, Tail
 from segue.attention.tree.blocks import StepBlocks
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerAttention:
+    """How a layer attends."""
+
+    scale: float  # of scores
+    window: int | None = None  # sliding window: see `attention/visibility.py`
+    softcap: float | None = None  # a scaled score `s` becomes `softcap * tanh(s / softcap)`
+    sinks: Tensor | None = None  # [H] fp32: a score of each query head that takes weight and has no value
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"a window has at least one token, got {self.window}")
+
+
 class StepRun(Protocol):
     """A backend in the middle of a step."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: LayerAttention) -> Tensor:
         """query `[H, T, D]`, key and value `[Hkv, T, D]` of this step's tokens -> `[T, H, D]`.
 
-        Writes the keys and values of the step's nodes and tails to their memory.
+        Writes the keys and values of the step's nodes and tails to their memory. Raises ValueError for what this
+        backend cannot compute.
         """
         ...
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from segue.attention.backend import LayerAttention
 from segue.attention.memory.budget import KVMemory, KVShape, Tail
 from segue.attention.memory.pieces import KVPieces, Piece
 from segue.attention.tree.blocks import StepBlocks
@@ -15,13 +16,22 @@ from segue.attention.tree.node import Node
 from segue.attention.visibility import block_sequence_ids, visible
 
 
-def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """query `[H, Q, D]`, key and value `[Hkv, K, D]`, mask bool `[Q, K]` -> `[Q, H, D]`, computed in fp64."""
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, how: LayerAttention) -> Tensor:
+    """query `[H, Q, D]`, key and value `[Hkv, K, D]`, mask bool `[Q, K]` -> `[Q, H, D]`, computed in fp64.
+
+    `mask` holds the window already.
+    """
     groups = query.shape[0] // key.shape[0]
     key = key.double().repeat_interleave(groups, dim=0)
     value = value.double().repeat_interleave(groups, dim=0)
-    scores = query.double() @ key.transpose(-1, -2) * scale
+    scores = query.double() @ key.transpose(-1, -2) * how.scale
+    if how.softcap is not None:
+        scores = how.softcap * torch.tanh(scores / how.softcap)
     scores = scores.masked_fill(~mask, -torch.inf)
+    if how.sinks is not None:
+        sinks = how.sinks.double()[:, None, None].expand(-1, scores.shape[1], 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+        value = torch.cat([value, torch.zeros_like(value[:, :1])], dim=1)
     return (scores.softmax(-1) @ value).transpose(0, 1)
 
 
@@ -45,20 +55,22 @@ class _ReferenceStep:
         self._ends = _decode_ends(blocks)
         self._tails = list(zip(blocks.decode_index, tails, strict=True))
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: LayerAttention) -> Tensor:
         """query `[H, T, D]`, key and value `[Hkv, T, D]` -> `[T, H, D]`."""
         self._keep(layer, key, value)
         out = query.new_empty(query.shape[1], query.shape[0], query.shape[2])
         for block in self._blocks.self_blocks:
             keys, values = _joined(_chain(block.node, layer))
-            mask = visible(block_sequence_ids(block.node.segments()))[block.node.start :].to(query.device)
-            attended = dense_attention(query[:, block.start : block.stop], keys, values, mask, scale)
+            mask = visible(block_sequence_ids(block.node.segments()), how.window)[block.node.start :].to(query.device)
+            attended = dense_attention(query[:, block.start : block.stop], keys, values, mask, how)
             out[block.start : block.stop] = attended.to(out.dtype)
         for index, pieces in self._tails:
             generated = [piece.read(layer, used) for piece, used in pieces]
             keys, values = _joined([*_chain(self._ends[index], layer), *generated])
             mask = torch.ones(1, keys.shape[1], dtype=torch.bool, device=query.device)
-            out[index] = dense_attention(query[:, index : index + 1], keys, values, mask, scale)[0].to(out.dtype)
+            if how.window is not None:  # the query is the last token
+                mask[:, : -how.window] = False
+            out[index] = dense_attention(query[:, index : index + 1], keys, values, mask, how)[0].to(out.dtype)
         return out
 
     def finish(self) -> None:

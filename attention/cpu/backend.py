@@ -1,30 +1,30 @@
 """The default backend without a GPU: one call of a compiled kernel for each layer, or one for a whole decoder.
 
-The kernel is given a step as *runs*: queries that see the same keys, which are the tokens of a new node or the one
-token of a generating row. A run has *spans*, the keys that it still has to see, and *parts*, the results of its large
-blocks. They are merged by log-sum-exp. Where tiles multiply, the kernel computes the parts. Elsewhere torch's flash
-attention does, and their addresses are new in each layer; everything else in the tables is the same for all layers.
+The kernel is given a step as *runs* with *spans* of keys (`attention/cpu/layer_tables.py`), and *parts*, the results of
+large blocks. They are merged by log-sum-exp. Where tiles multiply, the kernel computes the parts. Elsewhere torch's
+flash attention does, and their addresses are new in each layer; everything else in the tables is the same for all
+layers of a kind.
 
 Shapes: `T` packed tokens, `G` query heads a key head, `H = Hkv * G`, `n` queries of a block, `D` head width.
 """
 
-from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from segue.attention.backend import LayerAttention
 from segue.attention.cpu.flash import attend_all, attend_self
-from segue.attention.cpu.kernels import SPAN_FIELDS, Kernels, Tables
+from segue.attention.cpu.kernels import Kernels, Tables
+from segue.attention.cpu.layer_tables import Block, LayerTables, layer_tables
 from segue.attention.cpu.node_pieces import piece_of, pieces_of
 from segue.attention.memory.budget import KVMemory, KVShape, Tail
 from segue.attention.memory.pieces import KVPieces, Piece
-from segue.attention.tree.blocks import CrossBlock, SelfBlock, StepBlocks
+from segue.attention.tree.blocks import SelfBlock, StepBlocks
+from segue.attention.tree.node import Node
 
 FEW_PAIRS = 8192  # pairs of a query and a key that it sees: up to here a block is cheaper in the kernel than as a call
-SHORT_RUN = 32  # queries
-
-Block = SelfBlock | CrossBlock
+ONLY_KERNEL = 1 << 62  # pairs: more than any block has
 
 
 class KernelBackend:
@@ -40,14 +40,12 @@ class KernelBackend:
     def begin(self, blocks: StepBlocks, tails: Sequence[Tail], memory: KVMemory) -> "KernelStep":
         tails_of = dict(zip(blocks.decode_index, pieces_of(tails, memory), strict=True))
         shape = memory.shape
-        by_tiles = shape.dtype == torch.bfloat16 and self._kernels.multiplies(shape.head_dim)
-        candidates = _of_short_runs(blocks) if by_tiles else (*blocks.self_blocks, *blocks.cross_blocks)
-        large = [block for block in candidates if _num_pairs(block) > self._few_pairs]
-        return KernelStep(self._kernels, blocks, large, tails_of, by_tiles=by_tiles)
+        has_tiles = shape.dtype == torch.bfloat16 and self._kernels.multiplies(shape.head_dim)
+        return KernelStep(self._kernels, blocks, tails_of, has_tiles=has_tiles, few_pairs=self._few_pairs)
 
 
 class KernelStep:
-    """What all layers of a step share: the kernel's tables, and the blocks that flash attention computes.
+    """What all layers of a step share: the blocks, and of each kind of layer the kernel's tables.
 
     `tails`: by the packed index of a decode query, the pieces with its new token and how much of each is used.
     """
@@ -56,55 +54,58 @@ class KernelStep:
         self,
         kernels: Kernels,
         blocks: StepBlocks,
-        large: Sequence[Block],
         tails: Mapping[int, Sequence[tuple[Piece, int]]],
         *,
-        by_tiles: bool,
+        has_tiles: bool,
+        few_pairs: int,
     ) -> None:
         self._kernels = kernels
+        self._blocks = blocks
+        self._tails = tails
+        self._has_tiles = has_tiles
+        self._few_pairs = few_pairs
         self._own = {block.node: slice(block.start, block.stop) for block in blocks.self_blocks}
-        self.tables = tables = Tables(by_tiles=by_tiles)
-        for own in blocks.self_blocks:
-            tables.kept.extend((*piece_of(own.node).place(), own.start, own.stop))
-        for index, pieces in tails.items():
-            last, used = pieces[-1]
-            tables.kept.extend((*last.place(used - 1), index, index + 1))
-        number_of = {id(block): number for number, block in enumerate(large)}
-        for start, stop, seen in _runs(blocks):
-            first = len(tables.spans) // SPAN_FIELDS, len(tables.indices)
-            for block in seen:
-                if id(block) in number_of:
-                    tables.indices.append(number_of[id(block)])
-                else:
-                    tables.spans.extend(self._span(block))
-            for piece, used in tails.get(start, ()):
-                tables.spans.extend((*piece.place(), 0, used, False))
-            end = len(tables.spans) // SPAN_FIELDS, len(tables.indices)
-            tables.runs.extend((start, stop, first[0], end[0], first[1], end[1]))
-        self._flash_blocks = () if by_tiles else large
-        for block in large if by_tiles else ():
-            tables.blocks.extend((block.start, block.stop, *self._span(block)))
+        self._longest = max(blocks.position_ids, default=-1) + 1
+        self._of_kind: dict[tuple[int | None, bool], LayerTables] = {}
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether the tables are the same for every layer: no block is computed outside the kernel."""
-        return not self._flash_blocks
+    def whole_tables(self, how: LayerAttention) -> Tables | None:
+        """The tables if they are all that a layer needs, and the same for each layer of this kind.
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        Else None: torch computes some of its blocks, or its scores are no plain products.
+        """
+        if how.softcap is not None or how.sinks is not None:
+            return None
+        of_layer = self._tables_of(how)
+        return None if of_layer.flash_blocks else of_layer.tables
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: LayerAttention) -> Tensor:
         """query `[H, T, D]`, key and value `[Hkv, T, D]` -> `[T, H, D]`."""
+        of_layer = self._tables_of(how)
         results = []
-        if self._flash_blocks:
-            del self.tables.parts[:]
+        if of_layer.flash_blocks:
+            del of_layer.tables.parts[:]
             packed = query.unflatten(0, (len(key), -1)).transpose(1, 2).contiguous()  # [Hkv, T, G, D]
-            for block in self._flash_blocks:
-                out, lse = self._flash(block, layer, query, packed, key, value, scale)
+            for block in of_layer.flash_blocks:
+                out, lse = self._flash(block, layer, query, packed, key, value, how.scale)
                 results.append((out, lse))  # keeps the memory whose addresses the kernel is told
                 where = (block.start, out.data_ptr(), lse.data_ptr())
-                self.tables.parts.extend((*where, *out.stride()[:3], *lse.stride()))
-        return self._kernels.attend(layer, query, key, value, scale, self.tables)
+                of_layer.tables.parts.extend((*where, *out.stride()[:3], *lse.stride()))
+        return self._kernels.attend(layer, query, key, value, how, of_layer.tables)
 
     def finish(self) -> None:
         """All keys and values are where they stay."""
+
+    def _tables_of(self, how: LayerAttention) -> LayerTables:
+        """A window that is longer than every row hides nothing."""
+        window = how.window if how.window is not None and how.window < self._longest else None
+        kind = window, how.softcap is not None
+        if kind not in self._of_kind:
+            by_tiles = self._has_tiles and kind == (None, False)
+            few_pairs = ONLY_KERNEL if how.softcap is not None else self._few_pairs
+            self._of_kind[kind] = layer_tables(
+                self._blocks, self._tails, window, by_tiles=by_tiles, few_pairs=few_pairs
+            )
+        return self._of_kind[kind]
 
     def _flash(
         self, block: Block, layer: int, query: Tensor, packed: Tensor, key: Tensor, value: Tensor, scale: float
@@ -112,46 +113,9 @@ class KernelStep:
         """-> (`[Hkv, n, G, D]`, LSE `[Hkv, n, G]`)"""
         if isinstance(block, SelfBlock):
             return attend_self(block, query, packed, key, value, scale)
-        if block.node in self._own:
-            place = self._own[block.node]
-            keys, values = key[:, place], value[:, place]
-        else:
-            keys, values = piece_of(block.node).read(layer)
-        return attend_all(packed[:, block.start : block.stop], keys, values, scale)
+        return attend_all(packed[:, block.start : block.stop], *self._read(block.node, layer, key, value), scale)
 
-    def _span(self, block: Block) -> tuple[int, ...]:
-        if block.node not in self._own:
-            return (*piece_of(block.node).place(), 0, len(block.node), False)
-        is_causal = isinstance(block, SelfBlock) and block.is_causal
-        return (0, 0, 0, 0, 0, self._own[block.node].start, len(block.node), is_causal)
-
-
-def _of_short_runs(blocks: StepBlocks) -> Iterator[CrossBlock]:
-    """The blocks seen by many runs, each with too few queries to fill the rows that tiles multiply at once."""
-    starts = sorted([*(block.start for block in blocks.self_blocks), *blocks.decode_index])
-    for block in blocks.cross_blocks:
-        num_runs = bisect_left(starts, block.stop) - bisect_left(starts, block.start)
-        if num_runs > 1 and block.stop - block.start < SHORT_RUN * num_runs:
-            yield block
-
-
-def _num_pairs(block: Block) -> int:
-    """Of a query and a key that it sees."""
-    pairs = (block.stop - block.start) * len(block.node)
-    return pairs // 2 if isinstance(block, SelfBlock) and block.is_causal else pairs
-
-
-def _runs(blocks: StepBlocks) -> Iterator[tuple[int, int, list[Block]]]:
-    """Queries `[start, stop)` with the same keys, in order, and their blocks, without tails."""
-    below = sorted(blocks.cross_blocks, key=lambda block: (block.start, block.level))
-    own: list[tuple[int, int, list[Block]]] = [(block.start, block.stop, [block]) for block in blocks.self_blocks]
-    own += [(index, index + 1, []) for index in blocks.decode_index]
-    above: list[Block] = []
-    num_begun = 0
-    for start, stop, self_blocks in sorted(own, key=lambda run: run[0]):
-        while above and above[-1].stop <= start:
-            above.pop()
-        while num_begun < len(below) and below[num_begun].start <= start:
-            above.append(below[num_begun])
-            num_begun += 1
-        yield start, stop, [*above, *self_blocks]
+    def _read(self, node: Node, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a node, `[Hkv, n, D]` each: the step's own are not in their memory yet."""
+        own = self._own.get(node)
+        return piece_of(node).read(layer) if own is None else (key[:, own], value[:, own])

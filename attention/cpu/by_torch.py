@@ -1,4 +1,4 @@
-"""The backend for CPUs without a C++ compiler: torch's flash attention, one call for each block, merged by log-sum-exp.
+"""The backend for CPUs without a C++ compiler: torch's operations, some calls for each block, merged by log-sum-exp.
 
 Works on the same memory as the kernels and gives the same answers, more slowly: in a small model a call costs more than
 what it computes, and a layer has a call for each block and for each piece of a tail.
@@ -11,11 +11,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from segue.attention.backend import LayerAttention
 from segue.attention.cpu.flash import attend_all, attend_self
+from segue.attention.cpu.masked import attend_masked
 from segue.attention.cpu.node_pieces import piece_of, pieces_of
 from segue.attention.memory.budget import KVMemory, KVShape, Tail
 from segue.attention.memory.pieces import KVPieces, Piece
-from segue.attention.tree.blocks import StepBlocks
+from segue.attention.tree.blocks import SelfBlock, StepBlocks
+from segue.attention.visibility import is_in_window
 
 Part = tuple[slice, Tensor, Tensor]  # queries, out [Hkv, n, G, D], LSE [Hkv, n, G]
 
@@ -35,16 +38,19 @@ class TorchStep:
 
     def __init__(self, blocks: StepBlocks, tails: Sequence[Sequence[tuple[Piece, int]]]) -> None:
         self._blocks = blocks
+        self._positions = torch.tensor(blocks.position_ids)
         self._tails = list(zip(blocks.decode_index, tails, strict=True))
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: LayerAttention) -> Tensor:
         """query `[H, T, D]`, key and value `[Hkv, T, D]` -> `[T, H, D]`."""
         self._keep(layer, key, value)
         packed = query.unflatten(0, (len(key), -1)).transpose(1, 2).contiguous()  # [Hkv, T, G, D]
         out = torch.zeros(packed.shape, dtype=torch.float32)
         lse = torch.full(packed.shape[:-1], -torch.inf)
-        for rows, part, part_lse in self._parts(layer, query, packed, key, value, scale):
+        for rows, part, part_lse in self._parts(layer, query, packed, key, value, how):
             merge_part_(out[:, rows], lse[:, rows], part, part_lse)
+        if how.sinks is not None:
+            out *= torch.sigmoid(lse - how.sinks.view(len(key), 1, -1))[..., None]
         return out.transpose(0, 1).flatten(1, 2).to(query.dtype)
 
     def finish(self) -> None:
@@ -58,26 +64,61 @@ class TorchStep:
             last.write(layer, key[:, index : index + 1], value[:, index : index + 1], used - 1)
 
     def _parts(
-        self, layer: int, query: Tensor, packed: Tensor, key: Tensor, value: Tensor, scale: float
+        self, layer: int, query: Tensor, packed: Tensor, key: Tensor, value: Tensor, how: LayerAttention
     ) -> Iterator[Part]:
         for block in self._blocks.self_blocks:
-            yield slice(block.start, block.stop), *attend_self(block, query, packed, key, value, scale)
+            rows = slice(block.start, block.stop)
+            if how.softcap is None and not self._clips_itself(block, how):
+                yield rows, *attend_self(block, query, packed, key, value, how.scale)
+            else:
+                seen = self._seen_of_itself(block, how)
+                yield rows, *attend_masked(packed[:, rows], key[:, rows], value[:, rows], how, seen)
         for block in self._blocks.cross_blocks:
             rows = slice(block.start, block.stop)
-            yield rows, *attend_all(packed[:, rows], *piece_of(block.node).read(layer), scale)
+            yield from self._part(rows, block.node.start, packed, *piece_of(block.node).read(layer), how)
         for index, pieces in self._tails:
-            row = slice(index, index + 1)
+            first = int(self._positions[index]) + 1 - sum(used for _, used in pieces)
             for piece, used in pieces:
-                yield row, *attend_all(packed[:, row], *piece.read(layer, used), scale)
+                yield from self._part(slice(index, index + 1), first, packed, *piece.read(layer, used), how)
+                first += used
+
+    def _part(
+        self, rows: slice, first: int, packed: Tensor, key: Tensor, value: Tensor, how: LayerAttention
+    ) -> Iterator[Part]:
+        """Queries over earlier keys, which begin at position `first`. None if the window hides all of them."""
+        seen = None
+        if how.window is not None:
+            keys = torch.arange(first, first + key.shape[1])
+            seen = is_in_window(self._positions[rows], keys, how.window)
+            if not seen.any():
+                return
+            seen = None if seen.all() else seen
+        if seen is None and how.softcap is None:
+            yield rows, *attend_all(packed[:, rows], key, value, how.scale)
+        else:
+            yield rows, *attend_masked(packed[:, rows], key, value, how, seen)
+
+    @staticmethod
+    def _clips_itself(block: SelfBlock, how: LayerAttention) -> bool:
+        return how.window is not None and block.is_causal and len(block.node) > how.window
+
+    def _seen_of_itself(self, block: SelfBlock, how: LayerAttention) -> Tensor | None:
+        """bool `[n, n]`; None for a bidirectional segment, whose tokens all see each other."""
+        if not block.is_causal:
+            return None
+        places = torch.arange(len(block.node))
+        seen = places[:, None] >= places
+        return seen if how.window is None else seen & is_in_window(places, places, how.window)
 
 
 def merge_part_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
     """Add attention over further keys to what `out` and `lse` already cover, in place.
 
-    out `[..., D]` and lse `[...]` (natural log) are fp32; where they cover no keys, out is 0 and lse is -inf. A part
-    has at least one key for each query. The idea is that of FlashAttention's split keys and of Hydragen's shared
-    prefixes (arXiv 2402.05099).
+    out `[..., D]` and lse `[...]` (natural log) are fp32; where they cover no keys, out is 0 and lse is -inf, and so it
+    is with a part. The idea is that of FlashAttention's split keys and of Hydragen's shared prefixes (arXiv
+    2402.05099).
     """
     part_share = torch.sigmoid(part_lse - lse)  # exp(part) / (exp(lse) + exp(part))
+    part_share.masked_fill_(part_lse == -torch.inf, 0.0)  # of nothing, also where there was nothing before
     out.lerp_(part_out.to(out.dtype), part_share.unsqueeze(-1))
     torch.logaddexp(lse, part_lse, out=lse)

@@ -1,48 +1,30 @@
-"""The compiled kernels for CPUs: `cpp/`, built by the machine's own compiler when they are first needed.
+"""The compiled kernels for CPUs, `cpp/`, as functions of tensors. `attention/cpu/building.py` compiles them.
 
-Without a compiler, or if the library does not load, there are no kernels, and torch's operations are used instead. The
-library's name is a digest of its source, the compiler and the processor, so that machines may share a folder. It
-computes with torch's threads. On processors with AMX it also multiplies bf16 by tiles: see `Kernels.multiplies`.
+They compute with torch's threads. On processors with AMX they also multiply bf16 by tiles: see `Kernels.multiplies`.
 
 Shapes: `T` packed tokens, `H` query heads, `Hkv` key heads, `D` head width, `E` hidden width, `V` vocabulary.
 """
 
 import ctypes
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from array import array
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import IntEnum
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-SOURCES = Path(__file__).with_name("cpp")
-IN_ANY_ORDER = ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]  # sums; keeps NaN
-FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", *IN_ANY_ORDER, "-Wno-psabi"]
-PROCESSOR_FLAGS = {
-    "x86_64": ["-march=native", "-mprefer-vector-width=512"],
-    "aarch64": ["-mcpu=native"],
-}
+from segue.attention.backend import LayerAttention
+
 DTYPES = (torch.float32, torch.bfloat16)
 RUN_FIELDS = 6  # as in the C++ structs of the same names
-SPAN_FIELDS = 8
+SPAN_FIELDS = 9
 KEPT_FIELDS = 7
-BLOCK_FIELDS = 10
+BLOCK_FIELDS = 11
+ALL_SEEN = -(1 << 40)  # the `first_seen` of a span without a window
 TILE_INPUTS = 32  # tiles multiply a multiple of so many inputs, or of numbers of a head
 PANEL_OUTPUTS = 32  # of packed weights
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +95,7 @@ class Kernels:
             "rms_norm": [kind, address, address, address, count, count, count, count, number, kind],
             "rotate": [kind, address, address, address, count, count, count, count, kind],
             "summarise": [kind, address, count, count, address, address, address, kind],
-            "attend": [kind, address, number, address, kind],
+            "attend": [kind, address, number, number, address, address, kind],
             "pack": [address, address, count, count],
             "product": [kind, address, address, address, address, address, count, count, count, kind],
             "decode": [address, address, address, address, address, address, count, number, number, kind],
@@ -174,8 +156,13 @@ class Kernels:
         )
         return highest, most_likely, totals
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, tables: Tables) -> Tensor:
-        """query `[H, T, D]`, key and value `[Hkv, T, D]` of a step's tokens -> `[T, H, D]`."""
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: LayerAttention, tables: Tables
+    ) -> Tensor:
+        """query `[H, T, D]`, key and value `[Hkv, T, D]` of a step's tokens -> `[T, H, D]`.
+
+        `tables` holds the window already. Tiles cap no scores.
+        """
         num_heads, num_tokens, head_dim = query.shape
         out = torch.empty((num_tokens, num_heads, head_dim), dtype=query.dtype)
         step = array("q", (query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr()))
@@ -183,11 +170,18 @@ class Kernels:
             step.extend(tensor.stride()[:2])
         step.extend((len(key), num_heads // len(key), head_dim, layer))
         is_bf16 = _is_bf16(query, key, value)
-        if tables.by_tiles and not (is_bf16 and self.multiplies(head_dim)):
-            raise ValueError(f"no tiles here for {query.dtype} and heads of {head_dim}")
+        if tables.by_tiles and not (is_bf16 and self.multiplies(head_dim) and how.softcap is None):
+            raise ValueError(f"no tiles here for {query.dtype}, heads of {head_dim} and a softcap of {how.softcap}")
+        sinks = _checked_sinks(how.sinks, num_heads)
         pointers = tables.pointers()
         self._functions.attend(
-            is_bf16, step.buffer_info()[0], scale, pointers.buffer_info()[0], torch.get_num_threads()
+            is_bf16,
+            step.buffer_info()[0],
+            how.scale,
+            how.softcap or 0.0,
+            None if sinks is None else sinks.data_ptr(),
+            pointers.buffer_info()[0],
+            torch.get_num_threads(),
         )
         return out
 
@@ -262,6 +256,15 @@ class Kernels:
         )
 
 
+def _checked_sinks(sinks: Tensor | None, num_heads: int) -> Tensor | None:
+    """Raises ValueError unless there is one fp32 number for each query head."""
+    if sinks is None:
+        return None
+    if sinks.dtype != torch.float32 or sinks.shape != (num_heads,):
+        raise ValueError(f"wanted {num_heads} sinks in fp32, got {tuple(sinks.shape)} in {sinks.dtype}")
+    return sinks.contiguous()
+
+
 def _is_bf16(*tensors: Tensor) -> bool:
     """Raises TypeError unless all are of one type that the kernels read, ValueError unless each row is dense."""
     dtype = tensors[0].dtype
@@ -270,66 +273,3 @@ def _is_bf16(*tensors: Tensor) -> bool:
     if any(tensor.stride(-1) != 1 for tensor in tensors):
         raise ValueError(f"wanted a dense last dimension, got strides {[tensor.stride() for tensor in tensors]}")
     return dtype == torch.bfloat16
-
-
-@lru_cache(maxsize=1)
-def load_kernels(folder: Path) -> Kernels | None:
-    """Build the library into `folder` unless it is there. None where it cannot be had; why is logged, once."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        _log.warning("no C++ compiler found (g++): attention over few keys is left to torch, which is slower")
-        return None
-    try:
-        path = _library(compiler, folder)
-        try:
-            return Kernels(ctypes.CDLL(str(path)))
-        except OSError:
-            path.unlink()  # a crash may have torn it: the next process builds another
-            raise
-    except subprocess.CalledProcessError as error:
-        reason = f"{compiler}: {error.stderr.strip()[-500:]}"
-    except (OSError, AttributeError) as error:
-        reason = str(error)
-    _log.warning("the CPU kernels cannot be used, torch's slower operations are: %s", reason)
-    return None
-
-
-def _library(compiler: str, folder: Path) -> Path:
-    """Raises CalledProcessError, OSError."""
-    command = [*compiler.split(), *FLAGS, *PROCESSOR_FLAGS.get(platform.machine(), [])]
-    version = _run([*compiler.split(), "--version"])
-    sources = sorted(SOURCES.iterdir())
-    told = [*((source.name, source.read_text()) for source in sources), *command, version, _processor()]
-    path = folder / f"{hashlib.sha256(repr(told).encode()).hexdigest()[:24]}.so"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not _is_ours(folder):
-        raise OSError(f"others may write to {folder}, where the kernels are kept")
-    if path.exists() and _is_ours(path):
-        return path
-    with tempfile.TemporaryDirectory(dir=folder) as scratch, ThreadPoolExecutor() as pool:
-        units = {source: f"{scratch}/{source.stem}.o" for source in sources if source.suffix == ".cpp"}
-        list(pool.map(_run, ([*command, "-c", str(source), "-o", unit] for source, unit in units.items())))
-        linked = f"{scratch}/kernels.so"
-        _run([*compiler.split(), "-shared", *units.values(), "-o", linked])  # no -fopenmp: torch's is there already
-        os.replace(linked, path)
-    return path
-
-
-def _run(command: Sequence[str]) -> str:
-    """The command's output. Raises CalledProcessError, OSError."""
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether no other user could have written it."""
-    found = path.stat()
-    return found.st_uid in (os.getuid(), 0) and not found.st_mode & 0o022
-
-
-def _processor() -> Sequence[str]:
-    """Lines that differ between kinds of processors."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return [platform.machine(), platform.processor()]
-    return sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})

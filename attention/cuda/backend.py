@@ -5,7 +5,7 @@ token are merged by log-sum-exp.
 of its first key (`cu_seq_k`) and the number of its keys (`seqused_k`). Keys lie in a pool (`attention/memory/pool.py`),
 so that a block needs no copy of them and no table. A step makes two calls for each layer, however many rows it has: one
 for the blocks that are not causal, in which the query heads of a key head are further queries, and one for causal
-squares.
+squares. Where a sliding window hides keys there is a third, for squares whose queries leave one key more behind each.
 
 Traps (torch 2.13): the log-sum-exp is natural and `[H, T]`, whatever the docstring says; over no keys it is +inf, so no
 sequence is empty here; causal squares are aligned at the bottom right; fp16 and bf16 only.
@@ -23,12 +23,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from segue.attention.backend import LayerAttention
 from segue.attention.cuda.plan import CudaPlan, Sequences
 from segue.attention.memory.budget import KVMemory, KVShape, Tail
 from segue.attention.memory.pool import KVPool
 from segue.attention.tree.blocks import StepBlocks
 
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
+
+LEAVING = (0, -1)  # the window of a square, aligned at the bottom right: query `i` sees the keys from number `i` on
 
 Kernel = Callable[..., tuple[Tensor, Tensor]]
 
@@ -90,7 +93,7 @@ class CudaBackend:
     def begin(self, blocks: StepBlocks, tails: Sequence[Tail], memory: KVMemory) -> "_CudaStep":
         if not isinstance(memory, KVPool):
             raise TypeError(f"wanted a pool, got {type(memory).__name__}")
-        return _CudaStep(CudaPlan.of(blocks, tails), memory, self.kernel)
+        return _CudaStep(blocks, tails, memory, self.kernel)
 
     @property
     def kernel(self) -> Kernel:
@@ -98,27 +101,41 @@ class CudaBackend:
 
 
 class _CudaStep:
-    """A plan and its copies on the devices of the layers."""
+    """A plan for each sliding window, and its copies on the devices of the layers."""
 
-    def __init__(self, plan: CudaPlan, pool: KVPool, kernel: Kernel) -> None:
-        self._plan = plan
+    def __init__(self, blocks: StepBlocks, tails: Sequence[Tail], pool: KVPool, kernel: Kernel) -> None:
+        self._blocks = blocks
+        self._tails = tails
+        self._longest = max(blocks.position_ids, default=-1) + 1
         self._pool = pool
         self._kernel = kernel
-        self._on: dict[torch.device, PlanTensors] = {}
+        self._on: dict[tuple[int | None, torch.device], PlanTensors] = {}
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: LayerAttention) -> Tensor:
         """query `[H, T, D]`, key and value `[Hkv, T, D]` -> `[T, H, D]`."""
-        on = self._on.get(query.device) or self._on.setdefault(query.device, PlanTensors(self._plan, query.device))
-        return attend(on, self._kernel, self._pool.tensors[layer], query, key, value, scale)
+        on = self._on_device(how.window, query.device)
+        return attend(on, self._kernel, self._pool.tensors[layer], query, key, value, how)
+
+    def _on_device(self, window: int | None, device: torch.device) -> "PlanTensors":
+        """A window that is longer than every row hides nothing."""
+        window = window if window is not None and window < self._longest else None
+        if (window, device) not in self._on:
+            self._on[window, device] = PlanTensors(CudaPlan.of(self._blocks, self._tails, window), device)
+        return self._on[window, device]
 
     def finish(self) -> None:
         """All keys and values are where they stay."""
 
 
 def attend(
-    on: "PlanTensors", kernel: Kernel, pool: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
+    on: "PlanTensors", kernel: Kernel, pool: Tensor, query: Tensor, key: Tensor, value: Tensor, how: LayerAttention
 ) -> Tensor:
-    """pool `[2, P, Hkv, D]`, query `[H, T, D]`, key and value `[Hkv, T, D]` -> `[T, H, D]`."""
+    """pool `[2, P, Hkv, D]`, query `[H, T, D]`, key and value `[Hkv, T, D]` -> `[T, H, D]`.
+
+    Raises ValueError for capped scores, which the kernel does not compute.
+    """
+    if how.softcap is not None:
+        raise ValueError(f"torch's variable-length kernel does not cap scores, wanted a softcap of {how.softcap}")
     keys, values = pool
     keys.index_copy_(0, on.slots, key.transpose(0, 1))
     values.index_copy_(0, on.slots, value.transpose(0, 1))
@@ -126,12 +143,17 @@ def attend(
     num_kv_heads = key.shape[0]
     tokens = query.transpose(0, 1)  # [T, H, D]
     grouped = tokens.unflatten(1, (num_kv_heads, -1)).transpose(1, 2)  # [T, G, Hkv, D]
-    out, lse = _dense(kernel, on.dense, grouped, keys, values, scale)
-    if on.causal.num_queries:
-        more, more_lse = _causal(kernel, on.causal, tokens, keys, values, scale)
-        out = torch.cat([out, more.unflatten(1, (num_kv_heads, -1)).transpose(1, 2)])
-        lse = torch.cat([lse, more_lse.unflatten(1, (num_kv_heads, -1)).transpose(1, 2)])
-    merged = _merged(on.parts, out, lse)  # [T, G, Hkv, D]
+    outs, totals = zip(
+        _dense(kernel, on.dense, grouped, keys, values, how.scale),
+        *(
+            _square(kernel, call, tokens, keys, values, how.scale, window)
+            for call, window in ((on.causal, on.causal_window), (on.leaving, LEAVING))
+            if call.num_queries
+        ),
+        strict=True,
+    )
+    sinks = None if how.sinks is None else how.sinks.view(num_kv_heads, -1).T  # [G, Hkv]
+    merged = _merged(on.parts, torch.cat(outs), torch.cat(totals), sinks)  # [T, G, Hkv, D]
     return merged.transpose(1, 2).reshape(num_tokens, num_heads, head_dim).to(query.dtype)
 
 
@@ -157,10 +179,10 @@ def _dense(
     return out.unflatten(0, (-1, groups)), lse.transpose(0, 1).unflatten(0, (-1, groups))
 
 
-def _causal(
-    kernel: Kernel, call: "_Call", tokens: Tensor, keys: Tensor, values: Tensor, scale: float
+def _square(
+    kernel: Kernel, call: "_Call", tokens: Tensor, keys: Tensor, values: Tensor, scale: float, window: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """-> (`[Q, H, D]`, LSE `[Q, H]`)"""
+    """-> (`[Q, G, Hkv, D]`, LSE `[Q, G, Hkv]`)"""
     out, lse = kernel(
         tokens.index_select(0, call.queries),
         keys,
@@ -170,11 +192,12 @@ def _causal(
         call.max_q,
         call.max_k,
         scale=scale,
-        window_size=(-1, 0),
+        window_size=window,
         enable_gqa=True,
         seqused_k=call.seqused_k,
     )
-    return out, lse.transpose(0, 1)
+    heads = (keys.shape[1], -1)  # [Hkv, G]
+    return out.unflatten(1, heads).transpose(1, 2), lse.transpose(0, 1).unflatten(1, heads).transpose(1, 2)
 
 
 class PlanTensors:
@@ -184,6 +207,8 @@ class PlanTensors:
         self.slots = _sent(plan.slots, device)
         self.dense = _Call(plan.dense, device)
         self.causal = _Call(plan.causal, device)
+        self.causal_window = (-1 if plan.window is None else plan.window - 1, 0)
+        self.leaving = _Call(plan.leaving, device)
         self.parts = _sent(plan.parts, device)
 
 
@@ -198,18 +223,21 @@ class _Call:
             self.seqused_k = _sent(sequences.seqused_k, device)
 
 
-def _merged(parts: Tensor, out: Tensor, lse: Tensor) -> Tensor:
-    """parts `[T, M]`, out `[Q, G, Hkv, D]`, lse `[Q, G, Hkv]` -> `[T, G, Hkv, D]` fp32.
+def _merged(parts: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
+    """parts `[T, M]`, out `[Q, G, Hkv, D]`, lse `[Q, G, Hkv]`, sinks `[G, Hkv]` -> `[T, G, Hkv, D]` fp32.
 
-    The number `Q` stands for no part: its weight is 0.
+    The number `Q` stands for no part: its weight is 0. A sink is one more part, whose values are 0.
     """
-    if parts.shape[1] == 1:
+    if parts.shape[1] == 1 and sinks is None:
         return out.index_select(0, parts[:, 0]).float()
     none = lse.new_full((1, *lse.shape[1:]), -torch.inf)
-    weights = torch.cat([lse, none])[parts].softmax(dim=1)  # [T, M, G, Hkv]
+    totals = torch.cat([lse, none])[parts]  # [T, M, G, Hkv]
+    if sinks is not None:
+        totals = torch.cat([totals, sinks.expand(len(totals), 1, -1, -1)], dim=1)
+    weights = totals.softmax(dim=1)
     rows = parts.remainder(len(out))  # "none" reads part 0, whose numbers are finite: 0 times garbage may be garbage
     merged = out[rows[:, 0]].float().mul_(weights[:, 0, ..., None])
-    for part in range(1, parts.shape[1]):
+    for part in range(1, parts.shape[1]):  # the sink's weight, behind them, has no values
         merged.addcmul_(out[rows[:, part]], weights[:, part, ..., None])
     return merged
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from segue.attention.backend import LayerAttention
 from segue.attention.cuda.backend import Kernel, PlanTensors, attend
 from segue.attention.cuda.plan import KEY_TILE, QUERY_TILE, CudaPlan, Sequences
 from segue.attention.memory.pool import KVPool
@@ -66,8 +67,11 @@ class PaddedDecode:
         parts[:num_tokens, :width] = np.where(plan.parts == len(sequences.queries), self._bucket.queries, plan.parts)
         on.parts.copy_(torch.from_numpy(parts), non_blocking=True)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        return attend(self._on, self._kernel, self._pool.tensors[layer], query, key, value, scale)
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: LayerAttention) -> Tensor:
+        """Raises ValueError for a sliding window: the plan is the same for all layers."""
+        if how.window is not None:
+            raise ValueError(f"a graph has one plan for all layers, and none for a window of {how.window} tokens")
+        return attend(self._on, self._kernel, self._pool.tensors[layer], query, key, value, how)
 
     def finish(self) -> None:
         """All keys and values are where they stay."""
@@ -81,6 +85,7 @@ def _padding(bucket: DecodeBucket, scratch: int) -> CudaPlan:
         slots=np.full(bucket.rows, scratch, dtype=np.int64),
         dense=Sequences(queries, borders_q, borders_k, lengths, QUERY_TILE, KEY_TILE),
         causal=Sequences.of(np.empty((0, 4), dtype=np.int64)),
+        leaving=Sequences.of(np.empty((0, 4), dtype=np.int64)),
         parts=_padded_parts(bucket),
     )
 

@@ -3,17 +3,20 @@
 Long blocks are cut, so that the kernel is busy whatever their shape: a sequence has at most QUERY_TILE queries, since
 the grid is as high as the longest one, and at most KEY_TILE keys, so that many processors read a long shared node at
 once. Queries do not influence each other, and keys are cut by a node's length alone, so the batch changes no sum.
-Numbers only; no kernel.
+
+Where a sliding window hides some keys of a node from some queries, the block is cut once more
+(`attention/cuda/clipped.py`). Numbers only; no kernel.
 
 Shapes: `T` packed tokens, `N` sequences, `Q` their queries (a token occurs once for each block that it is in), `M` most
 parts of a token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from segue.attention.cuda.clipped import Rectangle, clipped
 from segue.attention.memory.budget import Tail
 from segue.attention.memory.pool import Extent, ranges
 from segue.attention.tree.blocks import StepBlocks
@@ -47,32 +50,42 @@ class Sequences:
 
 @dataclass(frozen=True, slots=True)
 class CudaPlan:
-    """Parts are numbered in order: those of the dense call, those of the causal call, and a last number for no part."""
+    """Parts are numbered in order: those of each call, dense, causal, leaving, and a last number for no part."""
 
     slots: np.ndarray  # [T] int64: the place in the pool of each token's key and value
     dense: Sequences  # blocks that are not causal
     causal: Sequences  # causal squares
+    leaving: Sequences  # squares in which query `i` sees the keys from number `i` on: a window leaves the others behind
     parts: np.ndarray  # [T, M] int64
+    window: int | None = None  # of the causal squares
 
     @property
     def num_tokens(self) -> int:
         return len(self.slots)
 
     @classmethod
-    def of(cls, blocks: StepBlocks, tails: Sequence[Tail]) -> "CudaPlan":
+    def of(cls, blocks: StepBlocks, tails: Sequence[Tail], window: int | None = None) -> "CudaPlan":
         """`tails[i]` is that of the query at `blocks.decode_index[i]`."""
         own = [(block, _extent(block.node)) for block in blocks.self_blocks]
         squares = [(block.start, len(block.node), extent.start) for block, extent in own if block.is_causal]
         others = [(b.start, len(b.node), extent.start, len(b.node)) for b, extent in own if not b.is_causal]
-        for block in blocks.cross_blocks:
-            extent = _extent(block.node)
-            others.append((block.start, block.stop - block.start, extent.start, extent.length))
-        for index, tail in zip(blocks.decode_index, tails, strict=True):
-            others.append((index, 1, tail.start, tail.length + 1))
-        dense = Sequences.of(_tiled(_array(others, 4)))
+        clipped_others, leaving_squares = clipped(blocks, _earlier(blocks, tails), window, QUERY_TILE)
+        dense = Sequences.of(_tiled(_array([*others, *clipped_others], 4)))
         causal = Sequences.of(_tiled_causal(_array(squares, 3)))
+        leaving = Sequences.of(_array(leaving_squares, 4))
         slots = _slots(blocks, [(block.start, extent) for block, extent in own], tails)
-        return cls(slots, dense, causal, _parts_of(np.concatenate([dense.queries, causal.queries]), len(slots)))
+        queries = np.concatenate([dense.queries, causal.queries, leaving.queries])
+        return cls(slots, dense, causal, leaving, _parts_of(queries, len(slots)), window)
+
+
+def _earlier(blocks: StepBlocks, tails: Sequence[Tail]) -> Iterator[Rectangle]:
+    """Queries over keys that stand before them, or are their own."""
+    for block in blocks.cross_blocks:
+        extent = _extent(block.node)
+        yield Rectangle(block.start, block.stop, extent.start, extent.length, block.node.start)
+    for index, tail in zip(blocks.decode_index, tails, strict=True):
+        first = blocks.position_ids[index] - tail.length
+        yield Rectangle(index, index + 1, tail.start, tail.length + 1, first)
 
 
 def _slots(blocks: StepBlocks, own: Sequence[tuple[int, Extent]], tails: Sequence[Tail]) -> np.ndarray:

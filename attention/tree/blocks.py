@@ -42,6 +42,7 @@ class StepBlocks:
     self_blocks: tuple[SelfBlock, ...]
     cross_blocks: tuple[CrossBlock, ...]  # by level
     decode_index: tuple[int, ...]  # packed index of each decode row, in the order given
+    long_tokens: tuple[range, ...] = ()  # those of rows below a root of long ones
 
     @property
     def num_tokens(self) -> int:
@@ -106,8 +107,12 @@ class _Layout:
         self.self_blocks: list[SelfBlock] = []
         self.cross_blocks: list[CrossBlock] = []
         self.decode_index = [0] * len(self.decode)
+        long_tokens: list[range] = []
         for root in self.roots:
+            start = len(self.tokens)
             self._walk(root)
+            if root.is_long:
+                long_tokens.append(range(start, len(self.tokens)))
         self.cross_blocks.sort(key=lambda block: block.level)
         return StepBlocks(
             tuple(self.tokens),
@@ -115,6 +120,7 @@ class _Layout:
             tuple(self.self_blocks),
             tuple(self.cross_blocks),
             tuple(self.decode_index),
+            tuple(long_tokens),
         )
 
     def _walk(self, root: Node) -> None:

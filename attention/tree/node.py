@@ -52,6 +52,8 @@ class Node:
     kv: NodeMemory | None = None
     last_hidden: object | None = None  # final hidden state of the last token, for the logits after it
     scores: SplittableScores | None = None  # of its own tokens, if a row wanted them when it was computed
+    is_long: bool = False  # of a root: for rows that the model computes as long ones (`workers/models/long_rope.py`)
+    is_private: bool = False  # of a root: for one row, which shares nothing
 
     def __len__(self) -> int:
         return len(self.token_ids)

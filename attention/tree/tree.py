@@ -15,18 +15,19 @@ class SegmentTree:
     """All prompts known at the moment, merged."""
 
     def __init__(self) -> None:
-        self.root = self.new_root()
+        self._roots = {is_long: Node((), False, None, 0, is_long=is_long) for is_long in (False, True)}
 
-    def new_root(self) -> Node:
-        """A separate, empty tree: prompts under different roots never share."""
-        return Node((), False, None, 0)
+    def root(self, *, is_long: bool = False, is_private: bool = False) -> Node:
+        """The top of the tree of all long or all other rows, or a new one for one row. Under different roots prompts
+        never share."""
+        return Node((), False, None, 0, is_long=is_long, is_private=True) if is_private else self._roots[is_long]
 
     def insert(self, segments: Sequence[Segment], root: Node | None = None) -> Node:
         """The node at which this prompt ends; missing nodes are made. `segments` are canonical and not empty.
 
         Does not count the row: call `add_row` on the result. Raises ValueError for a prompt without tokens.
         """
-        node = self.root if root is None else root  # an empty node is falsy
+        node = self.root() if root is None else root  # an empty node is falsy
         for segment in segments:
             if segment.bidirectional:
                 node = _whole_child(node, segment.token_ids)
@@ -120,7 +121,7 @@ class SegmentTree:
 
     def __iter__(self) -> Iterator[Node]:
         """All listed nodes, depth-first."""
-        stack = list(self.root.children.values())[::-1]
+        stack = [child for root in self._roots.values() for child in root.children.values()][::-1]
         while stack:
             node = stack.pop()
             yield node

@@ -37,6 +37,8 @@ from segue.workers.scoring.pairs import PairEncoder
 from segue.workers.scoring.rows import RowScorer, check_fits, requests_of
 from segue.workers.scoring.template import ScoringTemplate, Task
 
+LIMIT_NAME = "limits.max_model_len"  # what sets `max_model_len`, for messages
+
 
 @dataclass(frozen=True)
 class RenderSpec:
@@ -48,18 +50,12 @@ class RenderSpec:
     date: str  # ISO; templates that print today's date print this one
     mask: str
     max_model_len: int
-    window: int | None  # the model's sliding window, if it limits the length
     max_prompt_bytes: int
     prompt_columns: tuple[str, ...]
     passed_columns: tuple[str, ...]
     params: SamplingParams
     task: Task = "generate"
     scoring: ScoringTemplate = field(default_factory=ScoringTemplate)
-
-    @property
-    def limit_name(self) -> str:
-        """What sets `max_model_len`, for messages."""
-        return f"sliding window of {self.window}" if self.window == self.max_model_len else "limits.max_model_len"
 
 
 def render_block(block: pa.Table, spec: RenderSpec) -> pa.Table:
@@ -136,7 +132,7 @@ def _scored(
         # A training example has one token more, the end of the answer. Its last token is not fed either.
         limit = spec.max_model_len - 1 if spec.task == "finetune" else spec.max_model_len
         for request in requests:
-            check_fits(request, limit, spec.limit_name)
+            check_fits(request, limit, LIMIT_NAME)
         return {"chain": min(shared_chains(requests)), "score": score_value(found)}
     except RowError as error:
         return _failed(error)
@@ -150,7 +146,7 @@ def _check_length(length: int, spec: RenderSpec) -> None:
     if length == 0:
         raise RowError(RowErrorCode.EMPTY_PROMPT, "the prompt has no tokens, wanted at least one")
     if length >= spec.max_model_len:
-        message = f"the prompt has {length:,} tokens, wanted fewer than {spec.max_model_len:,} ({spec.limit_name})"
+        message = f"the prompt has {length:,} tokens, wanted fewer than {spec.max_model_len:,} ({LIMIT_NAME})"
         raise RowError(RowErrorCode.PROMPT_TOO_LONG, message)
 
 

@@ -76,7 +76,6 @@ class ReadyJob:
             date=date,
             mask=self.mask,
             max_model_len=self.max_model_len,
-            window=self.facts.window,
             max_prompt_bytes=self.config.limits.max_prompt_bytes,
             prompt_columns=self.checked.columns.prompt,
             passed_columns=self.checked.columns.passed,

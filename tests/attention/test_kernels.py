@@ -7,8 +7,9 @@ import torch
 from random_tensors import randn
 from torch.nn import functional
 
+from segue.attention.backend import LayerAttention
 from segue.attention.cpu.flash import flash
-from segue.attention.cpu.kernels import Tables
+from segue.attention.cpu.kernels import ALL_SEEN, Tables
 
 SCALE = 0.3
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of numbers of about one
@@ -85,21 +86,23 @@ def test_keys_in_memory_of_the_step_and_in_parts_are_one_softmax(kernels, groups
     stays = torch.zeros(2, 2, num_key_heads, 50, head_dim, dtype=dtype)
     tables = Tables(
         by_tiles=by_tiles,
-        blocks=array("q", (0, 40, above.data_ptr(), 0, *above.stride()[:3], 0, 70, False) if by_tiles else ()),
+        blocks=array(
+            "q", (0, 40, above.data_ptr(), 0, *above.stride()[:3], 0, 70, False, ALL_SEEN) if by_tiles else ()
+        ),
         kept=array("q", (stays[:, :, :, 7:].data_ptr(), *stays.stride()[:4], 1, 41)),
         runs=array("q", (0, 40, 1, 3, 0, 1, 40, 41, 0, 2, 1, 1)),
         spans=array(
             "q",
             (
-                *(0, 0, 0, 0, 0, 40, 1, False),
-                *(memory.data_ptr(), *memory.stride()[:4], 0, 100, False),
-                *(0, 0, 0, 0, 0, 0, 40, True),
+                *(0, 0, 0, 0, 0, 40, 1, False, ALL_SEEN),
+                *(memory.data_ptr(), *memory.stride()[:4], 0, 100, False, ALL_SEEN),
+                *(0, 0, 0, 0, 0, 0, 40, True, ALL_SEEN),
             ),
         ),
         parts=array("q", (0, part.data_ptr(), lse.data_ptr(), *strides)),
         indices=array("q", (0,)),
     )
-    got = kernels.attend(layer, query, key, value, SCALE, tables)
+    got = kernels.attend(layer, query, key, value, LayerAttention(SCALE), tables)
     assert got.dtype == dtype
     assert torch.equal(stays[layer, :, :, 7:47], torch.stack([key[:, 1:], value[:, 1:]]))
     assert not stays[:, :, :, [*range(7), 47, 48, 49]].any()
@@ -119,25 +122,32 @@ def test_keys_in_memory_of_the_step_and_in_parts_are_one_softmax(kernels, groups
 def test_numbers_that_are_none_are_kept(kernels, bad):
     """A row whose numbers overflow is told as a row error, so nothing may hide it."""
     query, key = randn(1, 1, 8), randn(1, 1, 8)
-    spans = array("q", (0, 0, 0, 0, 0, 0, 1, False))
+    spans = array("q", (0, 0, 0, 0, 0, 0, 1, False, ALL_SEEN))
     tables = Tables(runs=array("q", (0, 1, 0, 1, 0, 0)), spans=spans)
-    assert kernels.attend(0, query, key, torch.full((1, 1, 8), bad), 1.0, tables).isfinite().logical_not().all()
-    assert kernels.attend(0, torch.full((1, 1, 8), bad), key, key, 1.0, tables).isnan().all()
+    assert (
+        kernels.attend(0, query, key, torch.full((1, 1, 8), bad), LayerAttention(1.0), tables)
+        .isfinite()
+        .logical_not()
+        .all()
+    )
+    assert kernels.attend(0, torch.full((1, 1, 8), bad), key, key, LayerAttention(1.0), tables).isnan().all()
     assert not kernels.rms_norm(torch.full((1, 8), bad), randn(8), 1e-5).isfinite().any()
 
 
 def test_large_and_small_scores_do_not_overflow(kernels):
     keys = torch.tensor([1000.0, -1000.0, 999.0]).reshape(1, 3, 1)
-    spans = array("q", (0, 0, 0, 0, 0, 0, 3, False))
+    spans = array("q", (0, 0, 0, 0, 0, 0, 3, False, ALL_SEEN))
     tables = Tables(runs=array("q", (0, 3, 0, 1, 0, 0)), spans=spans)
-    got = kernels.attend(0, torch.ones(1, 3, 1), keys, torch.tensor([1.0, 5.0, 2.0]).reshape(1, 3, 1), 1.0, tables)
+    got = kernels.attend(
+        0, torch.ones(1, 3, 1), keys, torch.tensor([1.0, 5.0, 2.0]).reshape(1, 3, 1), LayerAttention(1.0), tables
+    )
     torch.testing.assert_close(got[:, 0, 0], torch.full((3,), float(torch.tensor([1000.0, 999.0]).softmax(0)[1]) + 1))
 
 
 def test_rows_that_are_not_dense_are_refused_rather_than_misread(kernels):
     sparse = randn(3, 8, 2).transpose(1, 2)
     with pytest.raises(ValueError, match="dense last dimension"):
-        kernels.attend(0, sparse, randn(3, 2, 8), randn(3, 2, 8), 1.0, Tables())
+        kernels.attend(0, sparse, randn(3, 2, 8), randn(3, 2, 8), LayerAttention(1.0), Tables())
 
 
 def test_tensors_of_mixed_types_are_refused_rather_than_misread(kernels):
@@ -145,7 +155,7 @@ def test_tensors_of_mixed_types_are_refused_rather_than_misread(kernels):
     for call in (
         lambda: kernels.rms_norm(hidden, other[0], 1e-5),
         lambda: kernels.rotate_(hidden, other, other),
-        lambda: kernels.attend(0, hidden, hidden, hidden.bfloat16(), 1.0, Tables()),
+        lambda: kernels.attend(0, hidden, hidden, hidden.bfloat16(), LayerAttention(1.0), Tables()),
         lambda: kernels.rms_norm(hidden.double(), hidden.double()[0, 0], 1e-5),
     ):
         with pytest.raises(TypeError, match="fp32 or all bf16"):

@@ -8,7 +8,8 @@ import torch
 from random_tensors import randn
 from torch.nn import functional
 
-from segue.attention.cpu.kernels import After, Tables
+from segue.attention.backend import LayerAttention
+from segue.attention.cpu.kernels import ALL_SEEN, After, Tables
 
 
 @pytest.mark.parametrize("num_tokens", [1, 15, 17, 33, 64, 700])
@@ -56,8 +57,10 @@ def test_what_tiles_cannot_multiply_is_refused(tiles):
         lambda: tiles.pack(weights[:, :48], None),
         lambda: tiles.product(inputs[:, :32], packed),
         lambda: tiles.product(inputs, packed, After.ADD, inputs),
-        lambda: tiles.attend(0, *[randn(1, 3, 64)] * 3, 1.0, Tables(by_tiles=True)),
-        lambda: tiles.attend(0, *[randn(1, 3, 16, dtype=torch.bfloat16)] * 3, 1.0, Tables(by_tiles=True)),
+        lambda: tiles.attend(0, *[randn(1, 3, 64)] * 3, LayerAttention(1.0), Tables(by_tiles=True)),
+        lambda: tiles.attend(
+            0, *[randn(1, 3, 16, dtype=torch.bfloat16)] * 3, LayerAttention(1.0), Tables(by_tiles=True)
+        ),
     ):
         with pytest.raises(ValueError, match=r"no tiles here|wanted inputs"):
             wrong()
@@ -71,7 +74,7 @@ def test_scores_by_tiles_do_not_overflow(tiles, scale):
     query = torch.ones(3, 1, 32, dtype=torch.bfloat16)
     key, value = (scale * randn(1, 1, 700, 32)).bfloat16(), randn(1, 1, 700, 32, dtype=torch.bfloat16)
     memory = torch.stack([key, value], dim=1)
-    span = (memory.data_ptr(), *memory.stride()[:4], 0, 700, False)
+    span = (memory.data_ptr(), *memory.stride()[:4], 0, 700, False, ALL_SEEN)
     wanted = functional.scaled_dot_product_attention(
         query.double(), key[0].double().expand(3, -1, -1), value[0].double().expand(3, -1, -1), scale=1.0
     )
@@ -84,7 +87,7 @@ def test_scores_by_tiles_do_not_overflow(tiles, scale):
         blocks=array("q", (0, 1, *span)),
     )
     for tables in (run, part):
-        got = tiles.attend(0, query, own, own, 1.0, tables)
+        got = tiles.attend(0, query, own, own, LayerAttention(1.0), tables)
         torch.testing.assert_close(got[0].double(), wanted[:, 0], atol=1e-2, rtol=1e-2)
 
 
@@ -94,8 +97,8 @@ def test_numbers_that_are_none_stay_in_their_row(tiles, bad):
     memory right behind where the second has its last key."""
     query, key, value = (randn(1, 40, 32, dtype=torch.bfloat16) for _ in range(3))
     shared = randn(1, 2, 1, 50, 32, dtype=torch.bfloat16)
-    spans = [(0, 0, 0, 0, 0, 0, 21, False), (0, 0, 0, 0, 0, 21, 19, False)]
-    block = (0, 40, shared.data_ptr(), *shared.stride()[:4], 0, 50, False)
+    spans = [(0, 0, 0, 0, 0, 0, 21, False, ALL_SEEN), (0, 0, 0, 0, 0, 21, 19, False, ALL_SEEN)]
+    block = (0, 40, shared.data_ptr(), *shared.stride()[:4], 0, 50, False, ALL_SEEN)
     tables = Tables(
         by_tiles=True,
         runs=array("q", (0, 21, 0, 1, 0, 1, 21, 40, 1, 2, 1, 2)),
@@ -103,8 +106,8 @@ def test_numbers_that_are_none_stay_in_their_row(tiles, bad):
         indices=array("q", (0, 0)),
         blocks=array("q", block),
     )
-    sound = tiles.attend(0, query, key, value, 0.3, tables)
+    sound = tiles.attend(0, query, key, value, LayerAttention(0.3), tables)
     query[0, 5], value[0, 19] = bad, bad
-    got = tiles.attend(0, query, key, value, 0.3, tables)
+    got = tiles.attend(0, query, key, value, LayerAttention(0.3), tables)
     assert torch.equal(got[21:], sound[21:])
     assert not got[:21].isfinite().all(dim=-1).any()

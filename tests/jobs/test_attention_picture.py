@@ -13,6 +13,7 @@ from tiny_models import tiny_model
 from segue.attention.segments import Segment, canonical_segments
 from segue.attention.visibility import block_sequence_ids, visible
 from segue.workers.models.attention_maps import attention_map
+from segue.workers.models.support import layer_windows
 
 SEGMENTS = [Segment((5, 6, 7, 8), True), Segment((9, 10, 11), True), Segment((12, 13), False)]
 
@@ -24,6 +25,16 @@ def test_attention_map_has_weights_just_where_the_rule_lets_tokens_look(mask, la
     may_see = visible(block_sequence_ids(canonical_segments(SEGMENTS, mask=mask)))
     assert torch.equal(weights > 0, may_see)
     torch.testing.assert_close(weights.sum(-1), torch.ones(9))
+
+
+@pytest.mark.parametrize("mask", ["segment", "causal"])
+@pytest.mark.parametrize(("kind", "layer"), [("mistral windowed", 1), ("olmo3 windowed", 0), ("olmo3 windowed", 1)])
+def test_attention_map_of_a_layer_shows_its_window(kind, layer, mask):
+    model = tiny_model(kind)
+    segments = [*SEGMENTS, Segment(tuple(range(50, 60)), False)]
+    weights = attention_map(model, segments, mask, layer)
+    seen = visible(block_sequence_ids(canonical_segments(segments, mask=mask)), layer_windows(model.config)[layer])
+    assert torch.equal(weights > 0, seen)
 
 
 def test_attention_map_of_all_layers_is_the_mean_of_each():

@@ -12,9 +12,10 @@ import torch
 
 from segue.attention.backend import Backend
 from segue.attention.cpu.backend import KernelBackend
+from segue.attention.cpu.building import load_kernels
 from segue.attention.cpu.by_torch import TorchBackend
 from segue.attention.cpu.kernels import DTYPES as KERNEL_DTYPES
-from segue.attention.cpu.kernels import Kernels, load_kernels
+from segue.attention.cpu.kernels import Kernels
 from segue.attention.cuda.backend import FLASH_DTYPES, CudaBackend
 from segue.attention.memory.budget import KVShape
 from segue.attention.reference import ReferenceBackend

@@ -10,7 +10,7 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from segue.attention.segments import Segment, canonical_segments
+from segue.attention.segments import Segment, canonical_segments, num_tokens
 from segue.attention.tree.node import Node
 from segue.workers.engine.admission import objection
 from segue.workers.engine.coalescing import RequestCoalescer
@@ -78,19 +78,23 @@ class EngineCore:
 
     def _request(self, request_id: Hashable, row: EngineRow | LogitsRequest) -> Request:
         if isinstance(row, ScoringRequest):
-            chain, root = self._chain(row.context), self._root(is_shared=row.is_shared)
-            continuation = tuple(row.continuation)
+            chain, continuation = self._chain(row.context), tuple(row.continuation)
+            root = self._root(num_tokens(chain) + len(continuation) - 1, is_shared=row.is_shared)
             return Request(request_id, chain, DRAWING_NOTHING, b"", self._num_added, root, continuation)
-        chain, root = self._chain(row.segments), self._root()
+        chain = self._chain(row.segments)
         if isinstance(row, GenerationRequest):
+            root = self._root(num_tokens(chain) + row.params.max_tokens - 1)
             return Request(request_id, chain, row.params, row.random_key, self._num_added, root)
+        root = self._root(num_tokens(chain))
         return Request(request_id, chain, DRAWING_NOTHING, b"", self._num_added, root, wants_logits=True)
 
     def _chain(self, segments: Sequence[Segment]) -> tuple[Segment, ...]:
         return canonical_segments(segments, mask=self.config.mask)
 
-    def _root(self, *, is_shared: bool = True) -> Node | None:
-        return None if self.config.enable_prefix_caching and is_shared else self.nodes.new_root()
+    def _root(self, most_fed: int, *, is_shared: bool = True) -> Node:
+        """`most_fed`: the tokens of a row that the model computes, if its answer becomes as long as it may."""
+        is_private = not (self.config.enable_prefix_caching and is_shared)
+        return self.nodes.root(is_long=self.model.is_long(most_fed), is_private=is_private)
 
     def abort(self, request_ids: Collection[Hashable]) -> None:
         """Take rows out wherever they are; they are not answered."""

@@ -100,7 +100,7 @@ class RowMemory:
 
     def _leave(self, end: Node, request: Request) -> None:
         """Nodes under a root of the row's own are of no use to others."""
-        self._nodes.release(end, keep_idle=request.root is None)
+        self._nodes.release(end, keep_idle=not request.root.is_private)
         self._nodes.remove_row(end)
 
     def open_tail(self, sample: Sample) -> bool:

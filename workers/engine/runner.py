@@ -20,6 +20,7 @@ from segue.workers.devices.devices import kv_memory_bytes, make_backend
 from segue.workers.engine.config import EngineConfig
 from segue.workers.engine.graphs import DecodeGraphs
 from segue.workers.engine.plan import Prefill, StepPlan, StepResult, StepTooLarge
+from segue.workers.models.support import layer_windows
 from segue.workers.models.tree_model import TreeModel
 from segue.workers.sampling.sample import Sample
 from segue.workers.scoring.likelihood import StepScores, last_hidden, score_step
@@ -43,6 +44,8 @@ class StepRunner:
             raise ValueError("decode_graphs wants the backend varlen")
         if len({*self.model.layer_devices}) > 1:
             raise ValueError("decode_graphs wants all layers on one device")
+        if any(layer_windows(self.model.model.config)) or self.model.long_rope is not None:
+            raise ValueError("decode_graphs wants a model without sliding windows and without longrope positions")
         return DecodeGraphs(self.model, self.memory, self.backend.kernel)
 
     def run(self, plan: StepPlan) -> StepResult | StepTooLarge:

@@ -16,7 +16,7 @@ from segue.attention.segments import Segment, canonical_segments
 from segue.attention.visibility import block_sequence_ids, visible
 from segue.workers.models.load import load_weights, merge_adapter
 from segue.workers.models.source import locate, safetensors_directory
-from segue.workers.models.support import checked_config
+from segue.workers.models.support import checked_config, layer_windows
 
 MAX_TOKENS = 1024  # the weights of all layers and heads are in memory together: a gigabyte for SmolLM2-135M
 
@@ -42,8 +42,22 @@ def attention_map(model: Any, segments: Sequence[Segment], mask: str, layer: int
     num_layers = int(model.config.get_text_config().num_hidden_layers)
     if layer is not None and not 0 <= layer < num_layers:
         raise ValueError(f"the model has layers 0 to {num_layers - 1}, got {layer}")
-    may_see = visible(block_sequence_ids(chain))
-    bias = torch.zeros(may_see.shape).masked_fill(~may_see, torch.finfo(torch.float32).min)[None, None]
-    maps = model(input_ids=ids, attention_mask=bias, use_cache=False, output_attentions=True).attentions
+    masks = _masks(model.config, block_sequence_ids(chain))
+    maps = model(input_ids=ids, attention_mask=masks, use_cache=False, output_attentions=True).attentions
     chosen = maps if layer is None else maps[layer : layer + 1]
     return torch.stack([each[0].mean(0) for each in chosen]).mean(0)
+
+
+def _masks(config: Any, segment_ids: Tensor) -> Tensor | dict[str, Tensor]:
+    """The additive mask `[1, 1, T, T]` of all layers, or one for each kind of layers if the model takes several."""
+    text = config.get_text_config()
+    windows = layer_windows(config)
+    kinds = getattr(text, "layer_types", None)
+    if not kinds:
+        return _bias(segment_ids, windows[0])
+    return {kind: _bias(segment_ids, window) for kind, window in zip(kinds, windows, strict=True)}
+
+
+def _bias(segment_ids: Tensor, window: int | None) -> Tensor:
+    may_see = visible(segment_ids, window)
+    return torch.zeros(may_see.shape).masked_fill(~may_see, torch.finfo(torch.float32).min)[None, None]

@@ -21,7 +21,6 @@ class ConfigFacts:
 
     dtype: str  # resolved: float32, bfloat16 or float16
     max_model_len: int  # tokens of prompt and answer together
-    window: int | None  # the sliding window that limits `max_model_len`, if one does
     num_weights: int = 0
     weight_bytes: int = 0  # in memory, in this dtype
     kv_bytes_per_token: int = 0
@@ -83,7 +82,7 @@ def inspect_model(
     Raises ModelRefused for whatever would fail on the workers, as far as the files show it.
     """
     if found.directory is None:
-        return ModelFacts(identity=found.identity, dtype="float32", max_model_len=echo.MAX_MODEL_LEN, window=None)
+        return ModelFacts(identity=found.identity, dtype="float32", max_model_len=echo.MAX_MODEL_LEN)
     if num_gpus_here() and on_gpu is not False:
         dtype, on_gpu = _dtype_here(dtype), True  # only this process may ask what the card can
     has_adapter = found.adapter_identity is not None

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from segue.attention.backend import StepRun
+from segue.attention.backend import LayerAttention, StepRun
 from segue.attention.cpu.backend import KernelStep
-from segue.attention.cpu.kernels import DTYPES, Kernels
+from segue.attention.cpu.kernels import DTYPES, Kernels, Tables
 from segue.workers.devices.devices import cpu_kernels, cpu_multiplies_bf16
+from segue.workers.models.support import layer_windows
 from segue.workers.models.weights_cpu import (
     LayerWeights,
     OneDnnProduct,
@@ -57,8 +58,10 @@ class FusedDecoder:
             self.head = OneDnnProduct([head])
         else:
             weights = [PlainWeights(layer) for layer in decoder.layers]
-        layers = zip(decoder.layers, weights, strict=True)
-        self._layers = [_FusedLayer(layer, of_layer, small) for layer, of_layer in layers]
+        hows = _layer_attentions(decoder)
+        self._hows = {how.window: how for how in hows}.values()  # of each kind of layer one
+        layers = zip(decoder.layers, weights, hows, strict=True)
+        self._layers = [_FusedLayer(layer, of_layer, small, how) for layer, of_layer, how in layers]
 
     @classmethod
     def of(cls, model: Any) -> Self | None:
@@ -83,20 +86,34 @@ class FusedDecoder:
         """ids and positions `[1, T]` -> `[T, E]`, with `run` as the attention of every layer."""
         hidden = self._embedding(ids)[0]
         cos, sin = self._rotary(hidden[None], positions)
-        if self._whole is not None and isinstance(run, KernelStep) and run.is_whole:
-            return self._norm(self._whole(hidden, cos[0], sin[0], run))
+        tables = self._whole_tables(run)
+        if self._whole is not None and tables is not None:
+            return self._norm(self._whole(hidden, cos[0], sin[0], tables))
         for number, layer in enumerate(self._layers):
             hidden = layer(number, hidden, cos[0], sin[0], run)
         return self._norm(hidden)
 
+    def _whole_tables(self, run: StepRun) -> Tables | None:
+        """The tables of a step if they are all that it needs, and the same for all layers."""
+        if self._whole is None or not isinstance(run, KernelStep):
+            return None
+        first, *others = [run.whole_tables(how) for how in self._hows]
+        return first if all(tables is first for tables in others) else None
+
+
+def _layer_attentions(decoder: Any) -> list[LayerAttention]:
+    windows = layer_windows(decoder.config)
+    scales = [float(layer.self_attn.scaling) for layer in decoder.layers]
+    return [LayerAttention(scale, window) for scale, window in zip(scales, windows, strict=True)]
+
 
 class _FusedLayer:
-    def __init__(self, layer: Any, weights: LayerWeights, small: "_PlainSmall | _Small") -> None:
+    def __init__(self, layer: Any, weights: LayerWeights, small: "_PlainSmall | _Small", how: LayerAttention) -> None:
         attention = layer.self_attn
         self._weights = weights
         self._small = small
         self._head_dim = int(attention.head_dim)
-        self._scale = float(attention.scaling)
+        self._how = how
         self._num_queries = attention.q_proj.out_features // self._head_dim
         self._num_keys = attention.k_proj.out_features // self._head_dim
         has_head_norms = hasattr(attention, "q_norm")
@@ -119,7 +136,7 @@ class _FusedLayer:
             heads = torch.cat([*(norm(part) for norm, part in norms), parts[2]], dim=1)
         self._small.rotate_(heads[:, : -self._num_keys], cos, sin)
         query, key, value = heads.transpose(0, 1).split(counts)
-        return run.attend(number, query, key, value, self._scale)
+        return run.attend(number, query, key, value, self._how)
 
 
 class _WholeDecoder:
@@ -142,9 +159,9 @@ class _WholeDecoder:
             self._layers.extend((*gate_up.pointers(), *down.pointers()))
         self._numbers = {"scale": float(attention.scaling), "epsilon": float(norm.variance_epsilon)}
 
-    def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, run: KernelStep) -> Tensor:
+    def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, tables: Tables) -> Tensor:
         """hidden `[T, E]`, which is lost, cos and sin `[T, D]` -> `[T, E]`"""
-        self._kernels.decode_(self._decoder, self._layers, hidden, cos, sin, run.tables, **self._numbers)
+        self._kernels.decode_(self._decoder, self._layers, hidden, cos, sin, tables, **self._numbers)
         return hidden
 
 

@@ -28,6 +28,7 @@ def config_facts(
     """The facts of a model directory. Raises ModelRefused if the model is not supported."""
     config, _ = checked_config(directory)
     resolved = resolve_dtype(dtype, None if on_gpu is None else torch.device("cuda" if on_gpu else "cpu"))
+    support.check_device(config, on_gpu=torch.cuda.is_available() if on_gpu is None else on_gpu)
     quantized = checked_quantization(config, quantization, has_adapter=has_adapter)
     if quantized is not None:
         num_weights, weight_bytes = quantized.size_in_memory(directory, config, resolved)
@@ -37,7 +38,6 @@ def config_facts(
     return ConfigFacts(
         dtype=str(resolved).removeprefix("torch."),
         max_model_len=support.max_model_len(config),
-        window=support.sliding_window(config),
         num_weights=num_weights,
         weight_bytes=weight_bytes,
         kv_bytes_per_token=support.kv_bytes_per_token(config, resolved.itemsize),

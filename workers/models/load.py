@@ -15,7 +15,7 @@ from segue.workers.devices.names import DeviceMap
 from segue.workers.errors import ModelRefused
 from segue.workers.models.quantization import Quantization, checked_quantization, refusal
 from segue.workers.models.source import locate, safetensors_directory
-from segue.workers.models.support import checked_config
+from segue.workers.models.support import check_device, checked_config
 from segue.workers.models.tree_model import TreeModel, tree_model
 
 
@@ -38,6 +38,7 @@ def load_model(
     torch_device = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, torch_device)
     config, tokenizer = checked_config(directory)
+    check_device(config, on_gpu=torch_device.type == "cuda")
     quantized = checked_quantization(config, quantization, has_adapter=adapter is not None)
     if quantized is not None:
         device_map = device_map or ({"": str(torch_device)} if torch_device.type != "cpu" else None)

@@ -48,6 +48,15 @@ def check_supported(config: Any) -> None:
         raise ModelRefused(f"model of type {config.model_type!r} is not supported: {reason}")
 
 
+def check_device(config: Any, *, on_gpu: bool) -> None:
+    """Raises ModelRefused for a model that runs on CPUs only."""
+    if on_gpu and getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        raise ModelRefused(
+            f"model of type {config.model_type!r} is not supported on GPUs: it caps attention scores "
+            "(attn_logit_softcapping), which torch's variable-length kernel does not compute; run it on CPUs"
+        )
+
+
 def _objections(config: Any) -> list[str]:
     from transformers import AutoModelForCausalLM
 
@@ -64,15 +73,29 @@ def _objections(config: Any) -> list[str]:
         reasons.append(
             "its attention does not go through transformers' AttentionInterface (state-space, ALiBi or older code)"
         )
+    return reasons + _objections_to_heads(text)
+
+
+def _objections_to_heads(text: Any) -> list[str]:
+    reasons = []
     if getattr(text, "num_kv_shared_layers", 0):
         reasons.append("its layers share keys and values (num_kv_shared_layers)")
-    if getattr(text, "attn_logit_softcapping", None):
-        reasons.append(
-            "it caps attention logits (attn_logit_softcapping), and capped parts cannot be merged by log-sum-exp"
-        )
-    if text.model_type == "gpt_oss":
-        reasons.append("it has attention sinks")
+    if getattr(text, "kv_lora_rank", None):
+        reasons.append("it keeps compressed keys and values (multi-head latent attention, kv_lora_rank)")
+    differing = {"head_dim", "num_key_value_heads", "num_attention_heads"} & _attributes_by_layer(text)
+    if differing:
+        reasons.append(f"its layers differ in {', '.join(sorted(differing))}")
+    elif getattr(text, "v_head_dim", None) not in (None, head_dim(text)):
+        reasons.append(f"its keys have heads of {head_dim(text)} numbers and its values of {text.v_head_dim}")
+    if getattr(text, "use_bidirectional_attention", None):
+        reasons.append("it attends in both directions (use_bidirectional_attention)")
     return reasons
+
+
+def _attributes_by_layer(text: Any) -> set[str]:
+    """What layers of transformers' heterogeneous models have of their own (Gemma 4)."""
+    spec = getattr(text, "_heterogeneity_spec", None)
+    return set() if spec is None else set(spec.per_layer_attributes)
 
 
 def checked_config(directory: Path) -> tuple[Any, Any]:
@@ -95,24 +118,31 @@ def checked_config(directory: Path) -> tuple[Any, Any]:
     return config, tokenizer
 
 
-def sliding_window(config: Any) -> int | None:
-    """The sliding window of layers that have one, in tokens; None if all layers see everything."""
+def layer_windows(config: Any) -> list[int | None]:
+    """Of each layer the sliding window in tokens; None if it sees everything."""
     text = config.get_text_config()
+    num_layers = int(text.num_hidden_layers)
     window = getattr(text, "sliding_window", None)
     if not window or getattr(text, "use_sliding_window", True) is False:
-        return None
-    layer_types = getattr(text, "layer_types", None)
-    return None if layer_types and "sliding_attention" not in layer_types else int(window)
+        return [None] * num_layers
+    kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * num_layers
+    return [int(window) if kind == "sliding_attention" else None for kind in kinds]
 
 
 def max_model_len(config: Any) -> int:
-    """The tokens that a row may have, prompt and answer: the context, or the sliding window if that is shorter.
+    """The tokens that a row may have, prompt and answer.
 
-    Up to the window's length a sliding layer sees what a full layer sees. Beyond it the tree would be wrong.
+    Where rotary positions are stretched, configurations name the length before or after it. This takes the longer one,
+    as vLLM does. `dynamic` positions stretch with the row, and a token's keys would depend on what comes later: rows
+    keep to the length before that.
     """
-    context = int(config.get_text_config().max_position_embeddings)
-    window = sliding_window(config)
-    return min(context, window) if window else context
+    text = config.get_text_config()
+    context = int(text.max_position_embeddings)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") not in ("linear", "yarn"):
+        return context
+    before = rope.get("original_max_position_embeddings") or context
+    return max(context, int(before * rope.get("factor", 1.0)))
 
 
 def check_vocabulary(config: Any, tokenizer: Any) -> None:

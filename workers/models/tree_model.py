@@ -8,13 +8,14 @@ Shapes: `T` packed tokens, `N` selected tokens, `V` vocabulary, `E` hidden width
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from segue.attention.backend import StepRun
+from segue.attention.backend import LayerAttention, StepRun
 from segue.attention.memory.budget import KVShape
 from segue.attention.segments import Segment, num_tokens
 from segue.attention.tree.blocks import StepBlocks, blocks_of
@@ -23,6 +24,7 @@ from segue.workers.devices.devices import make_backend
 from segue.workers.errors import ModelRefused
 from segue.workers.models import support
 from segue.workers.models.fused_cpu import FusedDecoder
+from segue.workers.models.long_rope import LongRope, is_long_token
 
 ATTENTION_NAME = "segue_tree"
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}  # of the logits' norm
@@ -43,18 +45,38 @@ def tree_attention(
     if segue_step is None:
         raise ModelRefused(f"{type(module).__name__} does not pass extra arguments to its attention")
     check_attention_call(module, attention_mask, kwargs)
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    out = segue_step.attend(int(module.layer_idx), query[0], key[0], value[0], scale)  # type: ignore[arg-type]
+    layer, sinks = int(module.layer_idx), kwargs.get("s_aux")  # type: ignore[arg-type]
+    how = LayerAttention(
+        scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
+        window=window_of(module, kwargs),
+        softcap=kwargs.get("softcap"),
+        sinks=None if sinks is None else sinks.float(),
+    )
+    out = segue_step.attend(layer, query[0], key[0], value[0], how)
     return out.unsqueeze(0), None
+
+
+def window_of(module: nn.Module, kwargs: Mapping[str, Any]) -> int | None:
+    """The sliding window of a layer's attention, from its configuration.
+
+    Raises ModelRefused if the model tells its attention another one.
+    """
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    window = support.layer_windows(module.config)[layer]
+    if "sliding_window" in kwargs and (kwargs["sliding_window"] or None) != window:
+        raise ModelRefused(
+            f"{type(module).__name__}: layer {layer} has a sliding window of {kwargs['sliding_window']} tokens, its "
+            f"configuration says {window}"
+        )
+    return window
 
 
 def check_attention_call(module: nn.Module, attention_mask: Tensor | None, kwargs: Mapping[str, Any]) -> None:
     """Raises ModelRefused for arguments of a model's attention that ours, in serving or training, would ignore."""
     if attention_mask is not None:
         raise ModelRefused(f"{type(module).__name__} insists on a mask of its own")
-    for name in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise ModelRefused(f"{type(module).__name__} uses {name!r}, which the tree cannot merge")
+    if kwargs.get("position_bias") is not None:
+        raise ModelRefused(f"{type(module).__name__} adds a bias to scores (position_bias), which is not supported")
 
 
 @dataclass(eq=False)
@@ -66,6 +88,7 @@ class TreeModel:
     kv_shape: KVShape
     max_model_len: int
     eos_token_ids: frozenset[int]
+    long_rope: LongRope | None = None  # for models whose rotary positions differ for long rows
     fused: FusedDecoder | None = None  # the same decoder in fewer calls, for kinds of models that have one
 
     @property
@@ -86,9 +109,19 @@ class TreeModel:
         device = self.kv_shape.device
         ids = torch.tensor([blocks.token_ids], device=device)
         positions = torch.tensor([blocks.position_ids], device=device)
-        hidden = self.hidden(ids, positions, run)
+        with self._long_rows(blocks):
+            hidden = self.hidden(ids, positions, run)
         run.finish()
         return hidden
+
+    def is_long(self, num_tokens: int) -> bool:
+        """Whether a row of so many tokens is a long one, which shares nothing with others."""
+        return self.long_rope is not None and num_tokens > self.long_rope.most_short
+
+    def _long_rows(self, blocks: StepBlocks) -> AbstractContextManager[None]:
+        if self.long_rope is None:
+            return nullcontext()
+        return self.long_rope.rows(is_long_token(blocks.long_tokens, blocks.num_tokens, self.kv_shape.device))
 
     def hidden(self, ids: Tensor, positions: Tensor, run: StepRun) -> Tensor:
         """ids and positions `[1, T]` -> `[T, E]`. `run` is the attention of every layer."""
@@ -116,7 +149,12 @@ def tree_model(model: Any, tokenizer: Any) -> TreeModel:
     _register_attention()
     model.set_attn_implementation(ATTENTION_NAME)
     loaded = TreeModel(
-        model, tokenizer, _kv_shape(model), support.max_model_len(model.config), eos_token_ids(model, tokenizer)
+        model,
+        tokenizer,
+        _kv_shape(model),
+        support.max_model_len(model.config),
+        eos_token_ids(model, tokenizer),
+        LongRope.install(model),
     )
     loaded.fused = FusedDecoder.of(model)
     if loaded.fused is not None and not _probed_error(loaded, wanted) <= _tolerance(loaded):

@@ -29,7 +29,7 @@ class Request:
     params: SamplingParams
     random_key: bytes
     order: int  # arrival; earlier rows are never preempted for later ones
-    root: Node | None = None  # a tree of its own, for a row that shares nothing
+    root: Node  # of the tree that its prompt is in
     continuation: tuple[int, ...] | None = None  # tokens to score after the prompt, instead of generating
     wants_logits: bool = False  # at the prompt's last token, instead of generating
     num_cached_tokens: int | None = None  # known once admitted

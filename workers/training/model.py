@@ -8,8 +8,9 @@ Shapes: `B` rows of a batch, `S` their longest, `N` answer tokens of all, `E` hi
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from segue.attention.visibility import block_sequence_ids, visible
 from segue.workers.devices.devices import resolve_device
 from segue.workers.errors import ModelRefused
 from segue.workers.models.load import load_weights
+from segue.workers.models.long_rope import LongRope
 from segue.workers.models.quantization import own_quantization
 from segue.workers.models.source import locate, safetensors_directory
-from segue.workers.models.support import checked_config
+from segue.workers.models.support import checked_config, layer_windows
 from segue.workers.models.tree_model import (
     PROBE_TOLERANCE,
     check_attention_call,
@@ -32,6 +34,7 @@ from segue.workers.models.tree_model import (
     own_logits,
     probe_ids,
     vocabulary_logits,
+    window_of,
 )
 from segue.workers.training.batches import TrainingExample
 from segue.workers.training.params import LoraParams
@@ -43,9 +46,10 @@ MAX_LOGITS = 1 << 24  # fp32 logits in memory at once: 64 MiB; more are computed
 
 @dataclass(frozen=True, slots=True)
 class TrainingMask:
-    """An additive mask, `[B, 1, S, S]` in the model's precision; None if every row is causal."""
+    """Additive masks, `[B, 1, S, S]` or `[1, 1, S, S]` in the model's precision."""
 
-    bias: Tensor | None
+    bias: Tensor | None  # None if every row is causal
+    by_window: Mapping[int, Tensor] = field(default_factory=dict)  # for layers with a window that hides something
 
 
 def training_attention(
@@ -62,7 +66,10 @@ def training_attention(
     if segue_mask is None:
         raise ModelRefused(f"{type(module).__name__} does not pass extra arguments to its attention")
     check_attention_call(module, attention_mask, kwargs)
-    bias = segue_mask.bias
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise ModelRefused(f"{type(module).__name__} caps its scores or has attention sinks: it cannot be trained here")
+    window = window_of(module, kwargs) if segue_mask.by_window else None
+    bias = segue_mask.bias if window is None else segue_mask.by_window[window]
     if query.device.type == "cpu" and query.shape[2] <= SHORT_TOKENS:
         out = _short_attention(query, key, value, bias, query.shape[-1] ** -0.5 if scaling is None else scaling)
         return out.transpose(1, 2).contiguous(), None
@@ -94,6 +101,8 @@ class TrainingModel:
     def __init__(self, model: Any, lora: LoraParams, *, seed: int) -> None:
         """Changes `model`, whose weights are in memory. Raises ModelRefused for modules that it does not have."""
         wanted = own_logits(model)
+        self._windows = {*layer_windows(model.config)}
+        self._long_rope = LongRope.install(model)
         _register_attention()
         model.set_attn_implementation(ATTENTION_NAME)
         model.requires_grad_(False)
@@ -169,15 +178,32 @@ class TrainingModel:
             tokens = [token for segment in example.segments for token in segment.token_ids] + list(example.answer[:-1])
             ids[row, : len(tokens)] = torch.tensor(tokens)
             segment_ids[row, : len(tokens)] = block_sequence_ids(example.segments, len(example.answer) - 1)
-        decoder = self._model.get_decoder()
-        output = decoder(input_ids=ids.to(self.device), use_cache=False, segue_mask=self._mask(segment_ids))
+        with self._long_rows(batch):
+            decoder = self._model.get_decoder()
+            output = decoder(input_ids=ids.to(self.device), use_cache=False, segue_mask=self._mask(segment_ids))
         return output.last_hidden_state
 
+    def _long_rows(self, batch: Sequence[TrainingExample]) -> AbstractContextManager[None]:
+        """As in serving: which set of rotary positions a row has depends on its own length alone."""
+        if self._long_rope is None:
+            return nullcontext()
+        lengths = torch.tensor([[example.num_fed_tokens] for example in batch], device=self.device)
+        return self._long_rope.rows(lengths > self._long_rope.most_short)
+
     def _mask(self, segment_ids: Tensor) -> TrainingMask:
-        if not bool((segment_ids >= 0).any()):
-            return TrainingMask(None)
-        bias = torch.zeros(1, dtype=self._model.dtype).masked_fill(~visible(segment_ids)[:, None], -torch.inf)
-        return TrainingMask(bias.to(self.device))
+        is_causal = not bool((segment_ids >= 0).any())
+        windows = {window for window in self._windows if window is not None}
+        if all(window >= segment_ids.shape[1] for window in windows):
+            windows = set()  # they hide nothing
+        return TrainingMask(
+            None if is_causal else self._bias(segment_ids, None),
+            {window: self._bias(segment_ids, window) for window in windows},
+        )
+
+    def _bias(self, segment_ids: Tensor, window: int | None) -> Tensor:
+        """`[B, 1, S, S]`"""
+        seen = visible(segment_ids, window)[:, None]
+        return torch.zeros(1, dtype=self._model.dtype).masked_fill(~seen, -torch.inf).to(self.device)
 
     def _logprobs_of(self, states: Tensor, targets: Tensor) -> Tensor:
         """states `[N, E]`, targets `[N]` -> `[N]`. At most MAX_LOGITS logits are in memory at once."""
@@ -198,7 +224,8 @@ class TrainingModel:
         """New adapters change nothing yet, so a short causal prompt must give the model's own logits."""
         self.train(False)
         ids = torch.tensor([probe_ids(self._model)], device=self.device)
-        hidden = self._model.get_decoder()(input_ids=ids, use_cache=False, segue_mask=TrainingMask(None))
+        mask = self._mask(torch.full(ids.shape, -1))
+        hidden = self._model.get_decoder()(input_ids=ids, use_cache=False, segue_mask=mask)
         got = vocabulary_logits(self._model, hidden.last_hidden_state[:, -1])[0].float()
         error = float((got - wanted).norm() / wanted.norm().clamp_min(1e-6))
         if not error <= PROBE_TOLERANCE[self._model.dtype]:

@@ -13,10 +13,11 @@ namespace {
 
 constexpr int64_t kBlockKeys = 64;  // staged in fp32 at a time: 16 KiB each of keys and values at a width of 64
 
-// Further keys of one query: `sum`, `weight` and `highest` are what it has seen so far.
+// Further keys of one query: `sum`, `weight` and `highest` are what it has seen so far. Up to 15 keys behind the last one
+// are read, and do not count.
 template <int64_t kVectors>
 inline void attend_keys(const float* query, const float* keys, const float* values, int64_t num_keys,
-                        int64_t num_vectors, float* sum, float& weight, float& highest) {
+                        int64_t num_vectors, float softcap, float* sum, float& weight, float& highest) {
     const int64_t vectors = kVectors ? kVectors : num_vectors, width = vectors * kLanes;
     Floats scores[kBlockKeys / kLanes];
     Floats tops = all(highest);
@@ -29,6 +30,7 @@ inline void attend_keys(const float* query, const float* keys, const float* valu
             for (int64_t i = 1; i < vectors; ++i) products[k] += load16(query + i * kLanes) * load16(key + i * kLanes);
         }
         scores[group] = sums_of(products);
+        if (softcap > 0.0f) scores[group] = tanh_of(scores[group] * (1.0f / softcap)) * softcap;
         if (const int64_t left = num_keys - group * kLanes; left < kLanes) {
             const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
             scores[group] = lane < static_cast<int32_t>(left) ? scores[group] : all(kNever);
@@ -88,7 +90,7 @@ class VectorKeys {
     explicit VectorKeys(int64_t width)
         : width_(width),
           vectors_(kVectors ? kVectors : (width + kLanes - 1) / kLanes),
-          keys_(kBlockKeys * vectors_),
+          keys_((kBlockKeys + kLanes) * vectors_),
           values_(keys_.size()) {}
 
     static int64_t tokens_at_once(const Step&) { return 16; }
@@ -111,15 +113,18 @@ class VectorKeys {
         lay<kVectors>(value, value_stride, num_keys, width_, vectors_, values_[at * vectors_].numbers);
     }
 
-    template <typename Visible>
-    void attend(float scale, int64_t, Seen& seen, Visible&& visible) {
+    template <typename Hidden, typename Visible>
+    void attend(const Form& form, int64_t, Seen& seen, Hidden&& hidden, Visible&& visible) {
         if (!is_scaled_)
-            for (int64_t i = 0; i < num_rows_ * vectors_ * kLanes; ++i) queries_[0].numbers[i] *= scale;
+            for (int64_t i = 0; i < num_rows_ * vectors_ * kLanes; ++i) queries_[0].numbers[i] *= form.scale;
         is_scaled_ = true;
-        for (int64_t row = 0; row < num_rows_; ++row)
-            if (const int64_t num_keys = visible(row); num_keys > 0)
-                attend_keys<kVectors>(queries_[row * vectors_].numbers, keys_[0].numbers, values_[0].numbers, num_keys,
-                                      vectors_, seen.sums(row), seen.totals[row], seen.highest[row]);
+        for (int64_t row = 0; row < num_rows_; ++row) {
+            const int64_t first = hidden(row), num_keys = visible(row) - first;
+            if (num_keys > 0)
+                attend_keys<kVectors>(queries_[row * vectors_].numbers, keys_[first * vectors_].numbers,
+                                      values_[first * vectors_].numbers, num_keys, vectors_, form.softcap,
+                                      seen.sums(row), seen.totals[row], seen.highest[row]);
+        }
     }
 
     void end() {}
@@ -131,30 +136,32 @@ class VectorKeys {
 };
 
 template <typename Number>
-std::unique_ptr<Attention> by_vectors(const Step& step, float scale, const Tables& tables, int num_threads) {
+std::unique_ptr<Attention> by_vectors(const Step& step, const Form& form, const Tables& tables, int num_threads) {
     if (step.head_dim == 64)
-        return std::make_unique<AttentionBy<VectorKeys<Number, 4>>>(step, scale, tables, num_threads);
+        return std::make_unique<AttentionBy<VectorKeys<Number, 4>>>(step, form, tables, num_threads);
     if (step.head_dim == 128)
-        return std::make_unique<AttentionBy<VectorKeys<Number, 8>>>(step, scale, tables, num_threads);
-    return std::make_unique<AttentionBy<VectorKeys<Number, 0>>>(step, scale, tables, num_threads);
+        return std::make_unique<AttentionBy<VectorKeys<Number, 8>>>(step, form, tables, num_threads);
+    return std::make_unique<AttentionBy<VectorKeys<Number, 0>>>(step, form, tables, num_threads);
 }
 
 }  // namespace
 
-std::unique_ptr<Attention> attention_by_vectors(bool is_bf16, const Step& step, float scale, const Tables& tables,
+std::unique_ptr<Attention> attention_by_vectors(bool is_bf16, const Step& step, const Form& form, const Tables& tables,
                                                 int num_threads) {
-    return (is_bf16 ? by_vectors<BFloat16> : by_vectors<float>)(step, scale, tables, num_threads);
+    return (is_bf16 ? by_vectors<BFloat16> : by_vectors<float>)(step, form, tables, num_threads);
 }
 
 }  // namespace segue
 
 using namespace segue;
 
-extern "C" void segue_attend(int is_bf16, const void* step, float scale, const void* tables, int num_threads) {
+extern "C" void segue_attend(int is_bf16, const void* step, float scale, float softcap, const void* sinks,
+                             const void* tables, int num_threads) {
     const auto& of_layer = *static_cast<const Step*>(step);
     const auto& of_step = *static_cast<const Tables*>(tables);
-    const auto attention = of_step.by_tiles ? attention_by_tiles(of_layer, scale, of_step, num_threads)
-                                            : attention_by_vectors(is_bf16, of_layer, scale, of_step, num_threads);
+    const Form form{scale, softcap, static_cast<const float*>(sinks)};
+    const auto attention = of_step.by_tiles ? attention_by_tiles(of_layer, form, of_step, num_threads)
+                                            : attention_by_vectors(is_bf16, of_layer, form, of_step, num_threads);
     Team::run(threads_for(attention->num_numbers(), num_threads),
               [&](Member& member) { attention->attend(member, of_layer.layer); });
 }

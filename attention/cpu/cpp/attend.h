@@ -36,6 +36,8 @@ struct Seen {
     float* sums(int64_t row) { return memory[0].numbers + row * padded; }
 };
 
+constexpr int64_t kAllSeen = -(int64_t{1} << 40);  // far below 0: no window hides a key
+
 struct Chunk {
     int64_t start, stop;  // queries
     int64_t head;
@@ -64,21 +66,26 @@ void see_part(const Step& step, const Part& part, const Chunk& chunk, Seen& seen
 }
 
 // `Keys` says how: it stages up to `kAtOnce` keys, made of `Number`s. `begin` takes the queries of the rows, `stage`
-// takes further keys, and `attend` lets each row see as many of the staged keys as it is told. `end` releases what a
-// thread holds.
+// takes further keys, and `attend` lets each row see a range of the staged keys: those from `hidden(row)` on that stand
+// before `visible(row)`. `end` releases what a thread holds. `first_query`: of the run that the chunk belongs to.
 template <typename Keys>
-void see_spans(const Step& step, const Span* first_span, const Span* end_span, const Chunk& chunk, float scale,
-               Keys& keys, Seen& seen) {
+void see_spans(const Step& step, const Span* first_span, const Span* end_span, const Chunk& chunk, int64_t first_query,
+               const Form& form, Keys& keys, Seen& seen) {
     using Number = typename Keys::Number;
     const int64_t head = chunk.head;
     int64_t num_staged = 0, own = -1, own_token = 0;  // own: the first staged key that some queries do not see
+    int64_t lowest = kAllSeen;  // the first staged key that the chunk's first query sees; below 0 if later ones see more of them
     const auto attend_staged = [&] {
-        keys.attend(scale, num_staged, seen, [&](int64_t row) {
-            const int64_t before = std::max<int64_t>(0, chunk.start + row / step.num_groups - own_token + 1);
-            return own < 0 ? num_staged : std::min(num_staged, own + before);
-        });
+        keys.attend(
+            form, num_staged, seen,
+            [&](int64_t row) { return std::max<int64_t>(0, lowest + row / step.num_groups); },
+            [&](int64_t row) {
+                const int64_t before = std::max<int64_t>(0, chunk.start + row / step.num_groups - own_token + 1);
+                return own < 0 ? num_staged : std::min(num_staged, own + before);
+            });
         num_staged = 0, own = -1;
     };
+    const int64_t last = chunk.stop - 1 - chunk.start;  // the chunk's last query, counted from its first
     keys.begin(step, chunk);
     for (const Span* span = first_span; span != end_span; ++span) {
         const bool is_own = !span->place.address;
@@ -93,13 +100,17 @@ void see_spans(const Step& step, const Span* first_span, const Span* end_span, c
             value = key + span->place.value_offset;
         }
         const int64_t visible = span->is_causal ? std::min(span->num_keys, chunk.stop - span->start) : span->num_keys;
-        for (int64_t first = 0, count; first < visible; first += count) {
+        const int64_t first_seen = span->first_seen + chunk.start - first_query;  // by the chunk's first query
+        const bool is_clipped = first_seen + last > 0;
+        if (is_clipped && num_staged) attend_staged();  // its keys are staged alone
+        for (int64_t first = std::max<int64_t>(0, first_seen), count; first < visible; first += count) {
             count = std::min(Keys::kAtOnce - num_staged, visible - first);
             keys.stage(key + first * key_stride, key_stride, value + first * value_stride, value_stride, count,
                        num_staged);
             if (span->is_causal) own = num_staged, own_token = span->start + first;
             num_staged += count;
-            if (num_staged == Keys::kAtOnce) attend_staged();
+            lowest = is_clipped ? first_seen - first : kAllSeen;
+            if (is_clipped || num_staged == Keys::kAtOnce) attend_staged();
         }
     }
     if (num_staged) attend_staged();
@@ -109,8 +120,8 @@ void see_spans(const Step& step, const Span* first_span, const Span* end_span, c
 template <typename Keys>
 class AttentionBy final : public Attention {
    public:
-    AttentionBy(const Step& step, float scale, const Tables& tables, int num_threads)
-        : step_(step), scale_(scale), tables_(tables), scratch_(std::max(1, num_threads)) {
+    AttentionBy(const Step& step, const Form& form, const Tables& tables, int num_threads)
+        : step_(step), form_(form), tables_(tables), scratch_(std::max(1, num_threads)) {
         int64_t num_pairs = 0;
         for (int64_t i = 0; i < tables.num_runs; ++i) {
             const Run& run = tables.runs[i];
@@ -214,7 +225,7 @@ class AttentionBy final : public Attention {
         const Span& span = tables_.blocks[chunk.whose].span;
         Seen& seen = scratch.seen;
         seen.reset(num_rows, width);
-        see_spans(step, &span, &span + 1, chunk, scale_, scratch.keys, seen);
+        see_spans(step, &span, &span + 1, chunk, part.start, form_, scratch.keys, seen);
         const int64_t first = (chunk.start - part.start) * groups;
         auto* out = reinterpret_cast<Number*>(part.out) + chunk.head * part.out_head + first * width;
         auto* lse = reinterpret_cast<float*>(part.lse) + chunk.head * part.lse_head + first;
@@ -234,12 +245,18 @@ class AttentionBy final : public Attention {
         for (int64_t part = run.first_part; part < run.end_part; ++part)
             see_part<Number>(step, tables_.parts[tables_.indices[part]], chunk, seen);
         const Span* spans = tables_.spans;
-        see_spans(step, spans + run.first_span, spans + run.end_span, chunk, scale_, scratch.keys, seen);
+        see_spans(step, spans + run.first_span, spans + run.end_span, chunk, run.start, form_, scratch.keys, seen);
         for (int64_t row = 0; row < num_rows; ++row) {
-            const int64_t token = chunk.start + row / groups, group = row % groups;
-            const int64_t at = (token * step.num_key_heads + chunk.head) * groups + group;
+            const int64_t token = chunk.start + row / groups, group = row % groups, head = chunk.head * groups + group;
+            if (form_.sinks) see_sink(form_.sinks[head], seen, row);
+            const int64_t at = token * step.num_key_heads * groups + head;
             write_sums(seen, row, width, reinterpret_cast<Number*>(step.out) + at * width);
         }
+    }
+
+    // One more score, without a value: it adds to the total of the weights, which is in units of the highest one's.
+    static void see_sink(float sink, Seen& seen, int64_t row) {
+        seen.totals[row] += std::exp(sink - seen.highest[row]);
     }
 
     static void write_sums(Seen& seen, int64_t row, int64_t width, Number* to) {
@@ -248,7 +265,7 @@ class AttentionBy final : public Attention {
     }
 
     Step step_;
-    float scale_;
+    Form form_;
     Tables tables_;
     std::vector<std::unique_ptr<Scratch>> scratch_;
     std::vector<Chunk> of_runs_, of_blocks_;

@@ -17,10 +17,11 @@ class Attention {
     virtual int64_t num_numbers() const = 0;  // roughly, how many numbers a layer computes
 };
 
-std::unique_ptr<Attention> attention_by_vectors(bool is_bf16, const Step& step, float scale, const Tables& tables,
+std::unique_ptr<Attention> attention_by_vectors(bool is_bf16, const Step& step, const Form& form, const Tables& tables,
                                                 int num_threads);
 
-// (tiles)
-std::unique_ptr<Attention> attention_by_tiles(const Step& step, float scale, const Tables& tables, int num_threads);
+// (tiles) Without a window and without capped scores.
+std::unique_ptr<Attention> attention_by_tiles(const Step& step, const Form& form, const Tables& tables,
+                                              int num_threads);
 
 }  // namespace segue

@@ -36,8 +36,9 @@ extern "C" void segue_decode(const void* decoder, const void* layers, const void
     step.query_token = step.key_token = step.value_token = qkv_width;
     step.num_key_heads = d.num_key_heads, step.num_groups = d.num_groups, step.head_dim = d.head_dim;
     const auto& of_step = *static_cast<const Tables*>(tables);
-    const auto attention = of_step.by_tiles ? attention_by_tiles(step, scale, of_step, num_threads)
-                                            : attention_by_vectors(true, step, scale, of_step, num_threads);
+    const Form form{scale, 0.0f, nullptr};
+    const auto attention = of_step.by_tiles ? attention_by_tiles(step, form, of_step, num_threads)
+                                            : attention_by_vectors(true, step, form, of_step, num_threads);
     Team::run(num_threads, [&](Member& member) {
         const auto norm = [&](const BFloat16* from, int64_t weight, BFloat16* to, int64_t stride, int64_t num_rows,
                               int64_t width) {

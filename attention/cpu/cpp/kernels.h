@@ -22,6 +22,9 @@ struct Span {
     int64_t start;  // then the number of the first one among the step's tokens
     int64_t num_keys;
     int64_t is_causal;  // whether a query sees no key after itself; only the last span of a run, or a block's, may be
+    // With a sliding window: the number of the first key that the run's first query sees. Each further query sees one
+    // key less at this end. Without one, and for a block, it is far below 0.
+    int64_t first_seen;
 };
 
 struct Block {
@@ -59,6 +62,12 @@ struct Step {
     int64_t num_key_heads, num_groups, head_dim, layer;
 };
 
+struct Form {  // how a layer attends
+    float scale;  // of scores
+    float softcap;  // a scaled score s becomes softcap * tanh(s / softcap); 0: it stays as it is
+    const float* sinks;  // for each query head a score that takes weight and has no value; null: there are none
+};
+
 struct Layer {  // addresses of bf16 numbers, 0 for what a layer lacks; products' weights are as segue_pack writes them
     int64_t input_norm, query_norm, key_norm, qkv, qkv_bias, output, output_bias;
     int64_t mlp_norm, gate_up, gate_up_bias, down, down_bias;
@@ -91,7 +100,9 @@ void segue_rotate(int is_bf16, void* heads, const void* cosines, const void* sin
 void segue_summarise(int is_bf16, const void* logits, int64_t num_rows, int64_t width, float* highest,
                      int64_t* most_likely, float* log_totals, int num_threads);
 
-void segue_attend(int is_bf16, const void* step, float scale, const void* tables, int num_threads);
+// Scores are capped by vectors only.
+void segue_attend(int is_bf16, const void* step, float scale, float softcap, const void* sinks, const void* tables,
+                  int num_threads);
 
 // (tiles) Copies weights `[N, K]` to `[N up to a multiple of 32, K]`, in the order in which they are multiplied.
 void segue_pack(const void* weights, void* packed, int64_t num_outputs, int64_t num_inputs);

@@ -129,8 +129,8 @@ class TiledKeys {
         }
     }
 
-    template <typename Visible>
-    void attend(float scale, int64_t num_keys, Seen& seen, Visible&& visible) {
+    template <typename Hidden, typename Visible>
+    void attend(const Form& form, int64_t num_keys, Seen& seen, Hidden&&, Visible&& visible) {
         BFloat16 *keys = laid_keys_[0].numbers, *values = laid_values_[0].numbers, *weights = weights_[0].numbers;
         float *scores = scores_[0].numbers, *products = products_[0].numbers;
         const int64_t num_groups = (num_keys + kSums - 1) / kSums;
@@ -152,7 +152,7 @@ class TiledKeys {
             });
             float kept[kSums];
             for (int64_t low = 0; low < rows; low += kTile)
-                weigh(scale * kPerBit, first + low, std::min(kTile, rows - low), groups * kSums, low, seen, visible,
+                weigh(form.scale * kPerBit, first + low, std::min(kTile, rows - low), groups * kSums, low, seen, visible,
                       kept + low);
             with_high(rows, [&](auto has_high) {
                 for (int64_t dim = 0; dim < width_; dim += kSums) {
@@ -241,13 +241,14 @@ class TiledKeys {
 
 }  // namespace
 
-std::unique_ptr<Attention> attention_by_tiles(const Step& step, float scale, const Tables& tables, int num_threads) {
-    return std::make_unique<AttentionBy<TiledKeys>>(step, scale, tables, num_threads);
+std::unique_ptr<Attention> attention_by_tiles(const Step& step, const Form& form, const Tables& tables,
+                                              int num_threads) {
+    return std::make_unique<AttentionBy<TiledKeys>>(step, form, tables, num_threads);
 }
 
 #else
 
-std::unique_ptr<Attention> attention_by_tiles(const Step&, float, const Tables&, int) { std::abort(); }
+std::unique_ptr<Attention> attention_by_tiles(const Step&, const Form&, const Tables&, int) { std::abort(); }
 
 #endif
 

@@ -79,16 +79,6 @@ def test_render_prompt_of_exactly_the_limit_is_too_long_and_one_less_is_not():
     assert "limits.max_model_len" in rows[1]["error"]["message"]
 
 
-def test_render_prompt_over_the_sliding_window_says_so():
-    (row,) = rendered({"prompt": ["x" * 64]}, max_model_len=64, window=64)
-    assert "sliding window of 64" in row["error"]["message"]
-
-
-def test_render_limit_below_the_window_is_named_as_the_limit():
-    (row,) = rendered({"prompt": ["x" * 64]}, max_model_len=32, window=64)
-    assert "limits.max_model_len" in row["error"]["message"]
-
-
 def test_render_row_parameters_as_struct_and_as_json_are_the_same():
     own = [{"max_tokens": 3, "stop": ["a"]}, {"max_tokens": None, "stop": None}, None]
     structs = rendered({"prompt": ["x"] * 3, "sampling_params": own})

@@ -19,7 +19,6 @@ def render_spec(template: PromptTemplate = TEXT, **changes: Any) -> RenderSpec:
         "date": "2026-01-02",
         "mask": "causal",
         "max_model_len": 1000,
-        "window": None,
         "max_prompt_bytes": 10_000,
         "prompt_columns": ("prompt",),
         "passed_columns": (),

@@ -10,6 +10,7 @@ from chains import chains
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from segue.attention.backend import LayerAttention
 from segue.attention.memory.budget import KVShape
 from segue.attention.memory.pool import KVPool
 from segue.attention.reference import dense_attention
@@ -20,6 +21,7 @@ from segue.attention.visibility import block_sequence_ids, visible
 
 H, HKV, D, SCALE = 4, 2, 8, 0.37
 SHAPE = KVShape(1, HKV, D, torch.float32)
+PLAIN = LayerAttention(SCALE)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 LONG, SHORT = 80, 50  # tokens of a node
 
@@ -27,8 +29,9 @@ LONG, SHORT = 80, 50  # tokens of a node
 class Harness:
     """Rows in a tree, with the query, key and value of a token a fixed random function of what it can see."""
 
-    def __init__(self, backend, rows, num_generated):
+    def __init__(self, backend, rows, num_generated, how=PLAIN):
         self.rows, self.num_generated = rows, num_generated
+        self.how = how
         self.shape = getattr(backend, "shape", SHAPE)
         self.tolerance = getattr(backend, "tolerance", TOLERANCE[self.shape.dtype])
         self.cache = backend.new_memory(self.shape, 1 << 22)
@@ -52,7 +55,7 @@ class Harness:
             self.node_qkv[node] = self.random_qkv(len(node))
         packed = [torch.cat([self.node_qkv[b.node][i] for b in blocks.self_blocks], dim=1) for i in range(3)]
         run = self.backend.begin(blocks, (), self.cache)
-        out = run.attend(0, packed[0], packed[1], packed[2], SCALE)
+        out = run.attend(0, packed[0], packed[1], packed[2], self.how)
         run.finish()
         for node in nodes:
             self.tree.keep_computed(node, None)
@@ -68,7 +71,7 @@ class Harness:
         qkv = [self.random_qkv(1) for _ in queries]
         packed = [torch.cat([qkv[i][part] for i in order], dim=1) for part in range(3)]
         run = self.backend.begin(blocks, tails, self.cache)
-        out = run.attend(0, packed[0], packed[1], packed[2], SCALE)
+        out = run.attend(0, packed[0], packed[1], packed[2], self.how)
         for i, tail in enumerate(tails):
             tail.length += 1
             fed[i].append(qkv[i])
@@ -90,8 +93,8 @@ class Harness:
         """Dense attention of a whole row, [T, H, D]."""
         parts = [self.node_qkv[node] for node in self.ends[index].path()] + generated
         q, k, v = (torch.cat([part[i] for part in parts], dim=1) for i in range(3))
-        mask = visible(block_sequence_ids(self.rows[index], len(generated)))
-        return dense_attention(q, k, v, mask, SCALE).float()
+        mask = visible(block_sequence_ids(self.rows[index], len(generated)), self.how.window)
+        return dense_attention(q, k, v, mask, self.how).float()
 
 
 def check_random_trees(backend):
@@ -105,9 +108,9 @@ def check_random_trees(backend):
     check()
 
 
-def check_tree(backend, rows, cut, tails):
+def check_tree(backend, rows, cut, tails, how=PLAIN):
     """A prefill in two steps, then three steps of decoding."""
-    harness = Harness(backend, rows, 0)
+    harness = Harness(backend, rows, 0, how)
     nodes = list(harness.tree)
     outputs = {}
     for step_nodes in filter(None, (nodes[:cut], nodes[cut:])):  # depth-first: no child before its parent
@@ -123,7 +126,7 @@ def check_tree(backend, rows, cut, tails):
         harness.check_decode(harness.decode(open_tails, fed), fed)
 
 
-def check_long_nodes(backend, bidirectional):
+def check_long_nodes(backend, bidirectional, how=PLAIN):
     """Nodes that are batched and nodes that are not, under each other; a lineage too long to be gathered as one."""
     ids = itertools.count()
 
@@ -136,7 +139,7 @@ def check_long_nodes(backend, bidirectional):
     rows += [(root, short, *deep[:depth], segment(2)) for depth in range(1, 8)]
     rows += [(short, segment(LONG), segment(1)), (segment(1), segment(LONG, True))]
     rows = [canonical_segments(row, mask="segment") for row in rows]
-    harness = Harness(backend, rows, 0)
+    harness = Harness(backend, rows, 0, how)
     nodes = list(harness.tree)
     outputs = {}
     for step_nodes in (nodes[:60], nodes[60:]):  # depth-first: no child before its parent

@@ -69,8 +69,6 @@ def emulated_varlen_attn(
         raise ValueError(f"Expect query and key/value to have the same number of heads, got {query.shape[1]}")
     if query.shape[1] % key.shape[1]:
         raise ValueError("Expect number of query heads to be a multiple of kv heads for GQA")
-    if window_size not in ((-1, -1), (-1, 0)):
-        raise ValueError(f"no window like {window_size} is used here")
     groups = query.shape[1] // key.shape[1]
     out = torch.full_like(query, torch.nan)  # what no sequence covers is garbage
     lse = query.new_full((query.shape[1], len(query)), torch.nan, dtype=torch.float32)
@@ -89,14 +87,24 @@ def emulated_varlen_attn(
             continue
         k, v = (part[start : start + length].transpose(0, 1)[:, None].float() for part in (key, value))
         scores = grouped[:, :, first:last].float() @ k.transpose(2, 3) * scale  # [Hkv, G, q, k]
-        if window_size == (-1, 0):
-            is_later = torch.ones(last - first, length, dtype=torch.bool).triu_(length - (last - first) + 1)
-            scores = scores.masked_fill(is_later, -torch.inf)
+        scores = scores.masked_fill(_outside(window_size, last - first, length), -torch.inf)
         weights = scores.softmax(dim=-1).nan_to_num()  # over no keys: zeros
         out[first:last] = (weights @ v).flatten(0, 1).transpose(0, 1).to(out.dtype)
         total = scores.logsumexp(dim=-1).flatten(0, 1)
         lse[:, first:last] = torch.where(total == -torch.inf, torch.inf, total)
     return out, lse
+
+
+def _outside(window_size: tuple[int, int], num_queries: int, num_keys: int) -> Tensor:
+    """bool `[q, k]`: what a window hides, aligned at the bottom right. -1 is no limit on that side."""
+    left, right = window_size
+    distance = torch.arange(num_keys) - torch.arange(num_keys - num_queries, num_keys)[:, None]
+    hidden = torch.zeros(num_queries, num_keys, dtype=torch.bool)
+    if left >= 0:
+        hidden |= distance < -left
+    if right >= 0:
+        hidden |= distance > right
+    return hidden
 
 
 def _check(query, key, value, cu_seq_q, cu_seq_k, seqused_k, num_sequences) -> None:

@@ -1,6 +1,7 @@
 """KV memory: short memory costs time and not rows, all of it is given back, and shared tokens are stored once."""
 
 import ctypes
+import functools
 import gc
 import resource
 from pathlib import Path
@@ -32,12 +33,18 @@ def test_kv_memory_too_short_for_all_rows_preempts_and_answers_all_alike():
     assert tight.stats.max_kv_bytes <= kv_bytes(260)
 
 
+@functools.cache
+def tokens_with_ample_memory(seed):
+    """On whichever backend asks first: greedy tokens are the same on all."""
+    return token_ids(tiny_engine().generate(shared_prompts(6, seed), LONG))
+
+
 @given(budget=st.integers(150, 600), seed=st.integers(0, 5), max_num_seqs=st.sampled_from([2, 5, 64]))
 @settings(deadline=None, max_examples=20)
 def test_kv_memory_of_any_size_answers_each_row_or_names_the_limit(budget, seed, max_num_seqs):
     rows = shared_prompts(6, seed)
     tight = tiny_engine(kv_cache_memory_bytes=kv_bytes(budget), max_num_seqs=max_num_seqs)
-    wanted = token_ids(tiny_engine().generate(rows, LONG))
+    wanted = tokens_with_ample_memory(seed)
     for output, tokens in zip(tight.generate(rows, LONG), wanted, strict=True):
         if output.error is None:
             assert [sample.token_ids for sample in output.outputs] == tokens

@@ -81,29 +81,16 @@ def test_later_segment_changes_nothing_before_it():
     torch.testing.assert_close(alone, within, atol=TOLERANCE, rtol=0)
 
 
-def test_mistral_with_window_limits_rows_to_the_window():
-    model = tree_model(tiny_model("mistral", sliding_window=32), None)
-    assert model.max_model_len == 32
-    output = Engine(model).generate([[Segment(tuple(range(3, 40)), False)]])[0]
-    assert output.error is not None
-    assert output.error.code == "PROMPT_TOO_LONG"
-
-
-def test_mistral_with_window_generates_up_to_the_window_and_equals_transformers():
-    own = tiny_model("mistral", sliding_window=32)
-    prompt = [Segment(tuple(range(3, 20)), False)]
-    model = tree_model(tiny_model("mistral", sliding_window=32), None)
-    hidden = Engine(model).logits([prompt])[0]
-    with torch.no_grad():
-        wanted = own(input_ids=torch.tensor([prompt[0].token_ids])).logits[0, -1]
-    torch.testing.assert_close(hidden, wanted, atol=TOLERANCE, rtol=0)
-
-
 REFUSED = {
     "mamba": ("keep a state", {"state_size": 8, "num_attention_heads": 6}),
     "bloom": ("AttentionInterface", {"n_head": 6, "n_layer": 2}),
-    "gemma2": ("attn_logit_softcapping", {"head_dim": 16}),
-    "gpt_oss": ("sinks", {"head_dim": 16, "num_local_experts": 2}),
+    "deepseek_v3": ("compressed keys and values", {"n_routed_experts": 4}),
+    "longcat_flash": ("compressed keys and values", {}),
+    "minicpm3": ("compressed keys and values", {}),
+    "gemma4_text": ("layers differ in head_dim", {"num_hidden_layers": 6}),
+    "gemma3_text": ("both directions", {"use_bidirectional_attention": True}),
+    "llama4_text": ("chunked_attention", {"num_local_experts": 2}),
+    "falcon": ("AttentionInterface", {"alibi": True}),
     "t5": ("encoder-decoder", {}),
     "qwen3_next": ("linear_attention", {"head_dim": 16}),
 }

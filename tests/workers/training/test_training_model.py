@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import KINDS, oracle_logits, oracle_model, tiny_model, tiny_tokenizer
+from tiny_models import KINDS, WINDOWED, oracle_logits, oracle_model, tiny_model, tiny_tokenizer
 
 from segue.attention.segments import Segment, canonical_segments
 from segue.workers.engine.engine import Engine, EngineConfig
@@ -69,6 +69,42 @@ def test_logprobs_of_a_padded_batch_equal_transformers_under_the_dense_mask(kind
     with torch.no_grad():
         got = model.logprobs([EXAMPLE, OTHER])
     wanted = torch.cat([wanted_logprobs(oracle_model(kind), example) for example in (EXAMPLE, OTHER)])
+    torch.testing.assert_close(got, wanted, atol=TOLERANCE, rtol=0)
+
+
+UNTRAINABLE = ("gemma2 windowed", "gpt_oss windowed")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in WINDOWED if kind not in UNTRAINABLE])
+@pytest.mark.parametrize("mask", ["segment", "causal"])
+def test_logprobs_behind_sliding_windows_equal_transformers(kind, mask):
+    examples = [TrainingExample(canonical_segments(e.segments, mask=mask), e.answer) for e in (EXAMPLE, OTHER)]
+    model = TrainingModel(tiny_model(kind), LoraParams(target_modules="all-linear"), seed=0)
+    with torch.no_grad():
+        got = model.logprobs(examples)
+    wanted = torch.cat([wanted_logprobs(oracle_model(kind), example) for example in examples])
+    torch.testing.assert_close(got, wanted, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("kind", UNTRAINABLE)
+def test_models_that_cap_scores_or_have_sinks_are_refused_by_name(kind):
+    with pytest.raises(ModelRefused, match=r"caps its scores or has attention sinks"):
+        TrainingModel(tiny_model(kind), LoraParams(target_modules=("q_proj",)), seed=0)
+
+
+def test_long_rows_of_a_batch_change_no_short_one():
+    """EXAMPLE has 21 tokens to feed, and is long; OTHER is short."""
+    factors = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 4.0, 9.0], "factor": 4.0}
+    changes = {
+        "original_max_position_embeddings": 12,
+        "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 12, **factors
+        },
+    }  # fmt: skip
+    model = TrainingModel(tiny_model("phi3", **changes), LoraParams(target_modules="all-linear"), seed=0)
+    with torch.no_grad():
+        got = model.logprobs([EXAMPLE, OTHER])
+    wanted = torch.cat([wanted_logprobs(tiny_model("phi3", **changes), example) for example in (EXAMPLE, OTHER)])
     torch.testing.assert_close(got, wanted, atol=TOLERANCE, rtol=0)
 
 
