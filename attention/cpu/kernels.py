@@ -141,7 +141,7 @@ class Kernels:
 
     def summarise(self, logits: Tensor, *, with_totals: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Of logits `[N, V]`: the largest, `[N]` fp32, its first place, `[N]` int64, and with `with_totals` the
-        logarithm of the sum of all exponentials, `[N]` fp32, else an empty tensor."""
+        logarithm of the sum of the exponentials of logits less the largest, `[N]` fp32, else an empty tensor."""
         logits = logits.contiguous()
         highest, most_likely = torch.empty(len(logits)), torch.empty(len(logits), dtype=torch.int64)
         totals = torch.empty(len(logits) if with_totals else 0)

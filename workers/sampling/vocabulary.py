@@ -3,7 +3,7 @@
 Shapes: `N` positions, `V` vocabulary.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ class Summary(NamedTuple):
 
     highest: Tensor  # fp32: the largest logit; NaN if any logit is NaN
     most_likely: Tensor  # int64: the token of the largest logit; of equal ones the first, as for argmax
-    log_totals: Tensor  # fp32: a logit minus this is its log-probability; empty unless wanted
+    log_totals: Tensor  # fp32: `logit - highest - log_total` is a log-probability; empty unless wanted
 
 
 def summarise(logits: Tensor, *, with_totals: bool = False) -> Summary:
@@ -30,5 +30,9 @@ def summarise(logits: Tensor, *, with_totals: bool = False) -> Summary:
     cached = logits.split(CACHED_ROWS) if logits.device.type == "cpu" else [logits]
     parts = [part.float() for part in cached]
     tops = [part.max(dim=-1) for part in parts]
-    totals = [part.logsumexp(dim=-1) for part in parts] if with_totals else [torch.empty(0)]
+    totals = [_log_total(*each) for each in zip(parts, tops, strict=True)] if with_totals else [torch.empty(0)]
     return Summary(torch.cat([top.values for top in tops]), torch.cat([top.indices for top in tops]), torch.cat(totals))
+
+
+def _log_total(logits: Tensor, top: Any) -> Tensor:
+    return (logits - top.values[:, None]).exp_().sum(dim=-1).log_()

@@ -134,8 +134,8 @@ def score_tokens(hidden: Tensor, rows: Tensor, targets: Tensor, head: Head, voca
         logits = head(hidden[chunk])
         which = order[borders[chunk.start] : borders[chunk.stop]]
         local = rows[which] - chunk.start
-        _, most_likely, totals = summarise(logits, with_totals=True)
-        logprobs[which] = logits[local, targets[which]].float() - totals[local]
+        highest, most_likely, totals = summarise(logits, with_totals=True)
+        logprobs[which] = (logits[local, targets[which]].float() - highest[local]) - totals[local]
         is_greedy[which] = most_likely[local] == targets[which]
     return logprobs, is_greedy
 

@@ -2,12 +2,17 @@
 
 #include "small.h"
 
+#include <algorithm>
+
 #include "kernels.h"
 
 namespace segue {
 namespace {
 
-// The largest number of a row, its first place, and, if asked for, the logarithm of the sum of all exponentials.
+constexpr int64_t kSummedAtOnce = 16 * kLanes;  // numbers
+
+// The largest number of a row, its first place, and, if asked for, the logarithm of the sum of all exponentials of
+// numbers less the largest one.
 template <typename Number>
 void summarise(const Number* logits, int64_t width, float* highest, int64_t* most_likely, float* log_total) {
     const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -36,11 +41,14 @@ void summarise(const Number* logits, int64_t width, float* highest, int64_t* mos
     *highest = has_nan ? std::numeric_limits<float>::quiet_NaN() : top;
     *most_likely = place;
     if (!log_total) return;
-    Floats totals{};
-    for (int64_t i = 0; i < whole; i += kLanes) totals += exp_of(load16(logits + i) - top);
-    float total = sum_of(totals);
+    double total = 0.0;  // a float would lose what is small beside the sum so far: thousands of numbers, all of one sign
+    for (int64_t i = 0; i < whole; i += kSummedAtOnce) {
+        Floats some{};
+        for (int64_t j = i; j < std::min(whole, i + kSummedAtOnce); j += kLanes) some += exp_of(load16(logits + j) - top);
+        total += sum_of(some);
+    }
     for (int64_t i = whole; i < width; ++i) total += exp_of(load_some(logits + i, 1)[0] - top);
-    *log_total = top + std::log(total);
+    *log_total = static_cast<float>(std::log(total));
 }
 
 template <typename Number>
