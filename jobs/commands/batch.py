@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from segue.jobs.commands.ending import exit_codes, print_json, say
+from segue.jobs.commands.ending import counted, exit_codes, print_json, say
 from segue.jobs.commands.options import AsJson, Overrides, Quiet, RequireAuth, absolute
 from segue.jobs.commands.running import run_values
 
@@ -87,7 +87,7 @@ def _job_of(imported: "ImportedRequests", model: str, output: str, max_tokens: i
 
 def _say_results(output: str, failed: str, exported: "Exported") -> None:
     counts = exported.counts
-    say(f"{output}: {counts.completed:,} answers; {failed}: {counts.failed:,} errors")
+    say(f"{output}: {counted(counts.completed, 'answer')}; {failed}: {counted(counts.failed, 'error')}")
     for reason, count in exported.reasons.most_common(SHOWN_REASONS):
         say(f"  {count:,} x {reason}")
     if exported.has_failed:

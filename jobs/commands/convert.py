@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from segue.jobs.commands.ending import exit_codes, print_json, say
+from segue.jobs.commands.ending import counted, exit_codes, print_json, say
 from segue.jobs.commands.options import AsJson, absolute
 
 if TYPE_CHECKING:
@@ -82,13 +82,14 @@ def _say_converted(target: str, found: "Converted", *, json_only: bool) -> None:
         say(f"note: {note}")
     if not json_only:
         columns = ", ".join(f"{name} ({kind})" for name, kind in zip(found.columns, found.types, strict=True))
-        say(f"{target}: {found.num_rows:,} rows in {found.num_files:,} files, columns {columns}")
+        say(f"{target}: {counted(found.num_rows, 'row')} in {counted(found.num_files, 'file')}, columns {columns}")
 
 
 def _say_exported(target: str, found: "Exported", *, json_only: bool) -> None:
     if not found.is_complete:
-        say(f"warning: {target} is partial: {found.num_missing:,} planned rows are not there yet")
+        say(f"warning: {target} is partial: it lacks {counted(found.num_missing, 'planned row')}")
     if found.num_changed:
-        say(f"warning: {found.num_changed:,} values have no form in this format: they are null, or have U+FFFD in them")
+        what = counted(found.num_changed, "value")
+        say(f"warning: {what} without a form in this format: null, or with U+FFFD in a text")
     if not json_only:
-        say(f"{target}: {found.num_rows:,} rows, columns {', '.join(found.columns)}")
+        say(f"{target}: {counted(found.num_rows, 'row')}, columns {', '.join(found.columns)}")

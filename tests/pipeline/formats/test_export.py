@@ -84,7 +84,7 @@ def test_export_of_values_that_json_or_python_lacks_costs_the_value_alone(tmp_pa
     assert {name: [row[name] for row in rows] for name in WRITTEN} == WRITTEN
     assert rows[0]["zoned"] == "1970-01-01T01:00:00+0100"
     assert last_line(printed)["num_changed"] == 4  # text, never, x, half
-    assert "4 values have no form" in err
+    assert "4 values without a form" in err
     found = from_output(str(out), str(tmp_path / "rows.csv"))
     with (tmp_path / "rows.csv").open(newline="") as file:
         first, second = csv.DictReader(file)
@@ -102,7 +102,7 @@ def test_export_of_an_unfinished_output_is_refused_unless_asked_for(tmp_path):
     assert not (tmp_path / "rows.jsonl").exists()
     code, printed, err = segue("convert", out, tmp_path / "rows.jsonl", "--partial", "--json")
     assert code == 0
-    assert "5 planned rows are not there yet" in err
+    assert "is partial: it lacks 5 planned rows" in err
     said = last_line(printed)
     assert (said["num_rows"], said["is_complete"], said["num_missing"]) == (5, False, 5)
     assert len(objects(tmp_path / "rows.jsonl")) == 5
