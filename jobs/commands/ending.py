@@ -56,6 +56,11 @@ def say(line: str) -> None:
     print(redact(line), file=sys.stderr, flush=True)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things: 1 file, 2 files."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 silent: Callable[[str], None] = lambda line: None  # noqa: E731
 
 

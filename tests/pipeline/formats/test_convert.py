@@ -1,4 +1,4 @@
-"""JSON lines, CSV and Hugging Face's datasets to Parquet, and outputs back."""
+"""JSON Lines, CSV and Hugging Face's datasets to Parquet. Odd files are in `test_convert_edges.py`."""
 
 import csv
 import json
@@ -7,12 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from commands import finished_output, segue
+from commands import segue
 
-from segue.pipeline.formats.convert import from_output, to_parquet
+from segue.pipeline.formats.convert import to_parquet
 from segue.pipeline.problems import JobRefused
 
 ROWS = [{"prompt": f'text {n}, with "quotes"\nand lines é', "n": n, "tags": [str(n)] * (n % 3)} for n in range(25)]
@@ -40,25 +39,23 @@ def test_convert_csv_keeps_quotes_and_lines_in_values(tmp_path, name, delimiter)
         writer.writeheader()
         writer.writerows(ROWS)
     to_parquet(str(tmp_path / name), str(tmp_path / "data"), rows_per_file=100)
-    assert read(tmp_path / "data") == [{"prompt": row["prompt"], "n": row["n"]} for row in ROWS]
+    assert read(tmp_path / "data") == [{"prompt": row["prompt"], "n": str(row["n"])} for row in ROWS]
 
 
 @pytest.mark.parametrize(
-    ("name", "text"),
+    ("name", "text", "where"),
     [
-        ("a.jsonl", '{"a": 1}\n{"a": SECRET\n'),
-        ("a.jsonl", '{"a": 1}\n{"a": "SECRET"}\n'),
-        ("a.csv", "a,b\n1,2\n1,2,SECRET\n"),
-        ("a.csv", "a,b\n" + "1,2\n" * 40 + "1,SECRET\n"),
-        ("a.txt", "a"),
+        ("a.jsonl", '{"a": 1}\n{"a": SECRET\n', "a.jsonl:2"),
+        ("a.jsonl", '{"a": 1}\n{"a": "SECRET"}\n', "a.jsonl:2"),
+        ("a.csv", "a,b\n1,2\n1,2,SECRET\n", "a.csv:3"),
+        ("a.txt", "a", "a.txt"),
     ],
 )
-def test_convert_of_a_bad_line_names_the_file_and_leaves_nothing(tmp_path, monkeypatch, name, text):
-    monkeypatch.setattr("segue.pipeline.formats.convert.READ_BYTES", 64)  # types are those of the first block
+def test_convert_of_a_bad_line_names_the_file_and_leaves_nothing(tmp_path, name, text, where):
     (tmp_path / name).write_text(text)
     with pytest.raises(JobRefused) as refused:
         to_parquet(str(tmp_path / name), str(tmp_path / "data"), rows_per_file=10)
-    assert name in str(refused.value)
+    assert where in str(refused.value)
     assert "SECRET" not in str(refused.value)
     assert not (tmp_path / "data").exists()
 
@@ -71,11 +68,22 @@ def test_convert_into_a_folder_with_something_in_it_is_refused(tmp_path):
     assert to_parquet.__doc__
 
 
-def test_convert_of_files_that_differ_in_columns_is_refused(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"a": 1}\n')
-    (tmp_path / "b.jsonl").write_text('{"b": 1}\n')
-    with pytest.raises(JobRefused, match="in a later part"):
-        to_parquet(str(tmp_path), str(tmp_path / "data"), rows_per_file=10)
+def test_convert_of_json_files_of_which_one_lacks_a_key_makes_nulls_and_says_so(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"a": 1, "c": 1}\n')
+    (tmp_path / "b.jsonl").write_text('{"b": "x", "c": 2}\n')
+    found = to_parquet(str(tmp_path), str(tmp_path / "data"), rows_per_file=10)
+    assert read(tmp_path / "data") == [{"a": 1, "c": 1, "b": None}, {"a": None, "c": 2, "b": "x"}]
+    assert [note.split(": null")[0].partition("/b.jsonl")[2] for note in found.notes] == ["", " has no 'a'"]
+
+
+def test_convert_of_csv_files_that_differ_in_columns_is_refused_by_name(tmp_path):
+    (tmp_path / "a.csv").write_text("a,c\n1,2\n")
+    (tmp_path / "b.csv").write_text("c,a\n2,1\n")
+    to_parquet(str(tmp_path), str(tmp_path / "data"), rows_per_file=10)
+    assert read(tmp_path / "data") == [{"a": "1", "c": "2"}] * 2
+    (tmp_path / "c.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(JobRefused, match=r"c.csv:1: got a first line that lacks 'c', has 'b'"):
+        to_parquet(str(tmp_path), str(tmp_path / "other"), rows_per_file=10)
 
 
 def test_convert_a_dataset_of_huggingfaces_library(tmp_path):
@@ -89,19 +97,26 @@ def test_convert_a_dataset_of_huggingfaces_library(tmp_path):
         to_parquet(str(tmp_path / "splits"), str(tmp_path / "other"), rows_per_file=10)
 
 
-def test_convert_an_output_to_json_lines_and_csv(tmp_path):
-    output = finished_output(tmp_path, [b"x,\n", None, b"y"], [None, {"code": "NULL_PROMPT", "message": "m"}, None])
-    table = pa.concat_tables(pq.read_table(path) for path in output.glob("part-*.parquet"))
-    found = from_output(str(output), str(tmp_path / "out.jsonl"))
-    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert rows == table.to_pylist()
-    assert found.num_rows == 3
-    code, _, _ = segue("convert", output, tmp_path / "out.csv")
-    assert code == 0
-    with (tmp_path / "out.csv").open(newline="") as file:
-        back = list(csv.DictReader(file))
-    assert [row["note"] for row in back] == ["x,\n", "", "y"]
-    assert json.loads(back[1]["error"]) == {"code": "NULL_PROMPT", "message": "m"}
+def test_convert_an_empty_saved_dataset_makes_a_file_without_rows(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    features = datasets.Features({"a": datasets.Value("string"), "n": [datasets.Value("int64")]})
+    datasets.Dataset.from_dict({"a": [], "n": []}, features=features).save_to_disk(tmp_path / "saved")
+    found = to_parquet(str(tmp_path / "saved"), str(tmp_path / "data"), rows_per_file=10)
+    assert (found.num_rows, found.num_files, found.columns) == (0, 1, ("a", "n"))
+    assert read(tmp_path / "data") == []
+
+
+@pytest.mark.parametrize("source", ["hf:", "broken"])
+def test_convert_a_dataset_that_cannot_be_loaded_is_refused_in_a_line(tmp_path, monkeypatch, source):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "state.json").write_text("{")
+    monkeypatch.chdir(tmp_path)
+    code, _, err = segue("convert", source, tmp_path / "data")
+    assert code == 2
+    assert "wanted a dataset that Hugging Face's library can load" in err
 
 
 def test_convert_onto_a_full_disk_exits_5_in_a_line_and_leaves_nothing(tmp_path):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from commands import segue
 from hypothesis import given
@@ -13,12 +14,11 @@ from openai.types.chat import ChatCompletion
 from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming
 from openai.types.completion_create_params import CompletionCreateParamsNonStreaming as TextParams
 
-from segue.pipeline.formats.openai_import import import_requests
-from segue.pipeline.formats.openai_request import CHAT, COMPLETIONS
+from segue.pipeline.formats.openai.parameters import CHAT, COMPLETIONS, DEFAULTS
+from segue.pipeline.formats.openai.requests_file import BadLine, import_requests
 from segue.pipeline.ledger.manifest import ForeignOutput
 from segue.pipeline.problems import JobRefused
-
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray[.]")
+from segue.workers.prompts.conversation import ROLES
 
 
 def line(custom_id: str, body: Any, url: str = CHAT) -> str:
@@ -40,24 +40,33 @@ def lines_of(path: Path) -> dict[str, dict[str, Any]]:
     return {found["custom_id"]: found for found in map(json.loads, path.read_text().splitlines())}
 
 
-def imported(tmp_path: Path, *lines: str) -> list[dict[str, Any]]:
-    import pyarrow.parquet as pq
-
-    (tmp_path / "requests.jsonl").write_text("\n".join(lines))
+def imported(tmp_path: Path, *lines: str | bytes) -> tuple[list[dict[str, Any]], list[BadLine]]:
+    """(rows, bad lines)"""
+    raw = b"\n".join(each if isinstance(each, bytes) else each.encode() for each in lines)
+    (tmp_path / "requests.jsonl").write_bytes(raw)
     found = import_requests(str(tmp_path / "requests.jsonl"), str(tmp_path / "work"))
-    return pq.read_table(found.path).to_pylist()
+    rows = pq.read_table(found.path).to_pylist()
+    assert found.num_rows == len(rows)
+    return rows, list(found.bad_lines())
 
 
-@pytest.mark.slow
-def test_batch_file_of_the_client_runs_and_its_results_load_as_the_clients_types(tmp_path, model_directory):
+def params_of(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row says beside OpenAI's defaults."""
+    params = json.loads(row["sampling_params"])
+    return {name: value for name, value in params.items() if DEFAULTS.get(name) != value}
+
+
+def test_batch_file_of_the_client_runs_and_its_results_load_as_the_clients_types(tmp_path, model_directory, here):
     requests = tmp_path / "requests.jsonl"
     good = {
         "plain": chat("one", max_completion_tokens=4),
         "many": chat("two", max_tokens=3, n=2, temperature=0.7, seed=11, stop=["x"]),
-        "nulls": chat("three", max_tokens=2, response_format={"type": "text"}, user="me", logprobs=False),
+        "nulls": chat(
+            "three", max_tokens=2, response_format={"type": "text"}, user="me", logprobs=True, top_logprobs=2
+        ),
     }
     bad = {
-        "tools": chat("four", tools=[{"type": "function", "function": {"name": "f"}}]),
+        "functions": chat("four", functions=[{"name": "f"}]),
         "picture": CompletionCreateParamsNonStreaming(
             model="m",
             messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://h/x.png"}}]}],
@@ -89,15 +98,30 @@ def test_batch_file_of_the_client_runs_and_its_results_load_as_the_clients_types
         assert all(choice.finish_reason in ("stop", "length") for choice in found.choices)
         assert all(choice.message.content is not None for choice in found.choices)
     assert results["plain"]["response"]["body"]["usage"]["completion_tokens"] <= 4
+    assert [json.loads(each)["custom_id"] for each in answers.read_text().splitlines()] == list(good)
+    choice = completions["nulls"].choices[0]
+    assert completions["plain"].choices[0].logprobs is None
+    assert choice.logprobs is not None
+    tokens = choice.logprobs.content or []
+    assert (
+        bytes(byte for token in tokens for byte in token.bytes or ()).decode("utf-8", "replace")
+        == choice.message.content
+    )
+    assert all(len(token.top_logprobs) == 2 for token in tokens)
+    assert all(token.logprob <= token.top_logprobs[0].logprob <= 0 for token in tokens)
     errors = [json.loads(each) for each in (tmp_path / "results.errors.jsonl").read_text().splitlines()]
     messages = {each["custom_id"]: BatchError.model_validate(each["error"]) for each in errors}
     assert all(each["response"] is None for each in errors)
-    assert messages.keys() == {"tools", "picture", "hot", "long", "plain", "elsewhere", None}
-    assert messages["tools"].message == "tools: not supported"
-    assert messages["hot"].code == "BAD_PARAMS"
+    assert messages.keys() == {"functions", "picture", "hot", "long", "plain", "elsewhere", None}
+    assert messages["functions"].message == "functions: not supported"
+    assert messages["functions"].param == "functions"
+    assert messages["picture"].message == "messages.0.content.0: image_url parts are not supported, only text"
+    assert messages["hot"].message == "temperature: Input should be greater than or equal to 0"
     assert messages["long"].code == "PROMPT_TOO_LONG"
-    assert messages["plain"].message == "custom_id: another line has the same"
+    assert messages["plain"].message == "custom_id: line 1 has the same"
     assert messages[None].message == "the line is not JSON in UTF-8"
+    assert [messages[name].line for name in ("functions", "picture", None)] == [4, 5, 9]
+    assert "1 x invalid_request: functions: not supported" in err
     # Again: everything is there already.
     answers.unlink()
     code, out, _ = segue(*command)
@@ -109,8 +133,7 @@ def test_batch_file_of_the_client_runs_and_its_results_load_as_the_clients_types
     assert "another file" in err
 
 
-@pytest.mark.slow
-def test_batch_of_completions_loads_as_completions(tmp_path):
+def test_batch_of_completions_loads_as_completions(tmp_path, here):
     requests = tmp_path / "requests.jsonl"
     bodies = {f"r{n}": TextParams(model="m", prompt=f"text {n}") for n in range(5)}
     requests.write_text("\n".join(line(name, body, COMPLETIONS) for name, body in bodies.items()))
@@ -123,18 +146,22 @@ def test_batch_of_completions_loads_as_completions(tmp_path):
 
 
 def test_import_keeps_what_a_request_says_and_fills_in_openais_defaults(tmp_path):
-    plain, set_ = imported(tmp_path, line("a", chat("x")), line("b", chat("y", temperature=0, max_tokens=5, stop="q")))
+    (plain, set_), bad = imported(
+        tmp_path, line("a", chat("x")), line("b", chat("y", temperature=0, max_tokens=5, stop="q"))
+    )
     assert json.loads(plain["sampling_params"]) == {"temperature": 1.0, "top_p": 1.0}
     assert json.loads(set_["sampling_params"]) == {"temperature": 0.0, "top_p": 1.0, "max_tokens": 5, "stop": "q"}
-    assert plain["messages"][0] == {"role": "system", "content": [{"type": "text", "text": "Answer in one word."}]}
-    assert [part["text"] for part in plain["messages"][1]["content"]] == ["x", "Please."]
-    assert plain["request_error"] is None
+    first, second = plain["messages"]
+    assert first["role"] == ("developer" if "developer" in ROLES else "system")
+    assert first["content"] == [{"type": "text", "text": "Answer in one word."}]
+    assert [part["text"] for part in second["content"]] == ["x", "Please."]
+    assert (plain["line"], set_["line"], bad) == (1, 2, [])
 
 
 def test_import_takes_a_response_format_as_the_form_of_the_answer(tmp_path):
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     told = {"type": "json_schema", "json_schema": {"name": "it", "schema": schema, "strict": True}}
-    rows = imported(
+    rows, _ = imported(
         tmp_path,
         line("a", chat("x", response_format=told)),
         line("b", chat("x", response_format={"type": "json_object"})),
@@ -144,56 +171,33 @@ def test_import_takes_a_response_format_as_the_form_of_the_answer(tmp_path):
     assert forms == [{"json": schema}, {"json": {"type": "object"}}, None]
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        (line("", chat("x")), "custom_id: String should have at least 1 character"),
-        (line("c", {"messages": []}), "messages: List should have at least 1 item after validation, not 0"),
-        (line("c", {}), "body.messages: missing"),
-        (line("c", {"messages": [{"role": "SECRET", "content": "x"}]}), "messages.0.role: "),
-        (
-            line("c", {"messages": [{"role": "user", "content": "x"}], "SECRET": 1}),
-            "a parameter that is not known",
-        ),
-        (line("c", chat("x", logprobs=True)), "logprobs: not supported"),
-        (line("c", chat("x", tool_choice="required")), "tool_choice: not supported"),
-        (
-            line("c", {"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_schema"}}),
-            "response_format: json_schema belongs to type json_schema, and is needed there",
-        ),
-        (line("c", chat("x", max_tokens="SECRET")), "max_tokens: Input should be a valid integer"),
-        (line("c", chat("\ud800")), "the line is not JSON in UTF-8"),
-        (line("\ud800", chat("x")), "the line is not JSON in UTF-8"),
-        (json.dumps({"custom_id": "c", "method": "GET", "url": CHAT, "body": {}}), "method: Input should be 'POST'"),
-        ('{"custom_id": ' + "[" * 100_000, "the line is not JSON in UTF-8"),
-        ("null", "Input should be an object"),
-    ],
-)
-def test_import_of_a_bad_line_costs_that_line_and_quotes_nothing(tmp_path, text, said):
-    first, bad = imported(tmp_path, line("a", chat("x")), text)
-    assert first["request_error"] is None
-    assert bad["request_error"].startswith(said)
-    assert "SECRET" not in bad["request_error"]
-    assert (bad["messages"], bad["prompt"]) == (None, None)
-
-
 @given(st.lists(st.one_of(st.binary(max_size=40), st.just(line("a", chat("x")).encode())), max_size=8))
 def test_import_of_any_bytes_ends_in_a_row_a_line(tmp_path_factory, raw):
     folder = tmp_path_factory.mktemp("any")
     lines = [line("first", chat("x")).encode(), *(each.replace(b"\n", b"") for each in raw)]
     (folder / "r.jsonl").write_bytes(b"\n".join(lines))
     found = import_requests(str(folder / "r.jsonl"), str(folder / "work"))
-    assert found.num_rows == sum(bool(each.strip()) for each in lines)
+    num_lines = sum(bool(each.strip()) for each in lines)
+    assert found.num_rows + len(list(found.bad_lines())) == num_lines
 
 
 def test_import_of_another_file_into_the_same_folder_is_refused(tmp_path):
     imported(tmp_path, line("a", chat("x")))
-    assert len(imported(tmp_path, line("a", chat("x")))) == 1
+    assert len(imported(tmp_path, line("a", chat("x")))[0]) == 1
     with pytest.raises(ForeignOutput, match="another file"):
         imported(tmp_path, line("b", chat("x")))
 
 
-@pytest.mark.parametrize("text", ["", "\n\n", "{}", "a,b,c", line("a", {}, "/v1/embeddings")])
-def test_import_of_what_is_no_file_of_requests_is_refused(tmp_path, text):
-    with pytest.raises(JobRefused):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "got no line"),
+        ("\n\n", "got no line"),
+        ("{}", "requests.jsonl:1: url: got null"),
+        ("\na,b,c", "requests.jsonl:2: got the line is not JSON"),
+        (line("a", {}, "/v1/embeddings"), "requests.jsonl:1: url: got '/v1/embeddings', wanted one of"),
+    ],
+)
+def test_import_of_what_is_no_file_of_requests_is_refused(tmp_path, text, said):
+    with pytest.raises(JobRefused, match=said):
         imported(tmp_path, text)
