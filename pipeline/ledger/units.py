@@ -87,11 +87,12 @@ class PlannedRow:
     params: SamplingParams
     error: RowError | None
     score: ScoreRow | None = None  # only for scoring tasks
+    has_own_seed: bool = False  # in its own parameters
 
     @property
     def random_key(self) -> bytes:
-        """Seeds the row's random numbers: the same in every unit, batch and attempt."""
-        return f"{self.src_path}:{self.src_row}".encode()
+        """Names the row for its draws: the same in every unit, batch and attempt. A seed of its own needs no name."""
+        return b"" if self.has_own_seed else f"{self.src_path}:{self.src_row}".encode()
 
 
 def serialize_unit(table: pa.Table, fingerprint: str) -> tuple[str, bytes]:
@@ -143,8 +144,9 @@ def planned_rows(table: pa.Table, params: SamplingParams) -> Iterator[PlannedRow
     scores = table[SCORE_FIELD.name].to_pylist() if SCORE_FIELD.name in table.column_names else [None] * len(table)
     for chain, src_path, src_row, own, error, score in zip(*columns, scores, strict=True):
         segments = decode_chain(chain)
-        row_params = params.with_row(json.loads(own)) if own else params
+        given = json.loads(own) if own else {}
+        row_params = params.with_row(given)
+        has_own_seed = "seed" in given and row_params.seed is not None
         row_error = RowError(RowErrorCode(error["code"]), error["message"]) if error else None
-        yield PlannedRow(
-            segments, src_path, src_row, row_params, row_error, None if score is None else score_row(segments, score)
-        )
+        row_score = None if score is None else score_row(segments, score)
+        yield PlannedRow(segments, src_path, src_row, row_params, row_error, row_score, has_own_seed)

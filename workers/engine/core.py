@@ -70,7 +70,7 @@ class EngineCore:
         self._num_added += 1
         self.stats.num_rows += 1
         self.stats.num_prompt_tokens += request.num_fed_tokens
-        error = objection(request, self.max_model_len, self._grammars)
+        error = objection(request, self.max_model_len, self.model.vocab_size, self._grammars)
         if error:
             self._refused.append(request.failure(error))
         elif not (self.config.enable_prefix_caching and self._coalescer.joins(request)):
@@ -167,10 +167,10 @@ class EngineCore:
                 broken[sample.request] = error
         return broken
 
-    def _append(self, sample: Sample, token: int | None) -> RowError | None:
+    def _append(self, sample: Sample, token: int | RowError) -> RowError | None:
         """Append the token that was drawn. Returns why the row has no answer, if it has none."""
-        if token is None:
-            return _numeric_error()
+        if isinstance(token, RowError):
+            return token
         if sample.grammar is not None and (error := sample.grammar.accept(token)):
             return error
         self._finisher.append(sample, token)

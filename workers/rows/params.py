@@ -5,10 +5,23 @@ Data only. The drawing is in `workers/sampling/draw.py`. Does not know models, l
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from segue.workers.errors import RowError, RowErrorCode
 from segue.workers.rows.forms import StructuredOutputs
+
+LEAST_TEMPERATURE = 0.01  # of drawing, as in vLLM: below it, a quotient of logits is no number any more
+
+
+def _temperature(value: float) -> float:
+    return max(value, LEAST_TEMPERATURE) if value > 0 else value
+
+
+def _seed(value: int | None) -> int | None:
+    return None if value == -1 else value
+
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]  # a row's are compared with the model's vocabulary in the engine
 
 
 class SamplingParams(BaseModel):
@@ -19,7 +32,8 @@ class SamplingParams(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     n: Annotated[int, Field(ge=1, le=1024)] = 1  # samples a row
-    temperature: Annotated[float, Field(ge=0.0)] = 0.0  # 0 is greedy
+    # 0 is greedy; anything between that and 0.01 is 0.01, as in vLLM
+    temperature: Annotated[float, Field(ge=0.0), AfterValidator(_temperature)] = 0.0
     # only the most likely tokens that together have this probability
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     top_k: Annotated[int, Field(ge=-1)] = 0  # 0 and -1 mean all tokens
@@ -27,9 +41,10 @@ class SamplingParams(BaseModel):
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     max_tokens: Annotated[int, Field(ge=1)] = 16  # of the answer
     min_tokens: Annotated[int, Field(ge=0)] = 0  # no end-of-sequence or stop before this many
-    seed: int | None = None  # replaces the job's seed for this row
+    # replaces the job's seed; a row's own seed decides its draws alone, whatever row it is; -1 is no seed
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), AfterValidator(_seed)] | None = None
     stop: tuple[str, ...] = ()  # the text ends before the first of these
-    stop_token_ids: tuple[int, ...] = ()  # the answer ends at the first of these
+    stop_token_ids: tuple[TokenId, ...] = ()  # the answer ends at the first of these
     include_stop_str_in_output: bool = False  # keep what ended the answer in its text
     ignore_eos: bool = False  # an end-of-sequence token does not end the answer
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None  # top alternatives a token, beside the drawn one

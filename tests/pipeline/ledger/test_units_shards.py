@@ -1,6 +1,7 @@
 """Units of the plan and shards of the output: what goes in comes out, and nothing else is taken for it."""
 
 import datetime
+import json
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -117,6 +118,15 @@ def test_unit_rows_have_segments_parameters_and_errors(tmp_path):
     assert second.error is not None
     assert (second.error.code, second.error.message, second.segments) == (ERROR.code, ERROR.message, ())
     assert len({row.random_key for row in (first, second, third)}) == 3
+
+
+@pytest.mark.parametrize(("own", "is_equal"), [({"seed": 7}, True), ({"max_tokens": 3}, False), ({"seed": -1}, False)])
+def test_unit_rows_with_a_seed_of_their_own_are_not_named_for_their_draws(own, is_equal):
+    table = unit_table((None, None))
+    column = pa.array([json.dumps(own)] * 2, pa.string())
+    table = table.set_column(table.column_names.index("sampling_params"), "sampling_params", column)
+    first, second = planned_rows(table, SamplingParams(seed=5, temperature=1.0))
+    assert (first.random_key == second.random_key) == is_equal
 
 
 def test_unit_id_depends_on_job_and_content_alone():
