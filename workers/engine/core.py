@@ -6,13 +6,14 @@ is done. Knows no text but what was generated, no Ray, no storage; what a step c
 
 import math
 from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from segue.attention.segments import Segment, canonical_segments, num_tokens
 from segue.attention.tree.node import Node
-from segue.workers.engine.admission import objection
+from segue.workers.engine.admission import Admission
 from segue.workers.engine.coalescing import RequestCoalescer
 from segue.workers.engine.config import EngineConfig
 from segue.workers.engine.plan import Prefill, StepPlan, StepResult, StepTooLarge
@@ -23,6 +24,7 @@ from segue.workers.errors import RowError, RowErrorCode
 from segue.workers.models.tree_model import TreeModel
 from segue.workers.rows.params import SamplingParams
 from segue.workers.rows.request import EngineRow, GenerationRequest, LogitsRequest, RequestOutput, Score, ScoringRequest
+from segue.workers.sampling.bad_words import BadWords
 from segue.workers.sampling.draw import draw
 from segue.workers.sampling.ending import Finisher
 from segue.workers.sampling.grammars import Grammars
@@ -48,6 +50,8 @@ class EngineCore:
         )
         self._finisher = Finisher(model.tokenizer, model.eos_token_ids, self.max_model_len)
         self._grammars = Grammars(model.tokenizer, model.vocab_size, model.eos_token_ids)
+        bad_words = BadWords(model.tokenizer, model.vocab_size)
+        self._admission = Admission(self.max_model_len, model.vocab_size, self._grammars, bad_words)
         self._coalescer = RequestCoalescer()
         self.stats = EngineStats()
         self._num_added = 0
@@ -70,7 +74,7 @@ class EngineCore:
         self._num_added += 1
         self.stats.num_rows += 1
         self.stats.num_prompt_tokens += request.num_fed_tokens
-        error = objection(request, self.max_model_len, self.model.vocab_size, self._grammars)
+        error = self._admission.objection(request)
         if error:
             self._refused.append(request.failure(error))
         elif not (self.config.enable_prefix_caching and self._coalescer.joins(request)):
@@ -198,7 +202,10 @@ class EngineCore:
         return [request.failure(error) for request, error in broken.items()] + [self._answer(r) for r in finished]
 
     def _answer(self, request: Request) -> RequestOutput:
-        return request.answer(outputs=[self._finisher.output(sample) for sample in request.samples])
+        """A greedy row draws one sample, which is all of its `n`."""
+        drawn = [self._finisher.output(sample) for sample in request.samples]
+        copies = drawn if len(drawn) == request.params.n else drawn * request.params.n
+        return request.answer(outputs=[replace(output, index=index) for index, output in enumerate(copies)])
 
     def _discard(self, request: Request) -> None:
         """Take out a row whose numbers are not to be trusted, with what was computed for it."""

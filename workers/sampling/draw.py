@@ -15,6 +15,7 @@ from torch import Tensor
 from segue.workers.errors import RowError, RowErrorCode
 from segue.workers.rows.params import SamplingParams
 from segue.workers.rows.request import TokenLogprobs
+from segue.workers.sampling.bad_words import ends_of
 from segue.workers.sampling.grammars import Grammar, forbidden_tokens
 from segue.workers.sampling.sample import Sample
 from segue.workers.sampling.vocabulary import summarise
@@ -109,20 +110,36 @@ def _keep_to_form_(logits: Tensor, grammars: Mapping[int, Grammar]) -> None:
 def _needs_adjustment(sample: Sample) -> bool:
     p = sample.request.params
     has_penalty = p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
-    return has_penalty or len(sample.token_ids) < p.min_tokens
+    names_tokens = bool(p.logit_bias or p.bad_words) or p.allowed_token_ids is not None
+    return has_penalty or names_tokens or len(sample.token_ids) < p.min_tokens
 
 
 def _adjust_row_(logits: Tensor, sample: Sample, eos_token_ids: frozenset[int]) -> None:
-    """logits `[V]`, changed in place, in vLLM's order: repetition, frequency, presence, then forbidden tokens."""
+    """logits `[V]`, changed in place, in vLLM's order: forbidden tokens, bias, repetition, frequency, presence."""
     p = sample.request.params
+    if p.allowed_token_ids is not None:
+        forbidden = torch.ones(len(logits), dtype=torch.bool)
+        forbidden[list(p.allowed_token_ids)] = False
+        logits.masked_fill_(forbidden.to(logits.device), -torch.inf)
+    if banned := _banned_tokens(sample, eos_token_ids):
+        logits[sorted(token for token in banned if token < len(logits))] = -torch.inf
+    if p.logit_bias:
+        tokens, biases = zip(*p.logit_bias, strict=True)
+        logits[list(tokens)] += torch.tensor(biases, device=logits.device)
     if p.repetition_penalty != 1.0:
         seen = torch.tensor(sorted({*sample.request.prompt_token_ids, *sample.token_ids}), device=logits.device)
         logits[seen] = _penalised(logits[seen], p.repetition_penalty)
     if sample.token_ids and (p.frequency_penalty or p.presence_penalty):
         generated, counts = torch.tensor(sample.token_ids, device=logits.device).unique(return_counts=True)
         logits[generated] -= p.frequency_penalty * counts + p.presence_penalty
-    if len(sample.token_ids) < p.min_tokens and (forbidden := {*eos_token_ids, *p.stop_token_ids}):
-        logits[sorted(token for token in forbidden if token < len(logits))] = -torch.inf
+
+
+def _banned_tokens(sample: Sample, eos_token_ids: frozenset[int]) -> set[int]:
+    """What would end a bad word, or the answer before it has `min_tokens`."""
+    banned = ends_of(sample.request.bad_words, sample.token_ids)
+    if len(sample.token_ids) < sample.request.params.min_tokens:
+        banned |= {*eos_token_ids, *sample.request.params.stop_token_ids}
+    return banned
 
 
 def _penalised(scores: Tensor, penalty: float) -> Tensor:

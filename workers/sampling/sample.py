@@ -34,6 +34,12 @@ class Request:
     wants_logits: bool = False  # at the prompt's last token, instead of generating
     num_cached_tokens: int | None = None  # known once admitted
     samples: list["Sample"] = field(default_factory=list)
+    bad_words: tuple[tuple[int, ...], ...] = ()  # their tokens; known once the row is taken
+
+    @property
+    def num_drawn(self) -> int:
+        """Samples to draw. Greedy samples are equal: one is drawn for all."""
+        return 1 if self.params.temperature == 0 else self.params.n
 
     @property
     def is_scored(self) -> bool:

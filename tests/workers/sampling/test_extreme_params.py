@@ -34,6 +34,8 @@ PARAMS = st.fixed_dictionaries(
         "frequency_penalty": st.sampled_from([-2.0, 0.0, 5e-324, 2.0]),
         "min_tokens": st.sampled_from([0, 2, 2**63]),
         "stop_token_ids": st.lists(TOKENS, max_size=VOCAB_SIZE).map(tuple),
+        "logit_bias": st.dictionaries(TOKENS, st.sampled_from([-1e308, -100.0, 1.0, 1e308]), max_size=3),
+        "allowed_token_ids": st.lists(TOKENS, min_size=1, max_size=VOCAB_SIZE).map(tuple),
         "seed": st.sampled_from([-(2**63), -1, 0, 2**63 - 1]),
         "logprobs": st.sampled_from([0, 3, 20]),
     },
@@ -71,7 +73,8 @@ def test_rows_of_any_parameters_draw_what_they_draw_alone(rows):
             continue
         params, said = samples[number].request.params, samples[number].token_ids
         banned = {*EOS, *params.stop_token_ids} if len(said) < params.min_tokens else set()
-        possible = {each for each in range(VOCAB_SIZE) if math.isfinite(logits[number][each])} - banned
+        allowed = {*range(VOCAB_SIZE)} if params.allowed_token_ids is None else {*params.allowed_token_ids}
+        possible = {each for each in allowed - banned if math.isfinite(logits[number][each])}
         assert token in possible if possible else token == "BAD_PARAMS"
 
 
@@ -86,6 +89,17 @@ def test_temperature_close_to_zero_is_a_hundredth(given_, kept):
     [
         ({"stop_token_ids": [-1]}, "stop_token_ids"),
         ({"seed": 2**63}, "seed"),
+        ({"logit_bias": {"x": 1.0}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1.0}}, "logit_bias"),
+        ({"logit_bias": {"5": "1"}}, "logit_bias"),
+        ({"logit_bias": {"5": math.nan}}, "logit_bias"),
+        ({"logit_bias": [5]}, "logit_bias"),
+        ({"logit_bias": "5"}, "logit_bias"),
+        ({"logit_bias": 5}, "logit_bias"),
+        ({"allowed_token_ids": []}, "allowed_token_ids"),
+        ({"allowed_token_ids": [-1]}, "allowed_token_ids"),
+        ({"bad_words": [" "]}, "bad_words"),
+        ({"bad_words": "word"}, "bad_words"),
         ({"temperature": -1e-39}, "temperature"),
         ({"temperature": math.inf}, "temperature"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
@@ -102,6 +116,10 @@ def test_parameters_that_mean_nothing_are_an_error_of_the_row(wrong, named):
     [
         ({"stop_token_ids": (320,)}, "BAD_PARAMS", "stop_token_ids: wanted ids from 0 to 319"),
         ({"stop_token_ids": (5, 2**31 - 1), "min_tokens": 2}, "BAD_PARAMS", "from 0 to 319"),
+        ({"allowed_token_ids": (5, 320)}, "BAD_PARAMS", "allowed_token_ids: wanted ids from 0 to 319"),
+        ({"logit_bias": {"320": 1.0}}, "BAD_PARAMS", "logit_bias: wanted ids from 0 to 319"),
+        ({"bad_words": ("\ud800",)}, "BAD_PARAMS", "bad_words"),
+        ({"allowed_token_ids": (2,), "min_tokens": 2, "stop_token_ids": (2,)}, "BAD_PARAMS", "forbid every token"),
         ({"stop_token_ids": tuple(range(320)), "min_tokens": 2}, "BAD_PARAMS", "forbid every token"),
     ],
 )
