@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from segue.attention.segments import Segment, canonical_segments, num_tokens
+from segue.attention.segments import Segment, canonical_segments, last_tokens, num_tokens
 from segue.attention.tree.node import Node
 from segue.workers.engine.admission import Admission
 from segue.workers.engine.coalescing import RequestCoalescer
@@ -87,8 +87,12 @@ class EngineCore:
             return Request(request_id, chain, DRAWING_NOTHING, b"", self._num_added, root, continuation)
         chain = self._chain(row.segments)
         if isinstance(row, GenerationRequest):
+            whole, limit = num_tokens(chain), row.params.max_prompt_tokens(self.max_model_len)
+            chain = chain if limit is None else last_tokens(chain, limit)
             root = self._root(num_tokens(chain) + row.params.max_tokens - 1)
-            return Request(request_id, chain, row.params, row.random_key, self._num_added, root)
+            request = Request(request_id, chain, row.params, row.random_key, self._num_added, root)
+            request.num_truncated_tokens = whole - num_tokens(chain)
+            return request
         root = self._root(num_tokens(chain))
         return Request(request_id, chain, DRAWING_NOTHING, b"", self._num_added, root, wants_logits=True)
 

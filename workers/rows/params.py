@@ -98,6 +98,8 @@ class SamplingParams(BaseModel):
     ] = ()
     allowed_token_ids: Annotated[tuple[TokenId, ...], Field(min_length=1)] | None = None  # only these are drawn
     bad_words: tuple[str, ...] = ()  # an answer has none of these words, compared token by token
+    # only the last so many tokens of the prompt are used; -1: as many as leave room for max_tokens
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
     skip_special_tokens: bool = True  # leave control tokens out of the text
     structured_outputs: StructuredOutputs | None = None  # the form that the answer must have
 
@@ -123,6 +125,8 @@ class SamplingParams(BaseModel):
             raise ValueError("stop must not contain an empty string")
         if not all(word.strip() for word in self.bad_words):
             raise ValueError("bad_words must not contain a blank string")
+        if self.truncate_prompt_tokens == 0:
+            raise ValueError("truncate_prompt_tokens must be at least 1, or -1, got 0")
         if self.structured_outputs is not None:
             self._check_structured()
         return self
@@ -140,6 +144,12 @@ class SamplingParams(BaseModel):
         named = ", ".join(name for name, is_set in settings.items() if is_set)
         if named:
             raise ValueError(f"structured_outputs ends an answer by its form: leave out {named}")
+
+    def max_prompt_tokens(self, max_model_len: int) -> int | None:
+        """The tokens that a longer prompt is cut to; None if prompts are not cut."""
+        if self.truncate_prompt_tokens == -1:
+            return max(1, max_model_len - self.max_tokens)
+        return self.truncate_prompt_tokens
 
     @property
     def named_token_ids(self) -> dict[str, tuple[int, ...]]:

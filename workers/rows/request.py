@@ -94,6 +94,7 @@ class RequestOutput:
     error: RowError | None = None
     num_scored_prompt_tokens: int | None = None  # of a scored row: context, and continuation without its last token
     logits: "Tensor | None" = None  # of a LogitsRequest: [V] fp32
+    num_truncated_tokens: int = 0  # of the prompt's beginning, by truncate_prompt_tokens; not in prompt_token_ids
     prompt: str | None = None  # the text that was given to the engine; None for chats, token ids and segments
 
     @property

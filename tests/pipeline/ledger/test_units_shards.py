@@ -73,6 +73,7 @@ def unit_table(errors: Sequence[RowError | None] = (None, ERROR, None)) -> pa.Ta
         "src_row": list(range(len(errors))),
         "sampling_params": ['{"max_tokens": 3}', None, None][: len(errors)],
         "error": [error and error_value(error) for error in errors],
+        "num_truncated_tokens": [None if error else 5 for error in errors],
     }
     arrays = [pa.array(columns[field.name], field.type) for field in PLANNED_FIELDS]
     passed = PASSED_TABLE.slice(0, len(errors))
@@ -115,6 +116,7 @@ def test_unit_rows_have_segments_parameters_and_errors(tmp_path):
     assert first.segments == (Segment((1, 2), True), Segment((3,), False))
     assert (first.params.max_tokens, first.params.temperature) == (3, 0.5)
     assert third.params.max_tokens == 5
+    assert (first.num_truncated_tokens, second.num_truncated_tokens) == (5, 0)
     assert second.error is not None
     assert (second.error.code, second.error.message, second.segments) == (ERROR.code, ERROR.message, ())
     assert len({row.random_key for row in (first, second, third)}) == 3
@@ -160,6 +162,7 @@ def test_unit_file_that_was_tampered_with_is_refused_by_name(tmp_path, damage):
         (SamplingParams(), set()),
         (SamplingParams(logprobs=2), {"logprobs"}),
         (SamplingParams(n=2), {"samples"}),
+        (SamplingParams(truncate_prompt_tokens=5), {"num_truncated_tokens"}),
         (SamplingParams(n=2, logprobs=0), {"logprobs", "samples"}),
     ],
 )
@@ -168,7 +171,7 @@ def test_shard_schema_is_the_same_when_all_rows_failed(params, extra):
     answered = shard_of([answer(params.n, params.logprobs is not None)] * 3, params)
     assert failed.schema == answered.schema
     own = [name for name in failed.column_names if name not in PASSED_TABLE.column_names]
-    assert set(own) == set(RESULT_COLUMNS["generate"]) - {"logprobs", "samples"} | extra
+    assert set(own) == set(RESULT_COLUMNS["generate"]) - {"num_truncated_tokens", "logprobs", "samples"} | extra
     assert failed["generated_text"].null_count == 3
     assert answered["error"].null_count == 3
 

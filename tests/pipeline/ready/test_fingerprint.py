@@ -67,6 +67,7 @@ CHANGES: list[tuple[str, Any, str]] = [
     ("sampling_params.logit_bias", {"5": 1.5}, "sampling_params"),
     ("sampling_params.allowed_token_ids", [5], "sampling_params"),
     ("sampling_params.bad_words", ["x"], "sampling_params"),
+    ("sampling_params.truncate_prompt_tokens", 5, "sampling_params"),
     ("sampling_params.skip_special_tokens", False, "sampling_params"),
     ("sampling_params.structured_outputs", {"regex": "a+"}, "sampling_params"),
     ("plan.window_rows", 7, "plan.window_rows"),
