@@ -56,6 +56,17 @@ def first_tokens(segments: Sequence[Segment], count: int) -> tuple[Segment, ...]
     return tuple(kept)
 
 
+def last_tokens(segments: Sequence[Segment], count: int) -> tuple[Segment, ...]:
+    """The chain's last `count` tokens. Of a segment that the cut falls into, the end stays, and its attention rule."""
+    kept: list[Segment] = []
+    for segment in reversed(segments):
+        if count <= 0:
+            break
+        kept.append(Segment(segment.token_ids[-count:], segment.bidirectional))
+        count -= len(segment)
+    return tuple(reversed(kept))
+
+
 def num_tokens(segments: Sequence[Segment]) -> int:
     """Tokens of a whole chain."""
     return sum(len(segment) for segment in segments)

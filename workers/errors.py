@@ -43,6 +43,11 @@ class RowErrorCode(StrEnum):
         "a messages column is not a list of role and content, at most a thousand of them",
         "bring the column into OpenAI's form",
     )
+    BAD_PROMPT = (
+        "BAD_PROMPT",
+        "token ids that the model does not have; in process, also a prompt that is neither text, chat nor token ids",
+        "compare the tokenizer's vocabulary with the model's `vocab_size`",
+    )
     UNSUPPORTED_CONTENT = (
         "UNSUPPORTED_CONTENT",
         "a content part that is not text; nothing is fetched",

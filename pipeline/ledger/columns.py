@@ -53,7 +53,8 @@ _ANSWER: dict[Task, list[pa.Field]] = {
         pa.field("perplexity", pa.float64()),  # per token
     ],
 }
-_OPTIONAL: dict[Task, tuple[str, ...]] = {"generate": ("logprobs", "samples")}
+_TRUNCATED = pa.field("num_truncated_tokens", pa.int32())
+_OPTIONAL: dict[Task, tuple[str, ...]] = {"generate": (_TRUNCATED.name, "logprobs", "samples")}
 
 RESULT_COLUMNS: dict[Task, tuple[str, ...]] = {
     **{
@@ -70,13 +71,15 @@ def result_schema(
 ) -> pa.Schema:
     """Passed-through columns, provenance, the answer, token counts and the error, in this order.
 
-    `logprobs` and `samples` are there only if the job asks for them, or if its rows may (`has_row_params`).
+    `num_truncated_tokens`, `logprobs` and `samples` are there only if the job asks for them, or if its rows may
+    (`has_row_params`).
     """
-    answer, samples = _ANSWER[task], []
+    answer, counts, samples = _ANSWER[task], _COUNTS, []
     if task == "generate":
+        counts = counts if params.truncate_prompt_tokens is None and not has_row_params else [*counts, _TRUNCATED]
         answer = answer if params.logprobs is None and not has_row_params else [*answer, _LOGPROBS]
         samples = [pa.field("samples", pa.list_(pa.struct(answer)))] if params.n > 1 or has_row_params else []
-    return pa.schema([*passed, *_PROVENANCE, *answer, *_COUNTS, *samples, pa.field("error", ERROR_TYPE)])
+    return pa.schema([*passed, *_PROVENANCE, *answer, *counts, *samples, pa.field("error", ERROR_TYPE)])
 
 
 def result_table(schema: pa.Schema, passed: pa.Table, rows: Sequence[dict[str, object]]) -> pa.Table:

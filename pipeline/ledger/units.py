@@ -32,6 +32,7 @@ PLANNED_FIELDS = [
     pa.field("src_row", pa.int64()),
     pa.field("sampling_params", pa.string()),  # JSON: the row's own; null: the job's
     pa.field("error", ERROR_TYPE),
+    pa.field("num_truncated_tokens", pa.int32()),  # of the prompt, which are not in `chain`; null after an error
 ]
 # Only for scoring tasks. There `chain` is the smallest of the chains that the row feeds, and begins with the context.
 SCORE_FIELD = pa.field(
@@ -87,11 +88,13 @@ class PlannedRow:
     params: SamplingParams
     error: RowError | None
     score: ScoreRow | None = None  # only for scoring tasks
+    has_own_seed: bool = False  # in its own parameters
+    num_truncated_tokens: int = 0  # of the beginning of its prompt
 
     @property
     def random_key(self) -> bytes:
-        """Seeds the row's random numbers: the same in every unit, batch and attempt."""
-        return f"{self.src_path}:{self.src_row}".encode()
+        """Names the row for its draws: the same in every unit, batch and attempt. A seed of its own needs no name."""
+        return b"" if self.has_own_seed else f"{self.src_path}:{self.src_row}".encode()
 
 
 def serialize_unit(table: pa.Table, fingerprint: str) -> tuple[str, bytes]:
@@ -141,10 +144,13 @@ def planned_rows(table: pa.Table, params: SamplingParams) -> Iterator[PlannedRow
     """The rows of a unit. `params` are the job's, for rows without their own."""
     columns = [table[field.name].to_pylist() for field in PLANNED_FIELDS]
     scores = table[SCORE_FIELD.name].to_pylist() if SCORE_FIELD.name in table.column_names else [None] * len(table)
-    for chain, src_path, src_row, own, error, score in zip(*columns, scores, strict=True):
+    for chain, src_path, src_row, own, error, num_truncated, score in zip(*columns, scores, strict=True):
         segments = decode_chain(chain)
-        row_params = params.with_row(json.loads(own)) if own else params
+        given = json.loads(own) if own else {}
+        row_params = params.with_row(given)
+        has_own_seed = "seed" in given and row_params.seed is not None
         row_error = RowError(RowErrorCode(error["code"]), error["message"]) if error else None
+        row_score = None if score is None else score_row(segments, score)
         yield PlannedRow(
-            segments, src_path, src_row, row_params, row_error, None if score is None else score_row(segments, score)
+            segments, src_path, src_row, row_params, row_error, row_score, has_own_seed, num_truncated or 0
         )

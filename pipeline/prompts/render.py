@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from segue.attention.segments import canonical_segments, num_tokens
+from segue.attention.segments import Segment, canonical_segments, last_tokens, num_tokens
 from segue.pipeline.dataset.columns import ROW_PARAMS_COLUMN
 from segue.pipeline.dataset.files import RowNumbers
 from segue.pipeline.ledger.chains import encode_chain, shared_chains
@@ -112,10 +112,15 @@ def _planned(row: Mapping[str, object] | RowError, *, encoder: PromptEncoder, sp
     if isinstance(row, RowError):
         return _failed(row)
     try:
-        params = _row_params(row.get(ROW_PARAMS_COLUMN), spec.params)
-        segments = canonical_segments(encoder.encode(row), mask=spec.mask)
+        own, params = _row_params(row.get(ROW_PARAMS_COLUMN), spec.params)
+        whole = canonical_segments(encoder.encode(row), mask=spec.mask)
+        segments = _truncated(whole, params, spec.max_model_len)
         _check_length(num_tokens(segments), spec)
-        return {"chain": encode_chain(segments), "sampling_params": params}
+        return {
+            "chain": encode_chain(segments),
+            "sampling_params": own,
+            "num_truncated_tokens": num_tokens(whole) - num_tokens(segments),
+        }
     except RowError as error:
         return _failed(error)
 
@@ -150,10 +155,18 @@ def _check_length(length: int, spec: RenderSpec) -> None:
         raise RowError(RowErrorCode.PROMPT_TOO_LONG, message)
 
 
-def _row_params(value: object, params: SamplingParams) -> str | None:
-    """A row's own parameters, checked, as JSON. The value is a struct or a text with a JSON object. Raises RowError."""
+def _truncated(segments: tuple[Segment, ...], params: SamplingParams, max_model_len: int) -> tuple[Segment, ...]:
+    limit = params.max_prompt_tokens(max_model_len)
+    return segments if limit is None else last_tokens(segments, limit)
+
+
+def _row_params(value: object, params: SamplingParams) -> tuple[str | None, SamplingParams]:
+    """A row's own parameters, checked, as JSON, and with the job's below them. Raises RowError.
+
+    The value is a struct or a text with a JSON object.
+    """
     if value is None:
-        return None
+        return None, params
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -162,11 +175,12 @@ def _row_params(value: object, params: SamplingParams) -> str | None:
     if not isinstance(value, dict):
         raise RowError(RowErrorCode.BAD_PARAMS, f"sampling_params is a {type(value).__name__}, wanted an object")
     own = {name: each for name, each in value.items() if each is not None}
-    outputs = params.with_row(own).structured_outputs
+    together = params.with_row(own)
+    outputs = together.structured_outputs
     if outputs is not None and outputs != params.structured_outputs and (problem := problem_of(outputs)):
         message = f"sampling_params.structured_outputs.{outputs.kind}: {problem}"
         raise RowError(RowErrorCode.BAD_PARAMS, message)
-    return json.dumps(own)
+    return json.dumps(own), together
 
 
 def _rows(

@@ -194,7 +194,7 @@ def _result(row: PlannedRow, task: Task, outputs: Sequence[RequestOutput]) -> di
         raise ValueError("a row without an error was not answered")
     if row.score is not None:
         return origin | score_values(row.score, task, outputs)
-    return origin | result_row(outputs[0])
+    return origin | result_row(outputs[0]) | {"num_truncated_tokens": row.num_truncated_tokens}
 
 
 def _footer(

@@ -6,13 +6,14 @@ is done. Knows no text but what was generated, no Ray, no storage; what a step c
 
 import math
 from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from segue.attention.segments import Segment, canonical_segments, num_tokens
+from segue.attention.segments import Segment, canonical_segments, last_tokens, num_tokens
 from segue.attention.tree.node import Node
-from segue.workers.engine.admission import objection
+from segue.workers.engine.admission import Admission
 from segue.workers.engine.coalescing import RequestCoalescer
 from segue.workers.engine.config import EngineConfig
 from segue.workers.engine.plan import Prefill, StepPlan, StepResult, StepTooLarge
@@ -23,6 +24,7 @@ from segue.workers.errors import RowError, RowErrorCode
 from segue.workers.models.tree_model import TreeModel
 from segue.workers.rows.params import SamplingParams
 from segue.workers.rows.request import EngineRow, GenerationRequest, LogitsRequest, RequestOutput, Score, ScoringRequest
+from segue.workers.sampling.bad_words import BadWords
 from segue.workers.sampling.draw import draw
 from segue.workers.sampling.ending import Finisher
 from segue.workers.sampling.grammars import Grammars
@@ -48,6 +50,8 @@ class EngineCore:
         )
         self._finisher = Finisher(model.tokenizer, model.eos_token_ids, self.max_model_len)
         self._grammars = Grammars(model.tokenizer, model.vocab_size, model.eos_token_ids)
+        bad_words = BadWords(model.tokenizer, model.vocab_size)
+        self._admission = Admission(self.max_model_len, model.vocab_size, self._grammars, bad_words)
         self._coalescer = RequestCoalescer()
         self.stats = EngineStats()
         self._num_added = 0
@@ -70,7 +74,7 @@ class EngineCore:
         self._num_added += 1
         self.stats.num_rows += 1
         self.stats.num_prompt_tokens += request.num_fed_tokens
-        error = objection(request, self.max_model_len, self._grammars)
+        error = self._admission.objection(request)
         if error:
             self._refused.append(request.failure(error))
         elif not (self.config.enable_prefix_caching and self._coalescer.joins(request)):
@@ -83,8 +87,12 @@ class EngineCore:
             return Request(request_id, chain, DRAWING_NOTHING, b"", self._num_added, root, continuation)
         chain = self._chain(row.segments)
         if isinstance(row, GenerationRequest):
+            whole, limit = num_tokens(chain), row.params.max_prompt_tokens(self.max_model_len)
+            chain = chain if limit is None else last_tokens(chain, limit)
             root = self._root(num_tokens(chain) + row.params.max_tokens - 1)
-            return Request(request_id, chain, row.params, row.random_key, self._num_added, root)
+            request = Request(request_id, chain, row.params, row.random_key, self._num_added, root)
+            request.num_truncated_tokens = whole - num_tokens(chain)
+            return request
         root = self._root(num_tokens(chain))
         return Request(request_id, chain, DRAWING_NOTHING, b"", self._num_added, root, wants_logits=True)
 
@@ -167,10 +175,10 @@ class EngineCore:
                 broken[sample.request] = error
         return broken
 
-    def _append(self, sample: Sample, token: int | None) -> RowError | None:
+    def _append(self, sample: Sample, token: int | RowError) -> RowError | None:
         """Append the token that was drawn. Returns why the row has no answer, if it has none."""
-        if token is None:
-            return _numeric_error()
+        if isinstance(token, RowError):
+            return token
         if sample.grammar is not None and (error := sample.grammar.accept(token)):
             return error
         self._finisher.append(sample, token)
@@ -198,7 +206,10 @@ class EngineCore:
         return [request.failure(error) for request, error in broken.items()] + [self._answer(r) for r in finished]
 
     def _answer(self, request: Request) -> RequestOutput:
-        return request.answer(outputs=[self._finisher.output(sample) for sample in request.samples])
+        """A greedy row draws one sample, which is all of its `n`."""
+        drawn = [self._finisher.output(sample) for sample in request.samples]
+        copies = drawn if len(drawn) == request.params.n else drawn * request.params.n
+        return request.answer(outputs=[replace(output, index=index) for index, output in enumerate(copies)])
 
     def _discard(self, request: Request) -> None:
         """Take out a row whose numbers are not to be trusted, with what was computed for it."""

@@ -8,7 +8,7 @@ Knows prompts and models; batching is `workers/engine/core.py`. No Ray, no stora
 """
 
 import datetime
-from collections.abc import Container, Hashable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -22,13 +22,15 @@ from segue.workers.devices.names import Device, DeviceMap
 from segue.workers.engine.config import EngineConfig
 from segue.workers.engine.core import EngineCore
 from segue.workers.engine.stats import EngineStats
-from segue.workers.errors import ModelRefused
+from segue.workers.errors import ModelRefused, RowError
 from segue.workers.models.adapter_record import AdapterRecord, load_record
 from segue.workers.models.load import load_model
 from segue.workers.models.tree_model import TreeModel
 from segue.workers.prompts.encoder import PromptEncoder
 from segue.workers.prompts.template import PromptTemplate
 from segue.workers.rows.params import SamplingParams
+from segue.workers.rows.progress import Advance, UseTqdm, no_bar, progress_bar
+from segue.workers.rows.prompts import Prompt, chats_of, prompts_of, read_prompt
 from segue.workers.rows.request import (
     EngineRow,
     GenerationRequest,
@@ -42,7 +44,7 @@ from segue.workers.scoring.windows import rolling_requests, total_score
 
 __all__ = ["Engine", "EngineConfig", "EngineStats", "Prompt"]
 
-Prompt = str | Sequence[dict[str, Any]] | Sequence[Segment]
+Params = SamplingParams | Mapping[str, Any] | Sequence[SamplingParams | Mapping[str, Any] | None]
 
 
 class Engine:
@@ -58,7 +60,7 @@ class Engine:
         self.stats = self.core.stats
         self._unclaimed: list[RequestOutput] = []  # of rows that were added, finished while another call ran
         self._encoder: PromptEncoder | None = None
-        self._chat_encoder: PromptEncoder | None = None
+        self._chat_encoders: dict[str, PromptEncoder] = {}  # by their template
         self._adapter = AdapterRecord()  # what chats are checked against
 
     @classmethod
@@ -101,20 +103,64 @@ class Engine:
         return engine
 
     def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        params: Params | None = None,
+        *,
+        sampling_params: Params | None = None,
+        use_tqdm: UseTqdm = False,
     ) -> list[RequestOutput]:
-        """Answers in the order of `prompts`. A prompt is text, chat messages, or segments of token ids."""
-        common = SamplingParams() if params is None else params
-        each = [common] * len(prompts) if isinstance(common, SamplingParams) else list(common)
-        if len(each) != len(prompts):
-            raise ValueError(f"as many sampling params as prompts wanted ({len(prompts)}), got {len(each)}")
-        chains = [self._chain(prompt) for prompt in prompts]
-        keys = [str(index).encode() for index in range(len(prompts))]
-        return self._run([GenerationRequest(*row) for row in zip(chains, each, keys, strict=True)])
+        """Answers in the order of `prompts`, which is one prompt or many, as in vLLM.
 
-    def logits(self, prompts: Sequence[Prompt]) -> Tensor:
+        One prompt is a text, `{"prompt": text}`, a list of token ids, `{"prompt_token_ids": ids}`, a list of chat
+        messages, or a list of segments. Parameters are the same for all prompts or one for each; a mapping is taken as
+        `SamplingParams(**mapping)`. `sampling_params` is vLLM's name for `params`. A prompt that cannot run, and a row
+        whose own parameters are wrong, is an output with `error`.
+        """
+        return self._answers(prompts_of(prompts), _one_of(params, sampling_params), use_tqdm, self._read)
+
+    def chat(
+        self,
+        messages: Sequence[Any],
+        params: Params | None = None,
+        *,
+        sampling_params: Params | None = None,
+        use_tqdm: UseTqdm = False,
+        **template: Any,
+    ) -> list[RequestOutput]:
+        """Answers to one chat, which is a list of messages, or to many, in their order.
+
+        `template`: keys of a job file's section `prompt`, such as `chat_template`, `chat_template_kwargs` and
+        `continue_final_message`.
+        """
+        encoder = self._encoder_of_chats(**template)
+
+        def read(chat: Any) -> tuple[str | None, Sequence[Segment]]:
+            messages: Any = [chat] if isinstance(chat, str) else chat  # a text is no chat
+            return None, encoder.encode_prompt(messages)
+
+        return self._answers(chats_of(messages), _one_of(params, sampling_params), use_tqdm, read)
+
+    def _answers(
+        self,
+        prompts: Sequence[Any],
+        params: Params | None,
+        use_tqdm: UseTqdm,
+        read: Callable[[Any], tuple[str | None, Sequence[Segment]]],
+    ) -> list[RequestOutput]:
+        rows: list[EngineRow | RowError] = []
+        texts: list[str | None] = []
+        for prompt, own in zip(prompts, _params_of_each(params, len(prompts)), strict=True):
+            text, row = _row(prompt, own, str(len(rows)).encode(), read)
+            texts.append(text)
+            rows.append(row)
+        with progress_bar(use_tqdm, len(rows)) as advance:
+            outputs = self._run(rows, advance)
+        return [replace(output, prompt=text) for output, text in zip(outputs, texts, strict=True)]
+
+    def logits(self, prompts: Prompt | Iterable[Prompt]) -> Tensor:
         """`[N, V]` fp32, at each prompt's last token. Raises RowError for a prompt that cannot run."""
-        outputs = self._run([LogitsRequest(self._chain(prompt)) for prompt in prompts])
+        outputs = self._run([LogitsRequest(self._chain(prompt)) for prompt in prompts_of(prompts)])
         return torch.stack([logits for output in _answered(outputs) if (logits := output.logits) is not None])
 
     def loglikelihood(self, pairs: Sequence[tuple[Prompt, str | Sequence[int]]]) -> list[Score]:
@@ -160,20 +206,29 @@ class Engine:
         unclaimed, self._unclaimed = self._unclaimed, []
         return unclaimed + done
 
-    def _run(self, rows: Sequence[EngineRow | LogitsRequest]) -> list[RequestOutput]:
+    def _run(
+        self, rows: Sequence[EngineRow | LogitsRequest | RowError], advance: Advance = no_bar
+    ) -> list[RequestOutput]:
         """Run rows to their end; their outputs, with their places in `rows` as ids, in this order.
 
-        Ids inside the core are new for each call. However a call ends, none of its rows stays in the engine.
+        A row that is an error already is answered with it. `advance` is told how many rows have just finished. Ids
+        inside the core are new for each call. However a call ends, none of its rows stays in the engine.
         """
         call = object()  # in no other row's id
         ids = [(call, index) for index in range(len(rows))]
         wanted = {*ids}
-        outputs: dict[Hashable, RequestOutput] = {}
+        can_run = {i: row for i, row in enumerate(rows) if not isinstance(row, RowError)}
+        outputs: dict[Hashable, RequestOutput] = {
+            ids[i]: RequestOutput(ids[i], [], 0, error=row) for i, row in enumerate(rows) if isinstance(row, RowError)
+        }
+        advance(len(outputs))
         try:
-            for index in sorted(range(len(rows)), key=lambda i: self._tree_order(rows[i])):
-                self.core.add(ids[index], rows[index])
+            for index in sorted(can_run, key=lambda i: self._tree_order(can_run[i])):
+                self.core.add(ids[index], can_run[index])
             while len(outputs) < len(rows) and self.core.has_work:
+                num_before = len(outputs)
                 self._take(self.core.step(), wanted, outputs)
+                advance(len(outputs) - num_before)
         finally:
             if len(outputs) < len(rows):
                 self.core.abort(wanted)
@@ -196,23 +251,27 @@ class Engine:
         return [(segment.bidirectional, segment.token_ids) for segment in chain]
 
     def _chain(self, prompt: Prompt) -> Sequence[Segment]:
-        if not isinstance(prompt, str) and all(isinstance(part, Segment) for part in prompt):
-            return prompt  # type: ignore[return-value]
-        return self._encoder_of(prompt).encode_prompt(prompt)  # type: ignore[arg-type]
+        return self._read(prompt)[1]
 
-    def _encoder_of(self, prompt: Any) -> PromptEncoder:
-        """The encoder of a string, which needs no chat template, or of chat messages.
+    def _read(self, prompt: Any) -> tuple[str | None, Sequence[Segment]]:
+        """The text that was given, if it was one, and the segments. Raises RowError."""
+        given = read_prompt(prompt)
+        if given.segments is not None:
+            return given.text, given.segments
+        if given.text is not None:
+            return given.text, self._prompt_encoder().encode_prompt(given.text)
+        return None, self._encoder_of_chats().encode_prompt(given.chat or ())
 
-        Raises ModelRefused if chats would be encoded otherwise than those that the adapter was trained with.
-        """
-        if isinstance(prompt, str):
-            return self._prompt_encoder()
-        if self._chat_encoder is None:
-            template = PromptTemplate(segment_by="part" if self._adapter.segment_by == "part" else "message")
+    def _encoder_of_chats(self, **options: Any) -> PromptEncoder:
+        """Raises ModelRefused if chats would be encoded otherwise than those that the adapter was trained with."""
+        segment_by = "part" if self._adapter.segment_by == "part" else "message"
+        template = PromptTemplate(**{"segment_by": segment_by, **options})
+        key = template.model_dump_json()
+        if key not in self._chat_encoders:
             encoder = PromptEncoder(self.model.tokenizer, template, date=datetime.date.today())
             _check_adapter(self._adapter, encoder.record(self.config.mask))
-            self._chat_encoder = encoder
-        return self._chat_encoder
+            self._chat_encoders[key] = encoder
+        return self._chat_encoders[key]
 
     def _prompt_encoder(self) -> PromptEncoder:
         if self._encoder is None:
@@ -233,3 +292,39 @@ def _answered(outputs: Sequence[RequestOutput]) -> Sequence[RequestOutput]:
         if output.error is not None:
             raise output.error
     return outputs
+
+
+def _one_of(params: Params | None, sampling_params: Params | None) -> Params | None:
+    if params is not None and sampling_params is not None:
+        raise TypeError("params and sampling_params are two names of one argument: give one of them")
+    return params if params is not None else sampling_params
+
+
+def _params_of_each(params: Params | None, num_rows: int) -> Sequence[SamplingParams | Mapping[str, Any] | None]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params] * num_rows
+    if isinstance(params, Mapping):
+        return [SamplingParams.model_validate(dict(params))] * num_rows
+    each: list[Any] = list(params) if isinstance(params, Sequence) and not isinstance(params, str) else [params]
+    wrong = {type(own).__name__ for own in each if not isinstance(own, SamplingParams | Mapping | None)}
+    if wrong:
+        raise TypeError(f"sampling params wanted as segue.SamplingParams or mappings, got {', '.join(sorted(wrong))}")
+    if len(each) != num_rows:
+        raise ValueError(f"as many sampling params as prompts wanted ({num_rows}), got {len(each)}")
+    return each
+
+
+def _row(
+    prompt: Any,
+    params: SamplingParams | Mapping[str, Any] | None,
+    key: bytes,
+    read: Callable[[Any], tuple[str | None, Sequence[Segment]]],
+) -> tuple[str | None, EngineRow | RowError]:
+    """The text that was given, and the request, or why it is none. `key` names the row for its draws."""
+    text = prompt if isinstance(prompt, str) else None
+    try:
+        own = params if isinstance(params, SamplingParams) else SamplingParams().with_row(dict(params or {}))
+        text, segments = read(prompt)
+        return text, GenerationRequest(segments, own, key if own.seed is None else b"")
+    except RowError as error:
+        return text, error

@@ -26,7 +26,7 @@ class RowMemory:
         end = self._nodes.insert(request.segments, request.root)
         if request.continuation is not None:
             end = self._insert_continuation(end, request.continuation)
-        request.samples = [Sample(request, index, end) for index in range(request.params.n)]
+        request.samples = [Sample(request, index, end) for index in range(request.num_drawn)]
         return self._counted(request, request.samples, end)
 
     def _insert_continuation(self, context: Node, continuation: tuple[int, ...]) -> Node:

@@ -24,7 +24,7 @@ class GenerationRequest:
 
     segments: Sequence[Segment]
     params: SamplingParams
-    random_key: bytes  # names the row for its draws
+    random_key: bytes  # names the row for its draws; empty if a seed of its own decides them alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,7 @@ class CompletionOutput:
     finish_reason: FinishReason
     stop_reason: str | int | None = None  # the stop string or stop token id that ended it; None for end-of-sequence
     logprobs: list[TokenLogprobs] | None = None
+    ends_inside_character: bool = False  # its last tokens begin a character, which `text` does not have
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,8 @@ class RequestOutput:
     error: RowError | None = None
     num_scored_prompt_tokens: int | None = None  # of a scored row: context, and continuation without its last token
     logits: "Tensor | None" = None  # of a LogitsRequest: [V] fp32
+    num_truncated_tokens: int = 0  # of the prompt's beginning, by truncate_prompt_tokens; not in prompt_token_ids
+    prompt: str | None = None  # the text that was given to the engine; None for chats, token ids and segments
 
     @property
     def num_prompt_tokens(self) -> int:

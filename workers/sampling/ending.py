@@ -9,6 +9,7 @@ from segue.workers.rows.request import CompletionOutput
 from segue.workers.sampling.sample import Sample
 
 MAX_STOP_WINDOW_TOKENS = 64  # stop strings are looked for in the last tokens only: decoding all is quadratic
+UNFINISHED = "\ufffd"  # what decoders write for a character whose bytes are not all there; vLLM leaves it out, too
 
 
 class Finisher:
@@ -34,7 +35,7 @@ class Finisher:
                 sample.finish_reason = "stop"
             elif token in params.stop_token_ids:
                 sample.finish_reason, sample.stop_reason = "stop", token
-            elif params.stop:
+            elif params.stop and len(sample.token_ids) > params.min_tokens:
                 self._find_stop(sample)
         if sample.finish_reason is None and self._is_full(sample):
             sample.finish_reason = "length"
@@ -43,13 +44,18 @@ class Finisher:
         return len(sample.token_ids) >= sample.request.params.max_tokens or sample.num_tokens >= self.max_model_len
 
     def _find_stop(self, sample: Sample) -> None:
-        """Cut the text before the first stop string, or after it if the row wants it included."""
+        """Cut the text before the first stop string, or after it if the row wants it included.
+
+        As in vLLM, a stop string must end after the first `min_tokens` tokens.
+        """
         params = sample.request.params
         window = max(MAX_STOP_WINDOW_TOKENS, *(len(stop) + 8 for stop in params.stop))
         if not any(stop in self._decode(sample, sample.token_ids[-window:]) for stop in params.stop):
             return
         text = self._decode(sample, sample.token_ids)
-        found = [(text.find(stop), stop) for stop in params.stop if stop in text]
+        least = len(self._decode(sample, sample.token_ids[: params.min_tokens]).rstrip(UNFINISHED))
+        places = [(text.find(stop, max(0, least + 1 - len(stop))), stop) for stop in params.stop]
+        found = [place for place in places if place[0] >= 0]
         if not found:
             return
         position, stop = min(found)
@@ -73,7 +79,7 @@ class Finisher:
 
     def output(self, sample: Sample) -> CompletionOutput:
         """The finished sample in vLLM's shape."""
-        text = sample.text if sample.text is not None else self._decode(sample, self._said(sample))
+        text, is_cut = self._text_of(sample)
         wants_logprobs = sample.request.params.logprobs is not None
         return CompletionOutput(
             index=sample.index,
@@ -82,4 +88,14 @@ class Finisher:
             finish_reason=sample.finish_reason or "error",
             stop_reason=sample.stop_reason,
             logprobs=list(sample.logprobs) if wants_logprobs else None,
+            ends_inside_character=is_cut,
         )
+
+    def _text_of(self, sample: Sample) -> tuple[str, bool]:
+        """Its text, and whether a character that is not complete was left out at its end."""
+        if sample.text is not None:
+            return sample.text, False
+        text = self._decode(sample, self._said(sample))
+        has_form = sample.grammar is not None and sample.finish_reason == "stop"  # such a text has whole characters
+        complete = text if has_form else text.rstrip(UNFINISHED)
+        return complete, complete != text

@@ -32,8 +32,15 @@ class Request:
     root: Node  # of the tree that its prompt is in
     continuation: tuple[int, ...] | None = None  # tokens to score after the prompt, instead of generating
     wants_logits: bool = False  # at the prompt's last token, instead of generating
+    num_truncated_tokens: int = 0  # taken away from the beginning of the prompt
     num_cached_tokens: int | None = None  # known once admitted
     samples: list["Sample"] = field(default_factory=list)
+    bad_words: tuple[tuple[int, ...], ...] = ()  # their tokens; known once the row is taken
+
+    @property
+    def num_drawn(self) -> int:
+        """Samples to draw. Greedy samples are equal: one is drawn for all."""
+        return 1 if self.params.temperature == 0 else self.params.n
 
     @property
     def is_scored(self) -> bool:
@@ -77,7 +84,9 @@ class Request:
         """The answer to this row."""
         ids, num_scored = self._prompt()
         cached = self.num_cached_tokens or 0
-        return RequestOutput(self.request_id, ids, cached, outputs or [], score, None, num_scored, logits)
+        output = RequestOutput(self.request_id, ids, cached, outputs or [], score, None, num_scored, logits)
+        output.num_truncated_tokens = self.num_truncated_tokens
+        return output
 
     def failure(self, error: RowError) -> RequestOutput:
         """The answer to this row if it has none."""

@@ -1,6 +1,7 @@
 """Units of the plan and shards of the output: what goes in comes out, and nothing else is taken for it."""
 
 import datetime
+import json
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -72,6 +73,7 @@ def unit_table(errors: Sequence[RowError | None] = (None, ERROR, None)) -> pa.Ta
         "src_row": list(range(len(errors))),
         "sampling_params": ['{"max_tokens": 3}', None, None][: len(errors)],
         "error": [error and error_value(error) for error in errors],
+        "num_truncated_tokens": [None if error else 5 for error in errors],
     }
     arrays = [pa.array(columns[field.name], field.type) for field in PLANNED_FIELDS]
     passed = PASSED_TABLE.slice(0, len(errors))
@@ -114,9 +116,19 @@ def test_unit_rows_have_segments_parameters_and_errors(tmp_path):
     assert first.segments == (Segment((1, 2), True), Segment((3,), False))
     assert (first.params.max_tokens, first.params.temperature) == (3, 0.5)
     assert third.params.max_tokens == 5
+    assert (first.num_truncated_tokens, second.num_truncated_tokens) == (5, 0)
     assert second.error is not None
     assert (second.error.code, second.error.message, second.segments) == (ERROR.code, ERROR.message, ())
     assert len({row.random_key for row in (first, second, third)}) == 3
+
+
+@pytest.mark.parametrize(("own", "is_equal"), [({"seed": 7}, True), ({"max_tokens": 3}, False), ({"seed": -1}, False)])
+def test_unit_rows_with_a_seed_of_their_own_are_not_named_for_their_draws(own, is_equal):
+    table = unit_table((None, None))
+    column = pa.array([json.dumps(own)] * 2, pa.string())
+    table = table.set_column(table.column_names.index("sampling_params"), "sampling_params", column)
+    first, second = planned_rows(table, SamplingParams(seed=5, temperature=1.0))
+    assert (first.random_key == second.random_key) == is_equal
 
 
 def test_unit_id_depends_on_job_and_content_alone():
@@ -150,6 +162,7 @@ def test_unit_file_that_was_tampered_with_is_refused_by_name(tmp_path, damage):
         (SamplingParams(), set()),
         (SamplingParams(logprobs=2), {"logprobs"}),
         (SamplingParams(n=2), {"samples"}),
+        (SamplingParams(truncate_prompt_tokens=5), {"num_truncated_tokens"}),
         (SamplingParams(n=2, logprobs=0), {"logprobs", "samples"}),
     ],
 )
@@ -158,7 +171,7 @@ def test_shard_schema_is_the_same_when_all_rows_failed(params, extra):
     answered = shard_of([answer(params.n, params.logprobs is not None)] * 3, params)
     assert failed.schema == answered.schema
     own = [name for name in failed.column_names if name not in PASSED_TABLE.column_names]
-    assert set(own) == set(RESULT_COLUMNS["generate"]) - {"logprobs", "samples"} | extra
+    assert set(own) == set(RESULT_COLUMNS["generate"]) - {"num_truncated_tokens", "logprobs", "samples"} | extra
     assert failed["generated_text"].null_count == 3
     assert answered["error"].null_count == 3
 

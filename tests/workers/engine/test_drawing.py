@@ -36,6 +36,16 @@ def test_seed_decides_the_draw():
     assert token_ids(tiny_engine(seed=1).generate(row, own)) == token_ids(tiny_engine(seed=2).generate(row, own))
 
 
+def test_rows_of_one_prompt_with_a_seed_of_their_own_draw_the_same():
+    """As in vLLM. With the engine's seed, each row draws for itself."""
+    rows = [[Segment((5, 6), True)]] * 3
+    params = SamplingParams(temperature=1.0, max_tokens=16, seed=7, n=2)
+    first, second, third = token_ids(tiny_engine(max_num_seqs=3).generate(rows, params))
+    assert first == second == third
+    assert first[0] != first[1]
+    assert len({str(each) for each in token_ids(tiny_engine().generate(rows, SamplingParams(temperature=1.0)))}) == 3
+
+
 def test_drawn_tokens_follow_the_model_distribution():
     """4,000 draws against the oracle's probabilities, chi-squared at 1 in 10^6."""
     row = [Segment((5, 6, 7), True)]
