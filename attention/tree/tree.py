@@ -22,6 +22,11 @@ class SegmentTree:
         never share."""
         return Node((), False, None, 0, is_long=is_long, is_private=True) if is_private else self._roots[is_long]
 
+    def clear(self) -> None:
+        """Forget all nodes but the roots."""
+        for root in self._roots.values():
+            root.children.clear()
+
     def insert(self, segments: Sequence[Segment], root: Node | None = None) -> Node:
         """The node at which this prompt ends; missing nodes are made. `segments` are canonical and not empty.
 
