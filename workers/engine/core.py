@@ -62,7 +62,7 @@ class EngineCore:
     # -- changes that may be interrupted
 
     def _begin(self) -> None:
-        """Begin to change the engine. Whatever exception ended the change before, Ctrl-C included, the rows are there."""
+        """Begin to change the engine. An exception, Ctrl-C included, may have ended the change before."""
         if self._is_changing:
             self._start_again()
         self._is_changing = True
@@ -131,9 +131,9 @@ class EngineCore:
             self._rows.pop(request_id, None)
         self._begin()
         self._answers = [output for output in self._answers if output.request_id not in request_ids]
-        unwanted = {*request_ids} - self._coalescer.forget(request_ids)
+        needless = self._coalescer.forget(request_ids)
         for request in [*self.scheduler.requests]:
-            if request.request_id in unwanted:
+            if request.request_id in needless:
                 self.scheduler.abort(request)
         self._is_changing = False
 
