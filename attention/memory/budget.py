@@ -94,6 +94,10 @@ class KVMemory(ABC):
     def shrink(self, budget_bytes: int) -> None:
         """Lower the budget; what is allocated must fit into it."""
 
+    @abstractmethod
+    def clear(self) -> None:
+        """Take everything back: as new, whatever an exception left half done."""
+
     def charge(self, num_bytes: int) -> None:
         """Count an allocation. Raises KVMemoryExceeded."""
         if self.allocated_bytes + num_bytes > self.budget_bytes:

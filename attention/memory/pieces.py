@@ -93,6 +93,10 @@ class KVPieces(KVMemory):
     def shrink(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
 
+    def clear(self) -> None:
+        self._pieces.clear()
+        self.allocated_bytes = 0
+
     def pieces(self, tail: Tail, num_tokens: int) -> Iterator[tuple[Piece, int]]:
         """The pieces that hold the first tokens of a tail, in order, each with how many of these tokens it holds."""
         for piece in self._pieces[tail]:

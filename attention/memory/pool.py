@@ -117,6 +117,18 @@ class KVPool(KVMemory):
         self.budget_bytes = budget_bytes
         self._compact(self.budget_tokens)
 
+    def clear(self) -> None:
+        size = self.budget_tokens
+        for layer, tensor in enumerate(self.tensors):
+            if tensor.shape[1] != size + 1:  # it was about to be replaced
+                self.generation += 1
+                self.tensors[layer] = tensor.new_empty(0)
+                self.tensors[layer] = tensor.new_empty((2, size + 1, self.shape.num_kv_heads, self.shape.head_dim))
+        self._extents = Extents(size)
+        self._nodes.clear()
+        self._tails.clear()
+        self.allocated_bytes = 0
+
     def _allocate(self, num_tokens: int) -> int:
         num_bytes = self.bytes_for(num_tokens)
         if self.allocated_bytes + num_bytes > self.budget_bytes:

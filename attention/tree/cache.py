@@ -27,6 +27,14 @@ class NodeCache(SegmentTree):
         self._unshared: OrderedDict[Node, int] = OrderedDict()  # those that one row has used, and their tokens
         self._num_unshared = 0  # tokens
 
+    def clear(self) -> None:
+        """Forget all nodes, and all memory with them: as new, whatever an exception left half done."""
+        super().clear()
+        self._idle.clear()
+        self._unshared.clear()
+        self._num_unshared = 0
+        self.memory.clear()
+
     def acquire(self, end: Node) -> int:
         """Hold every node of a path and allocate what is missing; returns how many tokens were there already.
 

@@ -22,6 +22,11 @@ class SegmentTree:
         never share."""
         return Node((), False, None, 0, is_long=is_long, is_private=True) if is_private else self._roots[is_long]
 
+    def clear(self) -> None:
+        """Forget all nodes but the roots."""
+        for root in self._roots.values():
+            root.children.clear()
+
     def insert(self, segments: Sequence[Segment], root: Node | None = None) -> Node:
         """The node at which this prompt ends; missing nodes are made. `segments` are canonical and not empty.
 
@@ -88,8 +93,10 @@ class SegmentTree:
         below = [node for node in end.path() if node.start >= context.stop]
         for node in below:
             if node.is_computed and node.scores is None:
-                rest = tuple(token for other in below[below.index(node) :] for token in other.token_ids)
-                end = Node(rest, False, node.parent, node.start, is_listed=False)
+                rest = below[below.index(node) :]
+                tokens = tuple(token for other in rest for token in other.token_ids)
+                end = Node(tokens, False, node.parent, node.start, is_listed=False)
+                self._prune_all(rest)  # those that were just made
                 break
         for node in end.path():
             node.num_scoring += node.start >= context.stop
@@ -110,6 +117,10 @@ class SegmentTree:
         """Uncount a row on every node of its path, and drop nodes that nobody needs and that own nothing."""
         for node in reversed(end.path()):
             node.num_rows -= 1
+            self.prune(node)
+
+    def _prune_all(self, path: Sequence[Node]) -> None:
+        for node in reversed(path):
             self.prune(node)
 
     def prune(self, node: Node) -> None:

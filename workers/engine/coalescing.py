@@ -4,7 +4,7 @@ Only rows whose answers are certain to be equal: scored rows, rows that want log
 parameters. Sampled rows draw for themselves. Knows requests and outputs; no model, no tree.
 """
 
-from collections.abc import Container, Hashable, Iterable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from segue.workers.rows.request import RequestOutput
@@ -40,17 +40,21 @@ class RequestCoalescer:
         self._firsts[request.request_id] = _First(identity)
         return False
 
-    def forget(self, request_ids: Container[Hashable]) -> set[Hashable]:
-        """These rows want no answer any more. Returns those of them that are still computed, for rows that joined."""
-        still_needed = set()
+    def forget(self, request_ids: Collection[Hashable]) -> set[Hashable]:
+        """These rows want no answer any more. Returns the rows that need not be computed any more.
+
+        A row is computed on for rows that joined it, and a row that was forgotten before goes with the last of them.
+        """
+        needless = {*request_ids}
         for request_id, first in list(self._firsts.items()):
             first.followers = [follower for follower in first.followers if follower not in request_ids]
             first.is_wanted = first.is_wanted and request_id not in request_ids
             if first.followers:
-                still_needed.add(request_id)
+                needless.discard(request_id)
             elif not first.is_wanted:
+                needless.add(request_id)
                 self._pop(request_id)
-        return still_needed
+        return needless
 
     def answers(self, outputs: Iterable[RequestOutput]) -> Iterator[RequestOutput]:
         """Each output, followed by those of the rows that joined it. Their prompts count as cached."""

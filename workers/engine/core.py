@@ -55,11 +55,31 @@ class EngineCore:
         self._coalescer = RequestCoalescer()
         self.stats = EngineStats()
         self._num_added = 0
-        self._refused: list[RequestOutput] = []
+        self._rows: dict[Hashable, EngineRow | LogitsRequest] = {}  # those without an answer yet
+        self._answers: list[RequestOutput] = []  # that `step` has not returned yet
+        self._is_changing = False  # True at the beginning of a change: the one before did not come to its end
 
     @property
     def has_work(self) -> bool:
-        return bool(self.scheduler.has_work or self._refused)
+        return bool(self._rows or self._answers)
+
+    # -- changes that may be interrupted
+
+    def _begin(self) -> None:
+        """Begin to change the engine. An exception, Ctrl-C included, may have ended the change before."""
+        if self._is_changing:
+            self._start_again()
+        self._is_changing = True
+
+    def _start_again(self) -> None:
+        """Forget everything that was made of the rows, and queue them as new ones: they draw the same tokens again."""
+        self.nodes.clear()
+        self.scheduler.clear()
+        self._coalescer = RequestCoalescer()
+        answered = {output.request_id for output in self._answers}
+        self._rows = {request_id: row for request_id, row in self._rows.items() if request_id not in answered}
+        for request_id, row in self._rows.items():
+            self._queue(self._request(request_id, row))
 
     # -- rows in
 
@@ -68,19 +88,28 @@ class EngineCore:
 
         Of a continuation to score, all tokens but the last are fed. So it and its context together may be one token
         longer than `max_model_len`; both need at least one token. `is_shared=False`: its nodes are forgotten when it is
-        scored.
+        scored. Raises ValueError if a row of this id has no answer yet.
         """
+        if request_id in self._rows:
+            raise ValueError(f"wanted an id that no row in the engine has, got {request_id!r} again")
         request = self._request(request_id, row)
-        self._num_added += 1
+        error = self._admission.objection(request)
+        self._begin()
+        if error:
+            self._answers.append(request.failure(error))
+        else:
+            self._queue(request)
+        self._rows[request_id] = row
         self.stats.num_rows += 1
         self.stats.num_prompt_tokens += request.num_fed_tokens
-        error = self._admission.objection(request)
-        if error:
-            self._refused.append(request.failure(error))
-        elif not (self.config.enable_prefix_caching and self._coalescer.joins(request)):
+        self._is_changing = False
+
+    def _queue(self, request: Request) -> None:
+        if not (self.config.enable_prefix_caching and self._coalescer.joins(request)):
             self.scheduler.add(request)
 
     def _request(self, request_id: Hashable, row: EngineRow | LogitsRequest) -> Request:
+        self._num_added += 1
         if isinstance(row, ScoringRequest):
             chain, continuation = self._chain(row.context), tuple(row.continuation)
             root = self._root(num_tokens(chain) + len(continuation) - 1, is_shared=row.is_shared)
@@ -106,28 +135,36 @@ class EngineCore:
 
     def abort(self, request_ids: Collection[Hashable]) -> None:
         """Take rows out wherever they are; they are not answered."""
-        self._refused = [output for output in self._refused if output.request_id not in request_ids]
-        unwanted = {*request_ids} - self._coalescer.forget(request_ids)
+        for request_id in request_ids:
+            self._rows.pop(request_id, None)
+        self._begin()
+        self._answers = [output for output in self._answers if output.request_id not in request_ids]
+        needless = self._coalescer.forget(request_ids)
         for request in [*self.scheduler.requests]:
-            if request.request_id in unwanted:
+            if request.request_id in needless:
                 self.scheduler.abort(request)
+        self._is_changing = False
 
     # -- one step
 
     @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
-        """One forward pass; returns the rows that finished with it."""
+        """One forward pass; returns the rows that finished with it.
+
+        After an exception of any kind the engine has the rows that it had; the next call computes them anew.
+        """
+        self._begin()
         plan = self.scheduler.plan_step()
         done = [] if plan.is_empty else self._run(plan)
-        done = list(self._coalescer.answers([*self._failures(), *done]))
-        self._count_finished(done)
+        failed = [request.failure(error) for request, error in self.scheduler.take_failed()]
+        self._answers.extend(list(self._coalescer.answers([*failed, *done])))
+        for output in self._answers:
+            self._rows.pop(output.request_id, None)
+        self._count_finished(self._answers)
         self._look()
-        return done
-
-    def _failures(self) -> list[RequestOutput]:
-        """Rows that could not run, since the last step."""
-        refused, self._refused = self._refused, []
-        return refused + [request.failure(error) for request, error in self.scheduler.take_failed()]
+        self._is_changing = False
+        answers, self._answers = self._answers, []
+        return answers
 
     def _run(self, plan: StepPlan) -> list[RequestOutput]:
         result = self.runner.run(plan)

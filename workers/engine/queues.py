@@ -15,6 +15,10 @@ class RowQueues:
         self.prefilling: list[Prefill] = []
         self.running: list[Sample] = []
 
+    def clear(self) -> None:
+        for queue in (self.waiting, self.prefilling, self.running):
+            queue.clear()
+
     @property
     def is_empty(self) -> bool:
         return not (self.waiting or self.prefilling or self.running)

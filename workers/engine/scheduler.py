@@ -66,6 +66,11 @@ class Scheduler:
         """Queue a new row behind the others."""
         self._queues.waiting.append(self._rows.insert(request))
 
+    def clear(self) -> None:
+        """Forget all rows. The tree must forget them, too."""
+        self._queues.clear()
+        self._failed.clear()
+
     def start_decoding(self, prefill: Prefill) -> None:
         """The prompt is computed and every sample has drawn; samples that are not finished go on."""
         self._queues.prefilling.remove(prefill)

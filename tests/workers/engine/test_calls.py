@@ -100,6 +100,24 @@ def test_aborted_row_is_computed_on_for_the_equal_row_that_joined_it():
     assert output.score == tiny_engine().loglikelihood([(PROMPT, (5, 6, 7))])[0]
 
 
+def test_aborted_row_is_computed_no_longer_than_the_equal_rows_that_joined_it_want():
+    subject: EngineCore = tiny_engine(enable_prefix_caching=True).core
+    for name in ("first", "second"):
+        subject.add(name, ScoringRequest(PROMPT, (5, 6, 7)))
+    subject.abort({"first"})
+    subject.abort({"second"})
+    assert not subject.scheduler.has_work
+    assert steps_to_the_end(subject) == []
+
+
+def test_row_with_the_id_of_a_row_in_the_engine_is_refused():
+    subject: EngineCore = tiny_engine().core
+    subject.add("same", GenerationRequest(PROMPT, PARAMS, b""))
+    with pytest.raises(ValueError, match="'same' again"):
+        subject.add("same", GenerationRequest(PROMPT, PARAMS, b""))
+    assert [output.request_id for output in steps_to_the_end(subject)] == ["same"]
+
+
 def test_aborted_rows_that_cannot_run_are_not_answered():
     subject = tiny_engine(max_model_len=20).core
     subject.add("too long", GenerationRequest([Segment((5,) * 30, True)], PARAMS, b""))
