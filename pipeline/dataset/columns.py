@@ -30,6 +30,11 @@ class JobColumns:
     passed: tuple[str, ...]  # these go into the results unchanged, in the order they are in there
     schema: pa.Schema  # of both together, and sampling_params if there: one type a column for all files
 
+    @property
+    def rendered(self) -> pa.Schema:
+        """Those that a prompt is made of, without those that are only passed through."""
+        return pa.schema([field for field in self.schema if field.name in {*self.prompt, ROW_PARAMS_COLUMN}])
+
 
 def check_columns(
     files: Sequence[InputFile],

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from segue.pipeline.ledger.columns import ANY_RESULT_COLUMN
 from segue.pipeline.ledger.manifest import SUCCESS, ForeignOutput, Manifest, load_manifest
+from segue.pipeline.ledger.units import load_unit
 from segue.pipeline.storage.open import open_store
 from segue.pipeline.storage.store import OutputStorageError, Store
 from segue.workers.scoring.template import Task
@@ -96,10 +97,9 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def error_rows(output: str, limit: int) -> list[dict[str, Any]]:
-    """The first `limit` rows with an error: src_path, src_row, code, message."""
+    """The first `limit` rows with an error, in answers and in the plan: src_path, src_row, code, message."""
     found: list[dict[str, Any]] = []
-    for shard in _shards(output):
-        table = shard.read(["src_path", "src_row", "error"])
+    for table in _errors(output):
         rows = table.filter(table["error"].is_valid()).slice(0, limit - len(found)).to_pylist()
         found += [{"src_path": row["src_path"], "src_row": row["src_row"], **row["error"]} for row in rows]
         if len(found) >= limit:
@@ -108,12 +108,24 @@ def error_rows(output: str, limit: int) -> list[dict[str, Any]]:
 
 
 def error_counts(output: str) -> dict[str, int]:
-    """The number of rows with each error code."""
+    """The number of rows with each error code, in answers and in the plan."""
     counts: Counter[str] = Counter()
-    for shard in _shards(output):
-        column = shard.read(["error"])["error"]
-        counts.update(value["code"] for value in column.drop_null().to_pylist())
+    for table in _errors(output):
+        counts.update(value["code"] for value in table["error"].drop_null().to_pylist())
     return dict(sorted(counts.items()))
+
+
+def _errors(output: str) -> Iterator[pa.Table]:
+    """src_path, src_row and error of each unit's rows, in plan order: of its shard or, where there is none yet, of its
+    plan if planning found errors."""
+    store, manifest = open_store(output), manifest_of(output)
+    present = set(store.names())
+    columns = ["src_path", "src_row", "error"]
+    for unit in manifest.units:
+        if unit.shard_name in present:
+            yield _Shard(store, unit.shard_name).read(columns)
+        elif unit.num_errors:
+            yield load_unit(store, unit).select(columns)
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,6 +60,7 @@ class UnitSpec:
     num_rows: int
     num_requests: int  # to the engine: a row of a scoring task has several, a row with an error has none
     num_tokens: int  # that its rows feed: prompts, and continuations without their last token
+    num_errors: int = 0  # rows in which planning found an error
 
     @property
     def unit_name(self) -> str:

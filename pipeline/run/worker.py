@@ -149,6 +149,7 @@ class UnitWorker:
             "committed" if won else "lost",
             unit.num_rows,
             footer.errors,
+            unit.num_errors,
             footer.num_input_tokens,
             footer.num_computed_tokens,
             footer.num_generated_tokens,
