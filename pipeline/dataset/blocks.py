@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from segue.pipeline.dataset.files import InputFile, RowNumbers, rows_between
 from segue.pipeline.dataset.listing import is_local, stamp
+from segue.pipeline.ledger.carried import converted
 from segue.pipeline.processes.limited import clock_paused, tick
 from segue.pipeline.storage.remote import open_remote
 
@@ -245,9 +246,5 @@ def _cast(rows: pa.RecordBatch, columns: pa.Schema, partition: Mapping[str, pa.S
         return rows.select([])
     names = columns.names
     arrays = [pa.repeat(partition[name], rows.num_rows) if name in partition else rows.column(name) for name in names]
-    cast = [a if a.type == f.type else _cast_array(a, f.type) for a, f in zip(arrays, columns, strict=True)]
+    cast = [converted(array, field.type) for array, field in zip(arrays, columns, strict=True)]
     return pa.RecordBatch.from_arrays(cast, schema=columns)
-
-
-def _cast_array(array: pa.Array, kind: pa.DataType) -> pa.Array:
-    return pa.nulls(len(array), kind) if pa.types.is_null(array.type) else array.cast(kind)

@@ -72,20 +72,20 @@ def sample_rows(output: str, count: int, seed: int) -> list[dict[str, Any]]:
     for shard, size in zip(shards, sizes, strict=True):
         inside = [number - start for number in chosen if start <= number < start + size]
         if inside:
-            rows += _shown_rows(shard.read().take(inside))
+            rows += _shown_rows(shard.read(shard.shown_columns), inside)
         start += size
     return rows
 
 
-def _shown_rows(table: pa.Table) -> list[dict[str, Any]]:
+def _shown_rows(table: pa.Table, numbers: Sequence[int]) -> list[dict[str, Any]]:
     columns: dict[str, list[Any]] = {}
     for field in table.schema:
         column = table[field.name]
         if _is_text(field.type):
-            texts = column.cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
+            texts = column.cast(pa.large_string()).cast(pa.large_binary()).take(numbers).to_pylist()
             columns[field.name] = [None if text is None else text.decode("utf-8", "replace") for text in texts]
-        elif field.name in ANY_RESULT_COLUMN:
-            columns[field.name] = column.to_pylist()
+        else:
+            columns[field.name] = column.take(numbers).to_pylist()
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
@@ -144,6 +144,11 @@ class _Shard:
     def schema(self) -> pa.Schema:
         with self._opened() as file:
             return file.schema_arrow
+
+    @property
+    def shown_columns(self) -> list[str]:
+        """Results, and texts of the input."""
+        return [field.name for field in self.schema if field.name in ANY_RESULT_COLUMN or _is_text(field.type)]
 
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
         with self._opened() as file:

@@ -113,6 +113,7 @@ class _UnitCutter:
         self._max_bytes = job.config.output.max_bytes_per_file
         self._store = store
         self._fingerprint = fingerprint
+        self._passed = job.columns.written
         self._first_ordinal = first_ordinal
         self._units: list[UnitSpec] = []
         self._pieces: list[pa.Table] = []
@@ -159,7 +160,7 @@ class _UnitCutter:
         if not self._num_rows:
             return
         table = pa.concat_tables(self._pieces).combine_chunks()
-        unit_id, content = serialize_unit(table, self._fingerprint)
+        unit_id, content = serialize_unit(table, self._fingerprint, self._passed)
         codes = table["error"].drop_null().to_pylist()
         self.errors.update(error["code"] for error in codes)
         ordinal = self._first_ordinal + len(self._units)
