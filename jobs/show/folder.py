@@ -19,6 +19,9 @@ def show_summary(summary: RunSummary) -> None:
         f"in {plain(summary.output)}"
     )
     out.print(f"row errors: {errors}")
+    if summary.reason:
+        planned = ", ".join(f"{count} {code}" for code, count in summary.errors_planned.items()) or "none"
+        out.print(f"stopped: {summary.reason} (errors in the plan: {planned})", soft_wrap=True)
     out.print(
         f"prompt tokens: {summary.tokens_requested:,} requested, {summary.tokens_distinct:,} distinct, "
         f"{summary.tokens_computed:,} computed ({summary.share_reused:.1%} reused); "
@@ -36,9 +39,11 @@ def _next_of(summary: RunSummary) -> str:
     """The commands that help now, or nothing if the job is complete and has no errors."""
     output = plain(shlex.quote(summary.output))
     steps = []
-    if summary.num_errors:
+    if summary.num_errors or summary.errors_planned:
         steps.append(f"segue errors {output}")
-    if summary.status not in ("done", "already_complete"):
+    if summary.status == "too_many_errors":
+        steps.append("with a higher limits.max_error_rate the same command goes on where this one stopped")
+    elif summary.status not in ("done", "already_complete"):
         steps.append("the same command goes on where this one stopped")
     elif summary.num_errors:
         steps.append(f"segue retry {output} --output OTHER --set KEY=VALUE answers these rows again")

@@ -23,6 +23,9 @@ def show_plan(manifest: Manifest, job: ReadyJob) -> None:
         f"{manifest.num_rows:,} rows{num_requests} in {len(manifest.units)} units, "
         f"mask {job.mask}, dtype {job.facts.dtype}"
     )
+    if manifest.num_errors:
+        codes = ", ".join(f"{count:,} {code}" for code, count in manifest.errors.items())
+        out.print(f"rows with an error: {manifest.num_errors:,} ({codes}); segue errors shows them")
     out.print(f"prompt tokens: {requested:,} requested, {distinct:,} distinct: {saved:.1%} need not be computed")
     if num_workers > 1:
         bound = distinct + stats["extra_tokens_bound"]

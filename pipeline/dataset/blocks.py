@@ -20,11 +20,13 @@ import pyarrow.parquet as pq
 
 from segue.pipeline.dataset.files import InputFile, RowNumbers, rows_between
 from segue.pipeline.dataset.listing import is_local, stamp
+from segue.pipeline.ledger.carried import converted
 from segue.pipeline.processes.limited import clock_paused, tick
 from segue.pipeline.storage.remote import open_remote
 
 TASK_BYTES = 64 * 2**20
 BLOCK_ROWS = 50_000
+MANY_ROWS, FEW_ROWS = 4096, 64  # rows of a batch; few if many need too much memory
 # Of a column, read at once, each a request to a store: a whole column chunk may be larger than memory.
 LOCAL_READ_BYTES, REMOTE_READ_BYTES = 2**20, 2**24
 
@@ -99,6 +101,17 @@ def read_blocks(
             block = block.take(np.asarray(rows_between(wanted, start, start + batch.num_rows)) - start)
         start += batch.num_rows
         yield start, block
+
+
+def batch_rows_of(file: InputFile) -> int:
+    """Rows of about 64 MiB. The footer says how large rows are, and may be wrong."""
+    row_bytes = sum(file.row_group_bytes) // max(1, file.num_rows)
+    return max(FEW_ROWS, min(MANY_ROWS, TASK_BYTES // max(1, row_bytes)))
+
+
+def group_of(file: InputFile, row: int) -> int:
+    """The number of the row group that has this row."""
+    return next(_groups_from(file, row))[0]
 
 
 def group_stop(file: InputFile, row: int) -> int:
@@ -233,9 +246,5 @@ def _cast(rows: pa.RecordBatch, columns: pa.Schema, partition: Mapping[str, pa.S
         return rows.select([])
     names = columns.names
     arrays = [pa.repeat(partition[name], rows.num_rows) if name in partition else rows.column(name) for name in names]
-    cast = [a if a.type == f.type else _cast_array(a, f.type) for a, f in zip(arrays, columns, strict=True)]
+    cast = [converted(array, field.type) for array, field in zip(arrays, columns, strict=True)]
     return pa.RecordBatch.from_arrays(cast, schema=columns)
-
-
-def _cast_array(array: pa.Array, kind: pa.DataType) -> pa.Array:
-    return pa.nulls(len(array), kind) if pa.types.is_null(array.type) else array.cast(kind)

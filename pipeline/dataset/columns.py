@@ -13,6 +13,7 @@ import pyarrow as pa
 from pyarrow import types
 
 from segue.pipeline.dataset.files import InputFile
+from segue.pipeline.ledger.carried import carried_schema, carrier, extension_of
 from segue.pipeline.ledger.columns import RESULT_COLUMNS
 from segue.pipeline.problems import Problem, nearest, shown
 from segue.workers.prompts.template import PromptTemplate
@@ -29,6 +30,21 @@ class JobColumns:
     prompt: tuple[str, ...]  # the prompt template reads these
     passed: tuple[str, ...]  # these go into the results unchanged, in the order they are in there
     schema: pa.Schema  # of both together, and sampling_params if there: one type a column for all files
+
+    @property
+    def read(self) -> pa.Schema:
+        """All of them, as what they are read as."""
+        return carried_schema(self.schema)
+
+    @property
+    def rendered(self) -> pa.Schema:
+        """The same without those that are only passed through."""
+        return pa.schema([field for field in self.read if field.name in {*self.prompt, ROW_PARAMS_COLUMN}])
+
+    @property
+    def written(self) -> pa.Schema:
+        """Those that are passed through, as what they are written as."""
+        return pa.schema([self.schema.field(name) for name in self.passed])
 
 
 def check_columns(
@@ -54,7 +70,7 @@ def check_columns(
     if problems:
         return None, problems
     order = [name for name in names if name in wanted]
-    schema = pa.schema([pa.field(name, unified(_types(files, name))) for name in order])
+    schema = pa.schema([_field(files, name) for name in order])
     return JobColumns(tuple(read), tuple(through), schema), []
 
 
@@ -96,13 +112,20 @@ def is_messages(kind: pa.DataType) -> bool:
     """Whether values are chat messages: lists of structs with `role` and `content`, a text or a list of parts."""
     if types.is_null(kind):
         return True
-    if not _is_list(kind) or not types.is_struct(kind.value_type):
+    if not _is_list(kind) or not types.is_struct(kind.value_type) or _repeats_fields(kind):
         return False
     fields = {field.name: field.type for field in kind.value_type}
     content = fields.get("content", pa.int8())
     return is_text(fields.get("role", pa.int8())) and (
         is_text(content) or (_is_list(content) and types.is_struct(content.value_type))
     )
+
+
+def _repeats_fields(kind: pa.DataType) -> bool:
+    """Whether a struct in it has two fields of one name, so that neither can be meant."""
+    fields = [kind.field(number) for number in range(kind.num_fields)] if types.is_nested(kind) else []
+    names = [field.name for field in fields] if types.is_struct(kind) else []
+    return len(set(names)) < len(names) or any(_repeats_fields(field.type) for field in fields)
 
 
 def _is_scalar(kind: pa.DataType) -> bool:
@@ -146,7 +169,7 @@ _LABEL = _Use(
     "scoring.label_column",
 )
 _ROW_PARAMS = _Use(
-    lambda kind: types.is_struct(kind) or is_text(kind),
+    lambda kind: (types.is_struct(kind) and not _repeats_fields(kind)) or is_text(kind),
     "a struct of parameters, or a string of JSON; a column of this name is each row's own sampling parameters",
     "sampling_params",
 )
@@ -208,6 +231,9 @@ def _unfit(files: Sequence[InputFile], name: str, uses: Sequence[_Use]) -> list[
     seen: list[pa.DataType] = []
     for file in files:
         kind = file.schema.field(name).type
+        if carrier(kind) is None:
+            wanted = "a type that can be passed through; leave the column out of output.columns, or convert it"
+            return [Problem("output.columns", f"{file.path} with column {shown(name)} of type {kind}", wanted)]
         for use in uses:
             if not use.fits(kind):
                 return [Problem(use.key, f"{file.path} with column {shown(name)} of type {kind}", use.wanted)]
@@ -219,5 +245,9 @@ def _unfit(files: Sequence[InputFile], name: str, uses: Sequence[_Use]) -> list[
     return []
 
 
-def _types(files: Sequence[InputFile], name: str) -> list[pa.DataType]:
-    return [file.schema.field(name).type for file in files]
+def _field(files: Sequence[InputFile], name: str) -> pa.Field:
+    """One field for all files. It keeps the name of an extension type that is not known here."""
+    fields = [file.schema.field(name) for file in files]
+    first = extension_of(fields[0])
+    kept = first if all(extension_of(field) == first for field in fields) else None
+    return pa.field(name, unified(field.type for field in fields), metadata=kept or None)

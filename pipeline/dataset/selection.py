@@ -19,6 +19,7 @@ from segue.pipeline.dataset.columns import unified
 from segue.pipeline.dataset.files import InputFile, RowNumbers
 from segue.pipeline.jobfile.filters import Filters
 from segue.pipeline.jobfile.schema import InputConfig, LimitsConfig
+from segue.pipeline.ledger.carried import carried_schema
 from segue.pipeline.problems import JobRefused, Problem, nearest, shown
 from segue.pipeline.processes.limited import ChildDied, LimitedProcess
 
@@ -181,4 +182,4 @@ def _columns(filters: Filters) -> list[str]:
 
 def _schema(filters: Filters, files: Sequence[InputFile]) -> pa.Schema:
     fields = ((name, unified(file.schema.field(name).type for file in files)) for name in _columns(filters))
-    return pa.schema([(name, kind) for name, kind in fields if kind is not None])
+    return carried_schema(pa.schema([(name, kind) for name, kind in fields if kind is not None]))

@@ -215,7 +215,7 @@ class LimitsConfig(Section):
 
     max_model_len: PositiveInt | None = None  # tokens of prompt and answer; null is the model's own
     max_error_rate: Annotated[float, Field(ge=0, le=1)] = (
-        0.05  # a higher share of error rows ends the job, once 1,000 are done
+        0.05  # of the whole job's rows; more rows with an error end it, unless it has fewer than 1,000
     )
     max_prompt_bytes: PositiveInt = 4 * MIB  # of UTF-8, of one row
     # of one row, from the file to its tokens; what takes more is killed

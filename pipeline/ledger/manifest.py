@@ -8,6 +8,7 @@ differs. Parallelism, batch sizes, paths of logs and credentials are not in it.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -54,6 +55,16 @@ class Manifest:
     @property
     def num_rows(self) -> int:
         return sum(unit.num_rows for unit in self.units)
+
+    @property
+    def num_errors(self) -> int:
+        """Rows in which planning found an error."""
+        return sum(unit.num_errors for unit in self.units)
+
+    @property
+    def errors(self) -> dict[str, int]:
+        """The same by error code."""
+        return dict(self.stats.get("errors", {}))
 
     @property
     def is_complete(self) -> bool:
@@ -157,12 +168,14 @@ def _merge_stats(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, 
     after = int(one["num_requests"])
     moved = [node | {"first_request": node["first_request"] + after} for node in other["top_shared"]]
     other = {**other, "top_shared": moved}
+    errors = Counter(one.get("errors", {})) + Counter(other.get("errors", {}))
     kept = {
         "top_shared": (TOP_NODES, lambda node: node["tokens_saved"]),
         "undeclared": (TOP_NODES, lambda prefix: prefix["tokens_lost"]),
         "longest": (LONGEST_ROWS, lambda pair: pair[0]),
     }
-    merged: dict[str, Any] = {name: value + other[name] for name, value in one.items() if name not in kept}
+    merged: dict[str, Any] = {name: one[name] + other[name] for name in one if name not in {*kept, "errors"}}
+    merged["errors"] = dict(sorted(errors.items()))
     for name, (size, key) in kept.items():
         merged[name] = sorted([*one[name], *other[name]], key=key, reverse=True)[:size]
     return merged

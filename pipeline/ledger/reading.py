@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from segue.pipeline.ledger.columns import ANY_RESULT_COLUMN
 from segue.pipeline.ledger.manifest import SUCCESS, ForeignOutput, Manifest, load_manifest
+from segue.pipeline.ledger.units import load_unit
 from segue.pipeline.storage.open import open_store
 from segue.pipeline.storage.store import OutputStorageError, Store
 from segue.workers.scoring.template import Task
@@ -71,20 +72,20 @@ def sample_rows(output: str, count: int, seed: int) -> list[dict[str, Any]]:
     for shard, size in zip(shards, sizes, strict=True):
         inside = [number - start for number in chosen if start <= number < start + size]
         if inside:
-            rows += _shown_rows(shard.read().take(inside))
+            rows += _shown_rows(shard.read(shard.shown_columns), inside)
         start += size
     return rows
 
 
-def _shown_rows(table: pa.Table) -> list[dict[str, Any]]:
+def _shown_rows(table: pa.Table, numbers: Sequence[int]) -> list[dict[str, Any]]:
     columns: dict[str, list[Any]] = {}
     for field in table.schema:
         column = table[field.name]
         if _is_text(field.type):
-            texts = column.cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
+            texts = column.cast(pa.large_string()).cast(pa.large_binary()).take(numbers).to_pylist()
             columns[field.name] = [None if text is None else text.decode("utf-8", "replace") for text in texts]
-        elif field.name in ANY_RESULT_COLUMN:
-            columns[field.name] = column.to_pylist()
+        else:
+            columns[field.name] = column.take(numbers).to_pylist()
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
@@ -96,10 +97,9 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def error_rows(output: str, limit: int) -> list[dict[str, Any]]:
-    """The first `limit` rows with an error: src_path, src_row, code, message."""
+    """The first `limit` rows with an error, in answers and in the plan: src_path, src_row, code, message."""
     found: list[dict[str, Any]] = []
-    for shard in _shards(output):
-        table = shard.read(["src_path", "src_row", "error"])
+    for table in _errors(output):
         rows = table.filter(table["error"].is_valid()).slice(0, limit - len(found)).to_pylist()
         found += [{"src_path": row["src_path"], "src_row": row["src_row"], **row["error"]} for row in rows]
         if len(found) >= limit:
@@ -108,12 +108,24 @@ def error_rows(output: str, limit: int) -> list[dict[str, Any]]:
 
 
 def error_counts(output: str) -> dict[str, int]:
-    """The number of rows with each error code."""
+    """The number of rows with each error code, in answers and in the plan."""
     counts: Counter[str] = Counter()
-    for shard in _shards(output):
-        column = shard.read(["error"])["error"]
-        counts.update(value["code"] for value in column.drop_null().to_pylist())
+    for table in _errors(output):
+        counts.update(value["code"] for value in table["error"].drop_null().to_pylist())
     return dict(sorted(counts.items()))
+
+
+def _errors(output: str) -> Iterator[pa.Table]:
+    """src_path, src_row and error of each unit's rows, in plan order: of its shard or, where there is none yet, of its
+    plan if planning found errors."""
+    store, manifest = open_store(output), manifest_of(output)
+    present = set(store.names())
+    columns = ["src_path", "src_row", "error"]
+    for unit in manifest.units:
+        if unit.shard_name in present:
+            yield _Shard(store, unit.shard_name).read(columns)
+        elif unit.num_errors:
+            yield load_unit(store, unit).select(columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +144,11 @@ class _Shard:
     def schema(self) -> pa.Schema:
         with self._opened() as file:
             return file.schema_arrow
+
+    @property
+    def shown_columns(self) -> list[str]:
+        """Results, and texts of the input."""
+        return [field.name for field in self.schema if field.name in ANY_RESULT_COLUMN or _is_text(field.type)]
 
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
         with self._opened() as file:

@@ -6,10 +6,12 @@ Knows Parquet and the store; no model, no Ray.
 import io
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from segue.pipeline.ledger.carried import as_schema, serialized, without_views
 from segue.pipeline.ledger.units import MAX_READS, UnitSpec
 from segue.pipeline.storage.store import OutputStorageError, Store
 
@@ -46,14 +48,27 @@ def serialize_shard(table: pa.Table, footer: ShardFooter) -> bytes:
     Raises ValueError.
     """
     text = json.dumps({name: getattr(footer, name) for name in ShardFooter.__slots__})
-    sink = io.BytesIO()
-    stamped = table.replace_schema_metadata({FOOTER_KEY: text})
-    pq.write_table(stamped, sink, compression="zstd", write_page_checksum=True)
-    content = sink.getvalue()
+    content = _parquet(table.replace_schema_metadata({FOOTER_KEY: text}))
     read = pq.read_table(io.BytesIO(content), page_checksum_verification=True)
     if read.num_rows != footer.num_rows or not read.schema.equals(table.schema):
         raise ValueError(f"a shard read back as {read.num_rows} rows, wanted {footer.num_rows} in the same schema")
     return content
+
+
+def _parquet(table: pa.Table) -> bytes:
+    """Views are written as plain strings, below a schema that says what they are: pyarrow (26) cannot write all of
+    them, and reads them so."""
+    sink, metadata = io.BytesIO(), dict(table.schema.metadata)
+    plain = pa.schema([field.with_type(without_views(field.type)) for field in table.schema], metadata)
+    has_views = plain != table.schema
+    if has_views:
+        metadata[b"ARROW:schema"] = serialized(table.schema)
+        table = as_schema(table, plain)
+    options: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True, "store_schema": not has_views}
+    with pq.ParquetWriter(sink, plain, **options) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata(metadata)
+    return sink.getvalue()
 
 
 def commit_shard(store: Store, unit: UnitSpec, content: bytes, fingerprint: str) -> bool:

@@ -4,12 +4,14 @@ Knows the plan and the store; no Ray.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from segue.pipeline.jobfile.schema import MIN_ROWS_FOR_ERROR_RATE
 from segue.pipeline.ledger.manifest import Manifest
 from segue.pipeline.ledger.shards import ShardFooter, read_footer
+from segue.pipeline.ledger.units import UnitSpec
 from segue.pipeline.storage.open import open_store
 from segue.pipeline.storage.store import Store
 
@@ -23,6 +25,7 @@ class Totals:
     shards: int = 0
     rows: int = 0
     errors: dict[str, int] = field(default_factory=dict)  # rows by error code
+    num_planned_errors: int = 0  # those of them that planning found
     num_input_tokens: int = 0  # prompt tokens of answered rows, as requested
     num_computed_tokens: int = 0  # those of them that went through the model
     num_generated_tokens: int = 0
@@ -39,9 +42,11 @@ class RunSummary:
     status: str  # done | already_complete | interrupted | incomplete | too_many_errors
     output: str
     exit_code: int = 0  # 0 done, 3 incomplete or too many errors, 130 or 143 interrupted
+    reason: str = ""  # why errors ended the run
     rows: int = 0
     errors: dict[str, int] = field(default_factory=dict)  # rows by error code
     num_errors: int = 0
+    errors_planned: dict[str, int] = field(default_factory=dict)  # those that planning found in the whole plan
     shards: int = 0
     tokens_requested: int = 0  # prompt tokens of all planned rows
     tokens_distinct: int = 0  # those of them that one worker has to compute
@@ -54,13 +59,15 @@ class RunSummary:
     rows_per_second: float = 0.0
 
 
-def summary_of(output: str, manifest: Manifest, status: str, max_error_rate: float) -> RunSummary:
-    """The output as it is now. Over the error limit, the status is `too_many_errors` and the exit code 3.
+def summary_of(output: str, manifest: Manifest, status: str, *, num_rows: int, max_error_rate: float) -> RunSummary:
+    """The output as it is now. Over the error limit, the status is `too_many_errors` and the exit code 3. `num_rows`:
+    of the whole job, planned or not.
 
     Raises ForeignShard, OutputStorageError.
     """
     totals = totals_of(open_store(output), manifest)
-    is_over = is_over_limit(totals.rows, totals.num_errors, max_error_rate)
+    num_errors = manifest.num_errors + totals.num_errors - totals.num_planned_errors
+    is_over = is_over_limit(num_rows, num_errors, max_error_rate)
     requested, computed = totals.num_input_tokens, totals.num_computed_tokens
     return RunSummary(
         status="too_many_errors" if is_over else status,
@@ -69,6 +76,7 @@ def summary_of(output: str, manifest: Manifest, status: str, max_error_rate: flo
         rows=totals.rows,
         errors=totals.errors,
         num_errors=totals.num_errors,
+        errors_planned=manifest.errors,
         shards=totals.shards,
         tokens_requested=manifest.stats["tokens_requested"],
         tokens_distinct=manifest.stats["tokens_distinct"],
@@ -80,7 +88,8 @@ def summary_of(output: str, manifest: Manifest, status: str, max_error_rate: flo
 
 def totals_of(store: Store, manifest: Manifest) -> Totals:
     """The sums over what is committed now. Raises ForeignShard, OutputStorageError."""
-    footers = committed_footers(store, manifest)
+    units = _committed_units(store, manifest)
+    footers = _footers(store, manifest, units)
     errors: Counter[str] = Counter()
     for footer in footers:
         errors.update(footer.errors)
@@ -88,6 +97,7 @@ def totals_of(store: Store, manifest: Manifest) -> Totals:
         shards=len(footers),
         rows=sum(footer.num_rows for footer in footers),
         errors=dict(sorted(errors.items())),
+        num_planned_errors=sum(unit.num_errors for unit in units),
         num_input_tokens=sum(footer.num_input_tokens for footer in footers),
         num_computed_tokens=sum(footer.num_computed_tokens for footer in footers),
         num_generated_tokens=sum(footer.num_generated_tokens for footer in footers),
@@ -96,12 +106,20 @@ def totals_of(store: Store, manifest: Manifest) -> Totals:
 
 def committed_footers(store: Store, manifest: Manifest) -> list[ShardFooter]:
     """The footers of all committed shards, in plan order. Raises ForeignShard, OutputStorageError."""
+    return _footers(store, manifest, _committed_units(store, manifest))
+
+
+def _committed_units(store: Store, manifest: Manifest) -> list[UnitSpec]:
     present = set(store.names())
-    units = [unit for unit in manifest.units if unit.shard_name in present]
+    return [unit for unit in manifest.units if unit.shard_name in present]
+
+
+def _footers(store: Store, manifest: Manifest, units: Sequence[UnitSpec]) -> list[ShardFooter]:
     with ThreadPoolExecutor(READERS) as pool:
         return list(pool.map(lambda unit: read_footer(store, unit, manifest.fingerprint), units))
 
 
-def is_over_limit(rows: int, num_errors: int, max_error_rate: float) -> bool:
-    """Whether a run should stop. Never before there are enough rows to judge by."""
-    return rows >= MIN_ROWS_FOR_ERROR_RATE and num_errors > max_error_rate * rows
+def is_over_limit(num_rows: int, num_errors: int, max_error_rate: float) -> bool:
+    """Whether a job of `num_rows` rows has more errors than it may, however its other rows end. Errors come unevenly:
+    rows of one unit have the same beginning. So the rate of the rows so far says nothing of the job's."""
+    return num_rows >= MIN_ROWS_FOR_ERROR_RATE and num_errors > max_error_rate * num_rows

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from segue.attention.segments import Segment, first_tokens, num_tokens
+from segue.pipeline.ledger.carried import remembered, restored
 from segue.pipeline.ledger.chains import decode_chain
 from segue.pipeline.ledger.columns import ERROR_TYPE
 from segue.pipeline.storage.store import OutputStorageError, Store
@@ -61,6 +62,7 @@ class UnitSpec:
     num_rows: int
     num_requests: int  # to the engine: a row of a scoring task has several, a row with an error has none
     num_tokens: int  # that its rows feed: prompts, and continuations without their last token
+    num_errors: int = 0  # rows in which planning found an error
 
     @property
     def unit_name(self) -> str:
@@ -97,15 +99,15 @@ class PlannedRow:
         return b"" if self.has_own_seed else f"{self.src_path}:{self.src_row}".encode()
 
 
-def serialize_unit(table: pa.Table, fingerprint: str) -> tuple[str, bytes]:
-    """(unit id, file content) of a table with PLANNED_FIELDS and passed-through columns.
+def serialize_unit(table: pa.Table, fingerprint: str, passed: pa.Schema | None = None) -> tuple[str, bytes]:
+    """(unit id, file content) of a table with PLANNED_FIELDS and passed-through columns. `passed`: the types that these
+    have in the input and will have in the shard, if they travel as others.
 
     The file holds the job's fingerprint, so two jobs never have equal files, even if their rows are equal.
     """
     sink = io.BytesIO()
-    pq.write_table(
-        table.replace_schema_metadata({FINGERPRINT: fingerprint}), sink, compression="zstd", write_page_checksum=True
-    )
+    metadata = {FINGERPRINT: fingerprint, **remembered(passed or pa.schema([]))}
+    pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd", write_page_checksum=True)
     content = sink.getvalue()
     return hashlib.sha256(content).hexdigest()[:16], content
 
@@ -119,9 +121,15 @@ def load_unit(store: Store, unit: UnitSpec) -> pa.Table:
         except FileNotFoundError:
             raise UnitDamaged(f"{path} is gone, wanted the unit that was planned; {_WAY_OUT}") from None
         if hashlib.sha256(content).hexdigest()[:16] == unit.unit_id:
-            table = pq.read_table(io.BytesIO(content), page_checksum_verification=True)
-            return table.replace_schema_metadata(None)
+            return pq.read_table(io.BytesIO(content), page_checksum_verification=True)
     raise UnitDamaged(f"{path} was changed after it was planned: its sha256 is another one; {_WAY_OUT}")
+
+
+def passed_columns(table: pa.Table) -> pa.Table:
+    """The passed-through columns of a unit, with the names and types of the input."""
+    names = [name for name in table.column_names if name.startswith(PASSED)]
+    passed = table.select(names).rename_columns([name.removeprefix(PASSED) for name in names])
+    return restored(passed, table.schema.metadata).replace_schema_metadata(None)
 
 
 def score_value(row: ScoreRow) -> dict[str, object]:

@@ -5,6 +5,7 @@ units. Units are named by their content. A window belongs to the plan once its f
 window, a file of its own for each other. Knows no Ray.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from itertools import repeat
@@ -54,7 +55,8 @@ def plan_window(
     cutter = _UnitCutter(job, spec, store, fingerprint(fields), len(before.units) if before else 0)
     for batch in rows:
         cutter.add(batch)
-    units, stats = tuple(cutter.finish()), asdict(cutter.counter.finish())
+    units = tuple(cutter.finish())
+    stats = asdict(cutter.counter.finish()) | {"errors": dict(sorted(cutter.errors.items()))}
     if before is None:
         return _publish_first(job, fields, spec, store, units, stats)
     name = window_name(before.num_planned)
@@ -104,12 +106,14 @@ class _UnitCutter:
 
     def __init__(self, job: CheckedJob, spec: RenderSpec, store: Store, fingerprint: str, first_ordinal: int) -> None:
         self.counter = RequestCounter(TreeCounter(job.config.workers.max_size))
+        self.errors: Counter[str] = Counter()  # rows by error code
         self._task = spec.task
         self._max_model_len = spec.max_model_len
         self._max_rows = job.config.output.max_rows_per_file
         self._max_bytes = job.config.output.max_bytes_per_file
         self._store = store
         self._fingerprint = fingerprint
+        self._passed = job.columns.written
         self._first_ordinal = first_ordinal
         self._units: list[UnitSpec] = []
         self._pieces: list[pa.Table] = []
@@ -156,10 +160,11 @@ class _UnitCutter:
         if not self._num_rows:
             return
         table = pa.concat_tables(self._pieces).combine_chunks()
-        unit_id, content = serialize_unit(table, self._fingerprint)
-        unit = UnitSpec(
-            self._first_ordinal + len(self._units), unit_id, self._num_rows, self._num_requests, self._num_tokens
-        )
+        unit_id, content = serialize_unit(table, self._fingerprint, self._passed)
+        codes = table["error"].drop_null().to_pylist()
+        self.errors.update(error["code"] for error in codes)
+        ordinal = self._first_ordinal + len(self._units)
+        unit = UnitSpec(ordinal, unit_id, self._num_rows, self._num_requests, self._num_tokens, len(codes))
         self._store.create(unit.unit_name, content)
         self._units.append(unit)
         self._pieces, self._num_rows, self._num_bytes, self._num_requests, self._num_tokens = [], 0, 0, 0, 0

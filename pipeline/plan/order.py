@@ -56,7 +56,7 @@ def needs_ray(job: CheckedJob, spec: RenderSpec) -> bool:
 
 def _reader(job: CheckedJob, spec: RenderSpec) -> PlannedRowReader:
     limits = job.config.limits
-    return PlannedRowReader(job.columns.schema, spec, RowLimits(limits.row_cpu_s, limits.row_memory_bytes))
+    return PlannedRowReader(job.columns.read, spec, RowLimits(limits.row_cpu_s, limits.row_memory_bytes))
 
 
 def _are_few(source: RowSource) -> bool:

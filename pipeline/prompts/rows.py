@@ -12,13 +12,21 @@ from functools import partial
 
 import pyarrow as pa
 
-from segue.pipeline.dataset.blocks import BLOCK_ROWS, TASK_BYTES, PageCorrupt, group_stop, read_blocks
+from segue.pipeline.dataset.blocks import (
+    BLOCK_ROWS,
+    FEW_ROWS,
+    MANY_ROWS,
+    TASK_BYTES,
+    PageCorrupt,
+    batch_rows_of,
+    group_stop,
+    read_blocks,
+)
 from segue.pipeline.dataset.files import InputFile, RowNumbers, rows_between
 from segue.pipeline.processes.limited import ChildDied, Death, LimitedProcess
 from segue.pipeline.prompts.render import RenderSpec, encoder_of, planned_schema, render_block, unplanned
 from segue.workers.errors import RowError, RowErrorCode
 
-MANY_ROWS, FEW_ROWS = 4096, 64  # rows of a batch; few if many needed too much memory
 MAX_CONVICTED_IN_A_ROW = 50  # after that the rows are not to blame
 MAX_CONVICTED = 1000  # of one task, since each may take limits.row_cpu_s several times
 DEATHS = 2  # of processes in which a row was alone, until the row is convicted
@@ -98,7 +106,7 @@ class _Range:
     def blocks(self, position: int) -> Iterator[pa.Table]:
         thrifty_until = alone_until = single_until = self._position = position  # each _Way holds up to this row
         while self._position < self._stop:
-            way = _Way(min(_batch_rows(self._file), MANY_ROWS), self._stop)
+            way = _Way(batch_rows_of(self._file), self._stop)
             if self._position < single_until:
                 way = _Way(1, single_until, is_alone=True)
             elif self._position < alone_until:
@@ -182,12 +190,6 @@ class _Way:
 
 def _is_of_memory(failure: ChildDied | PageCorrupt) -> bool:
     return isinstance(failure, ChildDied) and failure.death == "memory"
-
-
-def _batch_rows(file: InputFile) -> int:
-    """Rows of about 64 MiB. The footer says how large rows are, and may be wrong."""
-    row_bytes = sum(file.row_group_bytes) // max(1, file.num_rows)
-    return max(FEW_ROWS, min(MANY_ROWS, TASK_BYTES // max(1, row_bytes)))
 
 
 def _planned_blocks(

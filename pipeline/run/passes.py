@@ -8,14 +8,12 @@ import gc
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import ray.exceptions
 
 from segue.pipeline.ledger.completeness import missing_units
 from segue.pipeline.ledger.manifest import Manifest
-from segue.pipeline.ledger.totals import is_over_limit
 from segue.pipeline.ledger.units import UnitDamaged, UnitSpec
 from segue.pipeline.problems import WorkersFailed
 from segue.pipeline.processes import ray_session
@@ -36,35 +34,10 @@ from segue.pipeline.run.pool import run_units
 from segue.pipeline.run.quarantine import Quarantine
 from segue.pipeline.run.receipt import Receipt
 from segue.pipeline.run.roster import Roster
+from segue.pipeline.run.tally import Tally
 from segue.pipeline.run.watchdog import Watchdog
 from segue.pipeline.run.worker import DRAIN_SECONDS
 from segue.pipeline.storage.store import OutputStorageError
-
-
-@dataclass(slots=True)
-class Tally:
-    """Rows so far: those that were committed when the run began, and those in receipts of this run."""
-
-    rows_before: int
-    errors_before: int
-    rows: int = 0
-    errors: int = 0
-    computed: int = 0
-    commits: int = 0
-
-    @property
-    def all_rows(self) -> int:
-        return self.rows_before + self.rows
-
-    @property
-    def all_errors(self) -> int:
-        return self.errors_before + self.errors
-
-    def add(self, receipt: Receipt) -> None:
-        self.rows += receipt.num_rows
-        self.computed += receipt.num_computed_tokens
-        self.errors += sum(receipt.errors.values())
-        self.commits += receipt.status == "committed"
 
 
 class Passes:
@@ -94,6 +67,7 @@ class Passes:
         """Compute the missing units of `manifest`. Raises the error of a unit that failed, and WorkersFailed if the
         workers of every unit die."""
         self._manifest = manifest
+        self._tally.planned_errors = manifest.num_errors
         tokens = int(manifest.stats["tokens_requested"])
         self._metrics.planned(rows=manifest.num_rows, units=len(manifest.units), tokens=tokens)
         self._metrics.done(self._tally.all_rows)
@@ -111,8 +85,8 @@ class Passes:
 
     @property
     def may_go_on(self) -> bool:
-        """False after a signal, after a failure, and over the error limit."""
-        return not (self._interrupt.is_set or self._failure is not None or self._is_over_limit())
+        """False after a signal, after a failure, and after too many errors."""
+        return not (self._interrupt.is_set or self._failure is not None or self._tally.reason)
 
     def _round(self, units: Sequence[UnitSpec]) -> list[UnitSpec]:
         """Try units in a pool, then alone, then row by row. Returns the units that are still missing."""
@@ -208,7 +182,7 @@ class Passes:
         self._metrics.done(self._tally.all_rows)
         failure = receipt.exception
         self._failure = self._failure or failure
-        if failure is not None or self._is_over_limit():
+        if failure is not None or self._tally.reason:
             roster.drain.remote()
 
     def _drain(self, roster: Any) -> None:
@@ -221,8 +195,4 @@ class Passes:
         return [unit for unit in missing if unit not in self._given_up]
 
     def _may_convict(self, unit: UnitSpec, num_convicted: int) -> bool:
-        return not (self._interrupt.is_set or self._is_over_limit(unit.num_rows, num_convicted))
-
-    def _is_over_limit(self, more_rows: int = 0, more_errors: int = 0) -> bool:
-        rows, errors = self._tally.all_rows + more_rows, self._tally.all_errors + more_errors
-        return is_over_limit(rows, errors, self._job.config.limits.max_error_rate)
+        return not self._interrupt.is_set and self._tally.allows_in_unit(unit.num_rows, num_convicted)

@@ -23,6 +23,7 @@ class Receipt:
     status: str  # committed | lost (another attempt was first) | drained | failed
     num_rows: int = 0
     errors: dict[str, int] = field(default_factory=dict)  # rows by error code
+    num_planned_errors: int = 0  # those of them that planning found
     num_input_tokens: int = 0
     num_computed_tokens: int = 0
     num_generated_tokens: int = 0

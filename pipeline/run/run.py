@@ -23,7 +23,8 @@ from segue.pipeline.processes.interrupt import Interrupt
 from segue.pipeline.processes.limited import LimitedProcess
 from segue.pipeline.processes.progress import Say
 from segue.pipeline.ready.job import ReadyJob, existing_manifest, today
-from segue.pipeline.run.passes import Passes, Tally
+from segue.pipeline.run.passes import Passes
+from segue.pipeline.run.tally import Tally
 from segue.pipeline.storage.open import open_store
 
 
@@ -85,7 +86,8 @@ def run_job(job: ReadyJob, say: Say, *, quiet: bool = False, child: LimitedProce
         manifest = manifest or plan_first(job, say, child)
         started = time.monotonic()
         before = totals_of(job.store, manifest)
-        tally = Tally(before.rows, before.num_errors)
+        found_by_workers = before.num_errors - before.num_planned_errors
+        tally = Tally(job.checked.num_rows, job.config.limits.max_error_rate, before.rows, found_by_workers)
         missing = missing_units(job.store, manifest)
         if len(missing) < len(manifest.units):
             say(f"resuming: {len(manifest.units) - len(missing)} of {len(manifest.units)} shards are there")
@@ -110,6 +112,7 @@ def _finish(job: ReadyJob, manifest: Manifest, tally: Tally, interrupt: Interrup
     return replace(
         summary,
         exit_code=summary.exit_code or exit_code,
+        reason="" if is_done else tally.reason,
         rows_this_run=tally.rows,
         tokens_computed_this_run=tally.computed,
         seconds=round(seconds, 2),
@@ -118,4 +121,5 @@ def _finish(job: ReadyJob, manifest: Manifest, tally: Tally, interrupt: Interrup
 
 
 def _summary_of(job: ReadyJob, manifest: Manifest, status: str) -> RunSummary:
-    return summary_of(job.config.output.path, manifest, status, job.config.limits.max_error_rate)
+    rate = job.config.limits.max_error_rate
+    return summary_of(job.config.output.path, manifest, status, num_rows=job.checked.num_rows, max_error_rate=rate)

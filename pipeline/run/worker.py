@@ -24,7 +24,7 @@ from segue.pipeline.ledger.columns import (
     score_values,
 )
 from segue.pipeline.ledger.shards import PROTOCOL, ShardFooter, commit_shard, serialize_shard
-from segue.pipeline.ledger.units import PASSED, PlannedRow, UnitSpec, load_unit, planned_rows
+from segue.pipeline.ledger.units import PlannedRow, UnitSpec, load_unit, passed_columns, planned_rows
 from segue.pipeline.processes.metrics import EngineMetrics, label_of
 from segue.pipeline.ready.worker_spec import WorkerSpec
 from segue.pipeline.run.receipt import Receipt
@@ -136,9 +136,7 @@ class UnitWorker:
         self, unit: UnitSpec, table: pa.Table, rows: Sequence[PlannedRow], answers: Sequence[Sequence[RequestOutput]]
     ) -> Receipt:
         results = [_result(row, self._spec.task, outputs) for row, outputs in zip(rows, answers, strict=True)]
-        names = [name for name in table.column_names if name.startswith(PASSED)]
-        passed = table.select(names).rename_columns([name.removeprefix(PASSED) for name in names])
-        spec = self._spec
+        spec, passed = self._spec, passed_columns(table)
         schema = result_schema(passed.schema, spec.params, spec.task, has_row_params=spec.has_row_params)
         shard = result_table(schema, passed, results)
         footer = _footer(unit, self._spec.fingerprint, results, [output for own in answers for output in own])
@@ -149,6 +147,7 @@ class UnitWorker:
             "committed" if won else "lost",
             unit.num_rows,
             footer.errors,
+            unit.num_errors,
             footer.num_input_tokens,
             footer.num_computed_tokens,
             footer.num_generated_tokens,

@@ -93,11 +93,11 @@ SURVIVED_ONCE = (
     ),
     Mutant(
         "a resumed run forgets the errors that are committed", "pipeline/run/run.py",
-        "Tally(before.rows, before.num_errors)", "Tally(before.rows, 0)", ERROR_LIMIT_TESTS,
+        "before.rows, found_by_workers)", "before.rows, 0)", ERROR_LIMIT_TESTS,
     ),
     Mutant(
         "a receipt over the error limit does not stop the workers", "pipeline/run/passes.py",
-        "if failure is not None or self._is_over_limit():", "if failure is not None:", ERROR_LIMIT_TESTS,
+        "if failure is not None or self._tally.reason:", "if failure is not None:", ERROR_LIMIT_TESTS,
     ),
     Mutant(
         "max_bytes_per_file is ignored", "pipeline/plan/cutting.py",

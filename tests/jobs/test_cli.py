@@ -211,7 +211,12 @@ def test_cli_run_end_to_end_drains_on_sigterm_and_a_second_command_finishes(tmp_
             "next: segue errors '/a b'; segue retry '/a b' --output OTHER --set KEY=VALUE answers these rows again",
         ),
         ("interrupted", 0, "next: the same command goes on where this one stopped"),
-        ("too_many_errors", 9, "next: segue errors '/a b'; the same command goes on where this one stopped"),
+        (
+            "too_many_errors",
+            9,
+            "next: segue errors '/a b'; with a higher limits.max_error_rate the same command goes on where this one "
+            "stopped",
+        ),
     ],
 )
 def test_summary_ends_with_what_to_type_next(capsys, status, num_errors, said):

@@ -10,6 +10,7 @@ import pytest
 from fault_proxy import Fault
 from render_specs import LOOPS, TEXT, render_spec
 
+from segue.pipeline.dataset import blocks
 from segue.pipeline.dataset.blocks import InputChanged, InputUnreadable, block_of
 from segue.pipeline.dataset.files import discover
 from segue.pipeline.processes import limited
@@ -70,7 +71,7 @@ def test_rows_are_those_of_rendering_in_process_whatever_the_batches(tmp_path, m
     spec = render_spec(passed_columns=("id",))
     wanted = render_block(block_of(table, "a.parquet", 0), spec).to_pylist()
     assert read(tmp_path / "a.parquet", spec) == wanted
-    monkeypatch.setattr(planned_rows, "MANY_ROWS", 64)
+    monkeypatch.setattr(blocks, "MANY_ROWS", 64)
     assert read(tmp_path / "a.parquet", spec) == wanted
 
 

@@ -42,12 +42,15 @@ def test_run_every_input_row_is_in_the_output_exactly_once(done):
 
 
 def test_run_input_columns_come_out_bit_equal_with_their_types(done):
-    table = pa.concat_tables([pq.read_table(path) for path in shards_in(done / "out")]).sort_by("id")
+    table = pa.concat_tables([pq.read_table(path) for path in shards_in(done / "out")])
     wanted = pa.concat_tables([pq.read_table(path) for path in sorted((done / "in").iterdir())])
     assert wanted.num_rows == NUM_ROWS
     for field in wanted.schema:
         assert table.schema.field(field.name).type == field.type, field.name
-        assert repr(table[field.name].to_pylist()) == repr(wanted[field.name].to_pylist()), field.name
+        values = dict(
+            zip(table["id"].to_pylist(), table[field.name].to_pylist(), strict=True)
+        )  # views cannot be sorted
+        assert repr([values[n] for n in range(NUM_ROWS)]) == repr(wanted[field.name].to_pylist()), field.name
 
 
 def test_run_result_columns_are_the_documented_ones(done):

@@ -37,6 +37,8 @@ def awkward_table(start: int, stop: int) -> pa.Table:
             "part": pa.array([{"a": n, "b": None} if n % 6 else None for n in numbers]).cast(
                 pa.struct([("a", pa.int8()), ("b", pa.list_(pa.string()))])
             ),
+            "view": pa.array([f"seen {n}" * n if n % 4 else None for n in numbers], pa.string_view()),
+            "vector": pa.array([[n, -n] for n in numbers], pa.list_(pa.field("item", pa.float32(), nullable=False), 2)),
             "odd": pa.array([float("nan") if n % 2 else -0.0 for n in numbers]),
             "nothing": pa.nulls(len(numbers)),
         }

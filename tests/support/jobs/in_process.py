@@ -6,6 +6,7 @@ of what ends a child process take `without_ray` alone.
 """
 
 import asyncio
+import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -123,6 +124,7 @@ def _streamed_here(
     _: LimitedProcess, function: Callable[..., Iterator[Any]], *arguments: Any, seconds: float | None = None
 ) -> Iterator[Any]:
     try:
-        yield from function(*arguments)
+        for value in function(*arguments):
+            yield pickle.loads(pickle.dumps(value))  # as between processes
     except MemoryError:
         raise ChildDied("memory") from None
