@@ -45,8 +45,8 @@ class RowErrorCode(StrEnum):
     )
     BAD_PROMPT = (
         "BAD_PROMPT",
-        "token ids that the model does not have; in process, also a prompt that is neither text, chat nor token ids",
-        "compare the tokenizer's vocabulary with the model's `vocab_size`",
+        "only in process: a prompt that is neither text, chat nor token ids, or has ids that the model does not have",
+        "give text, messages, or token ids below the model's `vocab_size`",
     )
     UNSUPPORTED_CONTENT = (
         "UNSUPPORTED_CONTENT",

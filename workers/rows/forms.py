@@ -22,6 +22,8 @@ _JSON_OPTIONS = {
     "coerce_one_of": False,
     "lenient": False,
 }
+_ESCAPE = re.compile(r"\\.", re.DOTALL)
+_DIGITS = {r"\d": "[0-9]", r"\D": "[^0-9]"}  # classes, which may stand inside other classes
 _SYNTAX = re.compile(r"[\\.+*?()|\[\]{}^$#&~-]")  # of Rust's regular expressions, which llguidance takes
 # Words that a message may contain: they are JSON Schema's, not the row's.
 _KEYWORDS = frozenset(
@@ -57,7 +59,9 @@ class StructuredOutputs(BaseModel, frozen=True):
         WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "string"}, {"type": "null"}], "default": None}),
         Field(alias="json", max_length=MAX_FORM_CHARS),
     ] = None  # a JSON schema: a mapping, or its text
-    regex: Annotated[str | None, Field(min_length=1, max_length=MAX_FORM_CHARS)] = None  # of the whole answer, Rust's
+    regex: Annotated[str | None, Field(min_length=1, max_length=MAX_FORM_CHARS)] = (
+        None  # of the whole answer, Rust's; \d is 0 to 9
+    )
     choice: Annotated[
         tuple[Annotated[str, Field(min_length=1)], ...] | None, BeforeValidator(_tuple), Field(min_length=1)
     ] = None  # one of these texts
@@ -90,7 +94,12 @@ class StructuredOutputs(BaseModel, frozen=True):
             return LLMatcher.grammar_from_json_schema(self.json_schema, overrides=options)
         if self.choice is not None:
             return LLMatcher.grammar_from_regex("|".join(_SYNTAX.sub(r"\\\g<0>", text) for text in self.choice))
-        return LLMatcher.grammar_from_regex(self.regex or "")
+        return LLMatcher.grammar_from_regex(_with_ascii_digits(self.regex or ""))
+
+
+def _with_ascii_digits(regex: str) -> str:
+    r"""`\d` is 0 to 9, as in ECMAScript, JSON schemas and xgrammar; in Rust it is also other scripts' digits."""
+    return _ESCAPE.sub(lambda found: _DIGITS.get(found[0], found[0]), regex)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -102,6 +111,8 @@ def problem_of(outputs: StructuredOutputs) -> str | None:
         return MISSING
     try:
         is_wrong, messages = LLMatcher.validate_grammar_with_warnings(outputs.grammar())
+        if outputs.regex is not None and not is_wrong:  # [A-\d] must not become [A-[0-9]]
+            is_wrong, messages = LLMatcher.validate_grammar_with_warnings(LLMatcher.grammar_from_regex(outputs.regex))
     except ValueError:  # JSON that llguidance cannot read: NaN, endless numbers, lone surrogates, very deep values
         is_wrong, messages = True, [""]
     if not is_wrong:

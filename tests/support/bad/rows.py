@@ -133,6 +133,13 @@ def parameters() -> Dataset:
         ('{"temperature": -1}', "BAD_PARAMS"), ('{"top_p": 0}', "BAD_PARAMS"), ('{"max_tokens": 0}', "BAD_PARAMS"),
         ('{"temperature": NaN}', "BAD_PARAMS"), ('{"max_token": 3}', "BAD_PARAMS"), ('{"n": 1000000}', "BAD_PARAMS"),
         ("[" * 100_000, "BAD_PARAMS"), ('{"max_tokens": "9"}', "BAD_PARAMS"), ('{"seed": 3}', None),
+        ('{"temperature": 1e-39}', None), ('{"temperature": 1e308}', None), ('{"top_k": 9223372036854775808}', None),
+        ('{"repetition_penalty": 1e-320}', None), ('{"seed": 9223372036854775808}', "BAD_PARAMS"),
+        ('{"stop_token_ids": [-1]}', "BAD_PARAMS"), ('{"logit_bias": {"5": 1e300}}', None),
+        ('{"logit_bias": {"word": 1}}', "BAD_PARAMS"), ('{"logit_bias": {"-1": 1}}', "BAD_PARAMS"),
+        ('{"logit_bias": [[5]]}', "BAD_PARAMS"), ('{"allowed_token_ids": []}', "BAD_PARAMS"),
+        ('{"bad_words": [" "]}', "BAD_PARAMS"), ('{"bad_words": "word"}', "BAD_PARAMS"),
+        ('{"truncate_prompt_tokens": 0}', "BAD_PARAMS"), ('{"truncate_prompt_tokens": 3}', None),
     ]  # fmt: skip
     rows = [Row("R13" if code else "-", f"sampling_params {str(value)[:30]}", value, code) for value, code in values]
     return Dataset(

@@ -65,7 +65,7 @@ def test_row_that_can_never_fit_costs_only_itself():
 @pytest.mark.parametrize("budget", range(60, 140, 4))
 def test_row_of_two_samples_that_outgrows_memory_is_answered_once(budget):
     subject = tiny_engine(kv_cache_memory_bytes=kv_bytes(budget))
-    params = SamplingParams(n=2, max_tokens=200, ignore_eos=True)
+    params = SamplingParams(n=2, temperature=1.0, max_tokens=200, ignore_eos=True)
     short = SamplingParams(max_tokens=2, ignore_eos=True)
     subject.add("outgrows", GenerationRequest([Segment(tuple(range(3, 27)), True)], params, b""))
     subject.add("short", GenerationRequest([Segment((5, 6), True)], short, b""))

@@ -25,6 +25,7 @@ from segue.workers.rows.params import SamplingParams
         ({"json": {"$ref": "http://secret/x"}}, "this JSON schema"),
         ({"regex": "(?=secret)b"}, "this regular expression"),
         ({"regex": "(secret"}, "this regular expression"),
+        ({"regex": r"[A-\d]secret"}, "this regular expression"),
     ],
 )
 def test_form_that_cannot_be_enforced_is_refused_in_words_that_do_not_quote_it(form, said):

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ready_jobs import ready_job
 from render_specs import render_spec
-from tiny_models import tiny_tree_model
+from tiny_models import VOCAB_SIZE, tiny_tokenizer, tiny_tree_model
 from yaml_job import write
 
 from segue.attention.segments import Segment
@@ -28,6 +28,7 @@ from segue.workers.errors import RowError
 from segue.workers.rows.forms import StructuredOutputs, problem_of
 from segue.workers.rows.params import SamplingParams
 from segue.workers.rows.request import GenerationRequest
+from segue.workers.sampling.grammars import Grammars
 
 TICKET = {
     "type": "object",
@@ -103,6 +104,38 @@ def test_what_stops_is_a_full_match(regex):
     for answer in answers([{"regex": regex}] * 12):
         assert answer.finish_reason == "stop"
         assert re.fullmatch(regex, answer.text)
+
+
+@pytest.mark.parametrize(
+    ("form", "is_ascii"),
+    [
+        ({"regex": r"\d"}, True),
+        ({"regex": r"[\d]"}, True),
+        ({"regex": r"[x\d-]"}, True),
+        ({"regex": r"[^\D]"}, True),
+        ({"regex": r"\D"}, False),
+        ({"regex": r"[x\D]"}, False),
+        ({"regex": r"\w"}, False),
+        ({"regex": r"\p{Nd}"}, False),
+        ({"json": {"type": "string", "pattern": r"^\d$"}}, True),
+    ],
+)
+def test_digits_of_other_scripts_are_no_digits(form, is_ascii):
+    quote = '"' if "json" in form else ""
+    grammars = Grammars(tiny_tokenizer(), VOCAB_SIZE, frozenset())
+
+    def is_answer(text):
+        matcher = grammars.begin(StructuredOutputs(**form)).matcher
+        ids = tiny_tokenizer()(quote + text + quote, add_special_tokens=False).input_ids
+        return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+    assert is_answer("\u0663") != is_ascii
+    assert is_answer("3") == (form not in ({"regex": r"\D"}, {"regex": r"[x\D]"}))
+
+
+def test_escaped_backslash_before_a_d_is_no_digit():
+    (answer,) = answers([{"regex": r"\\d|\\\\d"}])
+    assert answer.text in ("\\d", "\\\\d")
 
 
 def test_choices_are_texts_and_not_patterns_and_each_is_drawn():
