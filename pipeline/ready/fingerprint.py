@@ -43,7 +43,8 @@ def fingerprint_fields(checked: CheckedJob, facts: ModelFacts, mask: str) -> dic
 def _what_is_asked(config: JobConfig) -> dict[str, Any]:
     """The one of the two sections that the task has a use for."""
     if config.task == "generate":
-        return {"sampling_params": config.sampling_params.model_dump(mode="json")}
+        params = config.sampling_params.model_dump(mode="json")
+        return {"sampling_params": params, "output.split_reasoning": config.output.split_reasoning}
     scoring = config.scoring_template()
     delimiter = scoring.delimiter(config.prompt.format)
     return {"scoring": scoring.model_dump(mode="json") | {"target_delimiter": delimiter}}
