@@ -35,6 +35,7 @@ def fingerprint_fields(checked: CheckedJob, facts: ModelFacts, mask: str) -> dic
         **_what_is_tried_again(checked),
         "plan.window_rows": config.plan.window_rows,
         "output.columns": list(checked.columns.passed),
+        "output.split_reasoning": config.output.split_reasoning,
         "output.max_rows_per_file": config.output.max_rows_per_file,
         "output.max_bytes_per_file": config.output.max_bytes_per_file,
     }
@@ -43,8 +44,7 @@ def fingerprint_fields(checked: CheckedJob, facts: ModelFacts, mask: str) -> dic
 def _what_is_asked(config: JobConfig) -> dict[str, Any]:
     """The one of the two sections that the task has a use for."""
     if config.task == "generate":
-        params = config.sampling_params.model_dump(mode="json")
-        return {"sampling_params": params, "output.split_reasoning": config.output.split_reasoning}
+        return {"sampling_params": config.sampling_params.model_dump(mode="json")}
     scoring = config.scoring_template()
     delimiter = scoring.delimiter(config.prompt.format)
     return {"scoring": scoring.model_dump(mode="json") | {"target_delimiter": delimiter}}

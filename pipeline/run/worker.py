@@ -36,8 +36,7 @@ from segue.pipeline.storage.open import open_store
 from segue.workers.engine.echo import EchoEngine
 from segue.workers.engine.loop import EngineLoop, EngineRow, EngineStopped, RowEngine
 from segue.workers.errors import RowError
-from segue.workers.models.echo import echo_tokenizer, is_echo
-from segue.workers.models.source import locate, safetensors_directory
+from segue.workers.models.echo import is_echo
 from segue.workers.prompts.reasoning import ReasoningSplitter
 from segue.workers.rows.request import GenerationRequest, RequestOutput
 from segue.workers.scoring.rows import requests_of
@@ -168,9 +167,10 @@ class UnitWorker:
     @cached_property
     def _split(self) -> Split | None:
         """Takes the reasoning out of an answer, if the job wants that."""
-        if self._spec.reasoning is None:
+        spec = self._spec
+        if spec.reasoning is None:
             return None
-        splitter = ReasoningSplitter(self._spec.reasoning, _tokenizer_of(self._spec))
+        splitter = ReasoningSplitter.of_model(local_source(spec.source), spec.revision, spec.reasoning)
         return lambda output, sample: splitter.split(output.prompt_token_ids, sample.token_ids, sample.text)
 
     def _drain(self) -> None:
@@ -203,15 +203,6 @@ def make_engine(spec: WorkerSpec) -> RowEngine:
         quantization=spec.quantization,
         **options,
     )
-
-
-def _tokenizer_of(spec: WorkerSpec) -> Any:
-    if is_echo(spec.source):
-        return echo_tokenizer()
-    from transformers import AutoTokenizer
-
-    directory = safetensors_directory(locate(local_source(spec.source), spec.revision))
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True)
 
 
 def _result(row: PlannedRow, task: Task, outputs: Sequence[RequestOutput], split: Split | None) -> dict[str, Any]:

@@ -208,9 +208,9 @@ class Case:
                 places = [is_bidirectional for text, is_bidirectional in texts if word in text]
                 if places != [message["role"] != "assistant"]:
                     return f"{word} of {message['role']}"
-        if chat.tools and "weather of a city" in "".join(text for text, _ in texts):
-            if not any(is_bidirectional for text, is_bidirectional in texts if "weather of a city" in text):
-                return "tools"
+        described = [is_bidirectional for text, is_bidirectional in texts if "weather of a city" in text]
+        if described and not any(described):
+            return "tools"
         said = [word for message in chat.messages for word in _words(message) if word in shown]
         after = shown.rpartition(said[-1])[2] if said else ""
         return "header" if texts[-1][1] and not chat.continues and NAMED.search(after) else ""
@@ -254,7 +254,7 @@ def main() -> int:
     special, plain = controls_of(list(sources.values()))
     found = [path for path in sorted(options.tokenizers.iterdir()) if path.is_dir() or path.suffix == ".gguf"]
     tokenizers = {path.name: load(path, special, plain) for path in found}
-    chat_template_utils.datetime = Midnight  # a plan has a date, no time
+    chat_template_utils.datetime = Midnight  # type: ignore  # a plan has a date, no time
     encoder.run_tokenizer = functools.cache(
         encoder.run_tokenizer
     )  # it looks at a whole tokenizer to see whether it changed

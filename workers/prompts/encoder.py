@@ -294,7 +294,7 @@ class PromptEncoder:
             return None
         blocks = self._text_blocks(row) if self._template.format == "text" else self._preset_blocks(row)
         parts = [part for _, parts in blocks for part in parts]
-        from_row = [part.text for part in parts if isinstance(part, Row)]
+        from_row = [part.text for part in parts if isinstance(part, Row) or part.is_trusted]
         self._check([part.text for part in parts], () if may_be_blank else from_row)
         return blocks
 
@@ -306,7 +306,7 @@ class PromptEncoder:
 
     def _column_part(self, row: Mapping[str, object], column: str) -> Author | Row:
         text = column_text(row, column)
-        return Author(text) if column in self._template.trusted_columns else Row(text)
+        return Author(text, is_trusted=True) if column in self._template.trusted_columns else Row(text)
 
     def _preset_blocks(self, row: Mapping[str, object]) -> tuple[Block, ...]:
         instruction = column_text(row, self._template.instruction_column)

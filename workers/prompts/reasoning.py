@@ -3,12 +3,14 @@
 Knows templates, tokens and text; no engine, no row.
 """
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from segue.workers.errors import RowError
+from segue.workers.models.echo import echo_tokenizer, is_echo
+from segue.workers.models.source import locate, safetensors_directory
 from segue.workers.prompts.chat_template import ChatTemplate
 
 _R, _C = "\U000f0007", "\U000f0008"  # characters that no template looks for or writes
@@ -39,30 +41,19 @@ def learn_markers(template: ChatTemplate) -> ReasoningMarkers | None:
 
 
 def _shown(template: ChatTemplate) -> ReasoningMarkers | None:
-    """From a chat whose last answer has reasoning: what stands before it that the same chat without it lacks, and what
-    stands between it and the answer."""
-    answer = {"role": "assistant", "content": _C}
-    texts = []
-    for message in (answer, answer | {"reasoning_content": _R}):
-        try:
-            texts.append(template.render([{"role": "user", "content": "x"}, message], add_generation_prompt=False))
-        except RowError:
-            return None
-    before, found, after = texts[1].partition(_R)
+    """From a chat whose last answer has reasoning: what stands between the generation header and the reasoning, and
+    between the reasoning and the answer."""
+    user, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": _C, "reasoning_content": _R}
+    try:
+        header = template.render([user], add_generation_prompt=True)
+        before, found, after = template.render([user, answer], add_generation_prompt=False).partition(_R)
+    except RowError:
+        return None
     between, is_there, _ = after.partition(_C)
     if not found or not is_there or not between.strip():
         return None
-    opening = texts[0].partition(_C)[0]
-    start = before[_common(opening, before) :].strip() or before.split()[-1]
-    return ReasoningMarkers(start, between.strip())
-
-
-def _common(first: str, second: str) -> int:
-    """How far two texts agree, in whole lines and words: a marker must not be cut."""
-    length = next(
-        (n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
-    )
-    return length if length == len(second) else max(second.rfind(text, 0, length) for text in ("\n", ">", "]", " ")) + 1
+    start = before.removeprefix(header).strip() if before.startswith(header) else ""
+    return ReasoningMarkers(start or before.split()[-1], between.strip())
 
 
 class ReasoningSplitter:
@@ -72,44 +63,60 @@ class ReasoningSplitter:
         self._markers = markers
         self._tokenizer = tokenizer
 
+    @classmethod
+    def of_model(cls, source: str, revision: str | None, markers: ReasoningMarkers) -> "ReasoningSplitter":
+        """With a model's own tokenizer."""
+        if is_echo(source):
+            return cls(markers, echo_tokenizer())
+        from transformers import AutoTokenizer
+
+        directory = safetensors_directory(locate(source, revision))
+        return cls(markers, AutoTokenizer.from_pretrained(directory, local_files_only=True))
+
     def split(self, prompt: Sequence[int], answer: Sequence[int], text: str) -> tuple[str | None, str]:
         """(the reasoning or None, the text after it) of an answer's tokens and their text, which may be shorter: a stop
         string cuts it."""
-        written = self._decode(answer, skips=False)
-        begin = self._begin(prompt, written)
-        if begin is None:
+        if self._is_visible:
+            return self._split_text(prompt, text)
+        return self._split_tokens(prompt, list(answer), text)
+
+    @cached_property
+    def _is_visible(self) -> bool:
+        """Whether the markers are in the text of an answer, without its special tokens."""
+        marker = self._markers.end
+        return marker in self._decode(self._tokens(marker), skips=True)
+
+    def _split_text(self, prompt: Sequence[int], text: str) -> tuple[str | None, str]:
+        said = text.lstrip()
+        if said.startswith(self._markers.start):
+            said = said.removeprefix(self._markers.start)
+        elif not self._is_open(prompt):
             return None, text
-        end = written.find(self._markers.end, begin)
-        if end < 0:
-            return self._said(answer, written, begin, len(written), text).strip(), ""
-        reasoning = self._said(answer, written, begin, end, text).strip()
-        rest = self._tokens_before(answer, end + len(self._markers.end))
-        before = self._decode(answer[:rest], skips=True)
-        after = text[len(before) :] if text.startswith(before) else ""
-        return reasoning, after.lstrip()
+        reasoning, _, after = said.partition(self._markers.end)
+        return reasoning.strip(), after.lstrip()
 
-    def _begin(self, prompt: Sequence[int], written: str) -> int | None:
-        """Where the reasoning begins in the answer; None if there is none."""
-        start = self._markers.start
-        space = len(written) - len(written.lstrip())
-        if written.startswith(start, space):
-            return space + len(start)
-        header = self._decode(prompt[-_HEADER_TOKENS:], skips=False)
-        before = self._markers.end_of_turn
-        header = header[header.rfind(before) + len(before) :] if before in header else header
-        return 0 if header.rfind(start) > header.rfind(self._markers.end) else None
+    def _split_tokens(self, prompt: Sequence[int], answer: list[int], text: str) -> tuple[str | None, str]:
+        start, end = self._tokens(self._markers.start), self._tokens(self._markers.end)
+        begin = len(start) if answer[: len(start)] == start else 0
+        if not begin and not self._is_open(prompt):
+            return None, text
+        places = range(begin, len(answer) - len(end) + 1)
+        place = next((place for place in places if answer[place : place + len(end)] == end), len(answer))
+        before, reasoning, until = (
+            self._decode(answer[:stop], skips=True) for stop in (begin, place, place + len(end))
+        )
+        after = text[len(until) :] if text.startswith(until) and place < len(answer) else ""
+        said = reasoning if text.startswith(reasoning) else text
+        return said[len(before) :].strip(), after.lstrip()
 
-    def _said(self, answer: Sequence[int], written: str, begin: int, end: int, text: str) -> str:
-        """The text of a part of the answer, without control tokens, as far as `text` goes."""
-        first, last = self._tokens_before(answer, begin), self._tokens_before(answer, end)
-        before, said = self._decode(answer[:first], skips=True), self._decode(answer[:last], skips=True)
-        said = said if text.startswith(said) else text
-        return said[len(before) :]
+    def _is_open(self, prompt: Sequence[int]) -> bool:
+        """Whether the prompt's generation header, or its prefill, has opened the reasoning."""
+        header, end = self._decode(prompt[-_HEADER_TOKENS:], skips=False), self._markers.end_of_turn
+        header = header[header.rfind(end) + len(end) :] if end in header else header
+        return header.rfind(self._markers.start) > header.rfind(self._markers.end)
 
-    def _tokens_before(self, answer: Sequence[int], offset: int) -> int:
-        """How many tokens write the first `offset` characters."""
-        lengths = range(len(answer) + 1)
-        return bisect_left(lengths, offset, key=lambda count: len(self._decode(answer[:count], skips=False)))
+    def _tokens(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
 
     def _decode(self, tokens: Sequence[int], *, skips: bool) -> str:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=skips, clean_up_tokenization_spaces=False)
