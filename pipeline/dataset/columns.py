@@ -109,15 +109,16 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def is_messages(kind: pa.DataType) -> bool:
-    """Whether values are chat messages: lists of structs with `role` and `content`, a text or a list of parts."""
-    if types.is_null(kind):
+    """Whether values are chat messages: lists of structs with `role` and `content`, a text or a list of parts, or with
+    ShareGPT's `from` and `value`; or a JSON text of these."""
+    if is_text(kind):
         return True
     if not _is_list(kind) or not types.is_struct(kind.value_type) or _repeats_fields(kind):
         return False
     fields = {field.name: field.type for field in kind.value_type}
-    content = fields.get("content", pa.int8())
-    return is_text(fields.get("role", pa.int8())) and (
-        is_text(content) or (_is_list(content) and types.is_struct(content.value_type))
+    said = fields.get("content", fields.get("value", pa.int8()))
+    return is_text(fields.get("role", fields.get("from", pa.int8()))) and (
+        is_text(said) or (_is_list(said) and types.is_struct(said.value_type))
     )
 
 
@@ -126,6 +127,11 @@ def _repeats_fields(kind: pa.DataType) -> bool:
     fields = [kind.field(number) for number in range(kind.num_fields)] if types.is_nested(kind) else []
     names = [field.name for field in fields] if types.is_struct(kind) else []
     return len(set(names)) < len(names) or any(_repeats_fields(field.type) for field in fields)
+
+
+def _is_structs(kind: pa.DataType) -> bool:
+    """Whether values are lists of structs, or JSON texts."""
+    return is_text(kind) or (_is_list(kind) and types.is_struct(kind.value_type))
 
 
 def _is_scalar(kind: pa.DataType) -> bool:
@@ -158,7 +164,13 @@ class _Use:
 
 
 _ANY_SCALAR = f"{_STRING_LIKE}, or int, float, bool"
-_MESSAGES = _Use(is_messages, "list<struct<role: string, content: string>>")
+_MESSAGES = _Use(is_messages, "list<struct<role: string, content: string>>, or of from and value, or a string of JSON")
+_TOOLS = _Use(_is_structs, "list<struct<...>>, or a string of JSON", "prompt.tools_column")
+_KWARGS = _Use(
+    lambda kind: types.is_struct(kind) or is_text(kind),
+    "a struct, or a string of JSON",
+    "prompt.chat_template_kwargs_column",
+)
 _TEXT = _Use(is_text, _STRING_LIKE)
 _PLACEHOLDER = _Use(_is_scalar, _ANY_SCALAR)
 _SCORED = _Use(_is_scalar, _ANY_SCALAR, "scoring")
@@ -180,12 +192,13 @@ def _uses(
     template: PromptTemplate, task: Task, scoring: ScoringTemplate, names: Collection[str]
 ) -> list[tuple[str, _Use]]:
     """The columns that a job reads, and how; a column may have several uses."""
-    prompt = template.required_columns(names)
+    uses = [(name, use) for name, use in _told(template) if name is not None]
+    prompt = template.text_columns(names)
     if template.messages is not None or template.text is not None:
-        uses = [(name, _PLACEHOLDER) for name in prompt]
+        uses += [(name, _PLACEHOLDER) for name in prompt]
     else:
         is_chat = template.format == "chat"
-        uses = [(name, _MESSAGES if is_chat and name == template.messages_column else _TEXT) for name in prompt]
+        uses += [(name, _MESSAGES if is_chat and template.reads_messages(name) else _TEXT) for name in prompt]
     uses += [(name, _SCORED) for name in scoring.text_columns(task)]
     choices, label = scoring.list_column(task), scoring.label_of(task, names)
     uses += [(choices, _CHOICES)] if choices is not None else []
@@ -193,6 +206,11 @@ def _uses(
     if task == "generate" and ROW_PARAMS_COLUMN in names:
         uses.append((ROW_PARAMS_COLUMN, _ROW_PARAMS))
     return uses
+
+
+def _told(template: PromptTemplate) -> list[tuple[str | None, _Use]]:
+    """Columns that the chat template is told beside the messages."""
+    return [(template.tools_column, _TOOLS), (template.chat_template_kwargs_column, _KWARGS)]
 
 
 def _collisions(through: Iterable[str], task: Task) -> list[Problem]:

@@ -136,7 +136,7 @@ class InputColumns(Section):
     """Which column of the dataset plays a part that has another name in it."""
 
     prompt: str | None = None  # a text, the user's message
-    messages: str | None = None  # a list of role and content
+    messages: str | None = None  # a list of role and content, or of ShareGPT's from and value, or JSON text of it
     instruction: str | None = None  # of the formats alpaca and commonsense
     input: str | None = None  # of format alpaca
     choices: str | None = None  # a list of texts
@@ -168,6 +168,8 @@ class OutputConfig(Section):
 
     path: DataLocation  # a folder; relative to the job file's folder
     columns: ColumnChoice = "all"  # input columns passed through
+    # a column reasoning_text, and in generated_text only what follows it: by the markers of the chat template
+    split_reasoning: bool = False
     max_rows_per_file: PositiveInt = 8192  # of a unit of work, which is one file
     max_bytes_per_file: PositiveInt = 64 * MIB  # of plan data a unit
 

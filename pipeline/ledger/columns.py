@@ -8,7 +8,7 @@ Knows Arrow and answers; no model, no storage.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pyarrow as pa
 
@@ -54,7 +54,11 @@ _ANSWER: dict[Task, list[pa.Field]] = {
     ],
 }
 _TRUNCATED = pa.field("num_truncated_tokens", pa.int32())
-_OPTIONAL: dict[Task, tuple[str, ...]] = {"generate": (_TRUNCATED.name, "logprobs", "samples")}
+_REASONING = pa.field("reasoning_text", pa.string())  # null for an answer without reasoning
+_OPTIONAL: dict[Task, tuple[str, ...]] = {
+    "generate": (_TRUNCATED.name, "logprobs", _REASONING.name, "samples"),
+}
+Split = Callable[[RequestOutput, CompletionOutput], tuple[str | None, str]]  # (reasoning, the text after it)
 
 RESULT_COLUMNS: dict[Task, tuple[str, ...]] = {
     **{
@@ -67,17 +71,23 @@ ANY_RESULT_COLUMN = frozenset(name for names in RESULT_COLUMNS.values() for name
 
 
 def result_schema(
-    passed: pa.Schema, params: SamplingParams, task: Task = "generate", *, has_row_params: bool = False
+    passed: pa.Schema,
+    params: SamplingParams,
+    task: Task = "generate",
+    *,
+    has_row_params: bool = False,
+    has_reasoning: bool = False,
 ) -> pa.Schema:
     """Passed-through columns, provenance, the answer, token counts and the error, in this order.
 
     `num_truncated_tokens`, `logprobs` and `samples` are there only if the job asks for them, or if its rows may
-    (`has_row_params`).
+    (`has_row_params`); `reasoning_text` only if reasoning is split from answers (`has_reasoning`).
     """
     answer, counts, samples = _ANSWER[task], _COUNTS, []
     if task == "generate":
         counts = counts if params.truncate_prompt_tokens is None and not has_row_params else [*counts, _TRUNCATED]
         answer = answer if params.logprobs is None and not has_row_params else [*answer, _LOGPROBS]
+        answer = [*answer, _REASONING] if has_reasoning else answer
         samples = [pa.field("samples", pa.list_(pa.struct(answer)))] if params.n > 1 or has_row_params else []
     return pa.schema([*passed, *_PROVENANCE, *answer, *counts, *samples, pa.field("error", ERROR_TYPE)])
 
@@ -98,11 +108,14 @@ def error_value(error: RowError) -> dict[str, str]:
     return {"code": str(error.code), "message": error.message}
 
 
-def result_row(output: RequestOutput) -> dict[str, object]:
-    """The results of one generated row; the scalar columns are those of sample 0. After an error there is no answer."""
+def result_row(output: RequestOutput, split: Split | None = None) -> dict[str, object]:
+    """The results of one generated row; the scalar columns are those of sample 0. After an error there is no answer.
+
+    `split` takes the reasoning out of an answer.
+    """
     if output.error is not None:
         return {"num_input_tokens": len(output.prompt_token_ids) or None, "error": error_value(output.error)}
-    answers = [_answer(sample) for sample in output.outputs]
+    answers = [_answer(sample, split and split(output, sample)) for sample in output.outputs]
     return {
         **answers[0],
         "num_input_tokens": len(output.prompt_token_ids),
@@ -112,7 +125,8 @@ def result_row(output: RequestOutput) -> dict[str, object]:
     }
 
 
-def _answer(sample: CompletionOutput) -> dict[str, object]:
+def _answer(sample: CompletionOutput, parts: tuple[str | None, str] | None) -> dict[str, object]:
+    reasoning, text = parts or (None, sample.text)
     logprobs = None
     if sample.logprobs is not None:
         logprobs = [
@@ -124,7 +138,8 @@ def _answer(sample: CompletionOutput) -> dict[str, object]:
             for token in sample.logprobs
         ]
     return {
-        "generated_text": sample.text,
+        "generated_text": text,
+        "reasoning_text": reasoning,
         "finish_reason": sample.finish_reason,
         "num_generated_tokens": len(sample.token_ids),
         "logprobs": logprobs,

@@ -12,6 +12,7 @@ from segue.pipeline.prompts.render import RenderSpec, encoder_of
 from segue.workers.models.adapter_record import AdapterRecord
 from segue.workers.models.facts import ConfigFacts
 from segue.workers.prompts.encoder import PromptEncoder, import_tokenizers
+from segue.workers.prompts.reasoning import ReasoningMarkers
 from segue.workers.scoring.pairs import PairEncoder
 
 
@@ -41,3 +42,8 @@ def config_facts(directory: Path, wanted: dict[str, Any]) -> Iterator[ConfigFact
 def adapter_record(spec: RenderSpec, base_identity: str) -> Iterator[AdapterRecord]:
     """One value: the record that an adapter trained with these prompts would have. For a stream of a LimitedProcess."""
     yield checked_encoder(spec).record(spec.mask, base_identity=base_identity)
+
+
+def reasoning_markers(spec: RenderSpec) -> Iterator[ReasoningMarkers | None]:
+    """One value: what stands around the reasoning in answers to these prompts. For a stream of a LimitedProcess."""
+    yield checked_encoder(spec).reasoning_markers

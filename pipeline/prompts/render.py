@@ -30,6 +30,7 @@ from segue.workers.models.echo import echo_tokenizer, is_echo
 from segue.workers.models.source import locate, safetensors_directory
 from segue.workers.prompts.conversation import too_large
 from segue.workers.prompts.encoder import PromptEncoder
+from segue.workers.prompts.json_values import without_nulls
 from segue.workers.prompts.template import PromptTemplate
 from segue.workers.rows.forms import problem_of
 from segue.workers.rows.params import SamplingParams
@@ -191,6 +192,9 @@ def _rows(
     names = {*spec.prompt_columns, *own}
     limits = dict.fromkeys(names, spec.max_prompt_bytes) | {ROW_PARAMS_COLUMN: sys.maxsize}
     columns = {name: _values(inputs[name], limits[name]) for name in names}
+    for name in names - own:
+        if pa.types.is_nested(inputs[name].type):  # a struct has null where a mapping would lack the key
+            columns[name] = [without_nulls(value) for value in columns[name]]
     for index in range(num_rows):
         row = {name: values[index] for name, values in columns.items()}
         broken = next((value for value in row.values() if isinstance(value, RowError)), None)
@@ -251,7 +255,7 @@ def encoder_of(spec: RenderSpec) -> PromptEncoder:
     Raises ValueError if tokenizer or template cannot be used safely.
     """
     template = spec.template.model_dump_json(exclude_unset=True)
-    return _encoder(spec.source, spec.revision, template, spec.date, spec.max_prompt_bytes)
+    return _encoder(spec.source, spec.revision, template, spec.date, spec.max_prompt_bytes, spec.mask)
 
 
 def scorer_of(spec: RenderSpec, encoder: PromptEncoder) -> RowScorer:
@@ -269,10 +273,13 @@ def scorer_of(spec: RenderSpec, encoder: PromptEncoder) -> RowScorer:
 
 
 @functools.lru_cache(maxsize=2)
-def _encoder(source: str, revision: str | None, template: str, date: str, max_prompt_bytes: int) -> PromptEncoder:
+def _encoder(
+    source: str, revision: str | None, template: str, date: str, max_prompt_bytes: int, mask: str
+) -> PromptEncoder:
     parsed, when = PromptTemplate.model_validate_json(template), datetime.date.fromisoformat(date)
+    options: dict[str, Any] = {"date": when, "max_prompt_bytes": max_prompt_bytes, "mask": mask}
     if is_echo(source):
-        return PromptEncoder(echo_tokenizer(), parsed, date=when, max_prompt_bytes=max_prompt_bytes)
+        return PromptEncoder(echo_tokenizer(), parsed, **options)
     with clock_paused():  # it may have to be downloaded
         directory = safetensors_directory(locate(local_source(source), revision))
-    return PromptEncoder.from_directory(directory, parsed, date=when, max_prompt_bytes=max_prompt_bytes)
+    return PromptEncoder.from_directory(directory, parsed, **options)

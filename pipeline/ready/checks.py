@@ -112,6 +112,8 @@ def _check_task(config: JobConfig) -> list[Problem]:
     foreign = [f"scoring.{name}" for name in config.scoring.foreign_keys(config.task)]
     if config.task != "generate" and "sampling_params" in config.model_fields_set:
         foreign.append("sampling_params")
+    if config.task != "generate" and config.output.split_reasoning:
+        foreign.append("output.split_reasoning")
     wanted = f"it left out: it means nothing to task {config.task}"
     problems = [Problem(key, "a value", wanted) for key in foreign]
     if config.task == "finetune" and config.input.retry_of is not None:

@@ -35,6 +35,7 @@ def fingerprint_fields(checked: CheckedJob, facts: ModelFacts, mask: str) -> dic
         **_what_is_tried_again(checked),
         "plan.window_rows": config.plan.window_rows,
         "output.columns": list(checked.columns.passed),
+        "output.split_reasoning": config.output.split_reasoning,
         "output.max_rows_per_file": config.output.max_rows_per_file,
         "output.max_bytes_per_file": config.output.max_bytes_per_file,
     }

@@ -22,7 +22,7 @@ from segue.pipeline.prompts.render import RenderSpec
 from segue.pipeline.ready.checks import CheckedJob, check_data
 from segue.pipeline.ready.child import begin_check, checking_child
 from segue.pipeline.ready.fingerprint import fingerprint_fields
-from segue.pipeline.ready.model import check_model, check_prompts, search_model
+from segue.pipeline.ready.model import check_model, check_prompts, check_reasoning, search_model
 from segue.pipeline.ready.trial import Trial, try_rows
 from segue.pipeline.ready.worker_spec import WorkerSpec
 from segue.pipeline.storage.open import open_store
@@ -31,6 +31,7 @@ from segue.workers.devices.gpus import num_gpus_here
 from segue.workers.devices.memory import GPU_KV_SHARE, KV_SHARE
 from segue.workers.models.echo import is_echo
 from segue.workers.models.facts import ModelFacts
+from segue.workers.prompts.reasoning import ReasoningMarkers
 
 IDENTITY_DIGITS = 16  # of a model, in an adapter's record
 GIB = 2**30
@@ -45,6 +46,7 @@ class ReadyJob:
     mask: str  # resolved: segment or causal
     fields: dict[str, Any]  # the fingerprint's
     trial: Trial = field(default_factory=Trial)
+    reasoning: ReasoningMarkers | None = None  # by which it is split from answers, if the job wants that
 
     @property
     def config(self) -> JobConfig:
@@ -106,6 +108,7 @@ class ReadyJob:
             params=self.config.sampling_params,
             has_row_params=self.has_row_params,
             max_model_len=self.max_model_len,
+            reasoning=self.reasoning,
             engine={**given, "seed": self.config.seed, "kv_memory_share": share},
             threads=threads,
             device="cuda" if num_gpus else "cpu",
@@ -158,7 +161,8 @@ def ready_job(
         ready = ReadyJob(checked, model.facts, mask, fingerprint_fields(checked, model.facts, mask))
         spec = ready.render_spec(today())
         check_prompts(config, model.facts, spec, child)
-        return replace(ready, trial=try_rows(checked, spec, child))
+        reasoning = check_reasoning(config, spec, child)
+        return replace(ready, trial=try_rows(checked, spec, child), reasoning=reasoning)
 
 
 def existing_manifest(job: ReadyJob) -> Manifest | None:

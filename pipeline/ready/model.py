@@ -12,7 +12,7 @@ from typing import Any
 from segue.pipeline.jobfile.schema import JobConfig
 from segue.pipeline.problems import JobRefused, Problem
 from segue.pipeline.processes.limited import ChildDied, LimitedProcess
-from segue.pipeline.prompts.check import adapter_record, config_facts
+from segue.pipeline.prompts.check import adapter_record, config_facts, reasoning_markers
 from segue.pipeline.prompts.render import RenderSpec
 from segue.pipeline.ready.child import CHECK_SECONDS, found_in_child
 from segue.pipeline.storage.models import local_source
@@ -21,6 +21,7 @@ from segue.workers.devices.memory import free_memory_bytes
 from segue.workers.errors import ModelRefused
 from segue.workers.models.adapter_record import AdapterRecord
 from segue.workers.models.facts import ConfigFacts, FoundModel, ModelFacts, find_model, inspect_model
+from segue.workers.prompts.reasoning import ReasoningMarkers
 
 IDENTITY_DIGITS = 16  # of a model, in an adapter's record
 GIB = 2**30
@@ -75,6 +76,17 @@ def check_prompts(config: JobConfig, facts: ModelFacts, spec: RenderSpec, child:
         wanted = "what the adapter was trained with (its segue.json)"
         hint = "change the job, or set model.check_adapter: false to run it all the same"
         raise JobRefused([Problem("model.adapter", each, wanted, hint) for each in differing])
+
+
+def check_reasoning(config: JobConfig, spec: RenderSpec, child: LimitedProcess) -> ReasoningMarkers | None:
+    """What parts reasoning from answers, if the job wants them parted. Raises JobRefused if the template knows none."""
+    if not config.output.split_reasoning:
+        return None
+    found = found_in_child(child, reasoning_markers, spec)
+    if found is None:
+        wanted = "a chat template that shows reasoning, as <think> ... </think>"
+        raise JobRefused([Problem("output.split_reasoning", "a prompt without reasoning", wanted)])
+    return found
 
 
 def _find(config: JobConfig) -> tuple[FoundModel | None, list[Problem]]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from segue.workers.devices.names import Device, DeviceMap
+from segue.workers.prompts.reasoning import ReasoningMarkers
 from segue.workers.rows.params import SamplingParams
 from segue.workers.scoring.template import Task
 
@@ -25,6 +26,7 @@ class WorkerSpec:
     params: SamplingParams
     has_row_params: bool
     max_model_len: int
+    reasoning: ReasoningMarkers | None = None  # by which it is split from answers; None: it is not
     engine: dict[str, Any] = field(default_factory=dict)  # EngineConfig fields
     threads: int | None = None
     device: Device = "auto"

@@ -11,12 +11,14 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 
 from segue.pipeline.ledger.columns import (
+    Split,
     error_value,
     result_row,
     result_schema,
@@ -35,6 +37,7 @@ from segue.workers.engine.echo import EchoEngine
 from segue.workers.engine.loop import EngineLoop, EngineRow, EngineStopped, RowEngine
 from segue.workers.errors import RowError
 from segue.workers.models.echo import is_echo
+from segue.workers.prompts.reasoning import ReasoningSplitter
 from segue.workers.rows.request import GenerationRequest, RequestOutput
 from segue.workers.scoring.rows import requests_of
 from segue.workers.scoring.template import Task
@@ -135,9 +138,15 @@ class UnitWorker:
     def _commit(
         self, unit: UnitSpec, table: pa.Table, rows: Sequence[PlannedRow], answers: Sequence[Sequence[RequestOutput]]
     ) -> Receipt:
-        results = [_result(row, self._spec.task, outputs) for row, outputs in zip(rows, answers, strict=True)]
-        spec, passed = self._spec, passed_columns(table)
-        schema = result_schema(passed.schema, spec.params, spec.task, has_row_params=spec.has_row_params)
+        split, spec, passed = self._split, self._spec, passed_columns(table)
+        results = [_result(row, spec.task, outputs, split) for row, outputs in zip(rows, answers, strict=True)]
+        schema = result_schema(
+            passed.schema,
+            spec.params,
+            spec.task,
+            has_row_params=spec.has_row_params,
+            has_reasoning=split is not None,
+        )
         shard = result_table(schema, passed, results)
         footer = _footer(unit, self._spec.fingerprint, results, [output for own in answers for output in own])
         content = serialize_shard(shard, footer)
@@ -152,6 +161,15 @@ class UnitWorker:
             footer.num_computed_tokens,
             footer.num_generated_tokens,
         )
+
+    @cached_property
+    def _split(self) -> Split | None:
+        """Takes the reasoning out of an answer, if the job wants that."""
+        spec = self._spec
+        if spec.reasoning is None:
+            return None
+        splitter = ReasoningSplitter.of_model(local_source(spec.source), spec.revision, spec.reasoning)
+        return lambda output, sample: splitter.split(output.prompt_token_ids, sample.token_ids, sample.text)
 
     def _drain(self) -> None:
         if self._loop is not None:
@@ -185,7 +203,7 @@ def make_engine(spec: WorkerSpec) -> RowEngine:
     )
 
 
-def _result(row: PlannedRow, task: Task, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+def _result(row: PlannedRow, task: Task, outputs: Sequence[RequestOutput], split: Split | None) -> dict[str, Any]:
     origin: dict[str, Any] = {"src_path": row.src_path, "src_row": row.src_row}
     if row.error is not None:
         return origin | {"error": error_value(row.error)}
@@ -193,7 +211,7 @@ def _result(row: PlannedRow, task: Task, outputs: Sequence[RequestOutput]) -> di
         raise ValueError("a row without an error was not answered")
     if row.score is not None:
         return origin | score_values(row.score, task, outputs)
-    return origin | result_row(outputs[0]) | {"num_truncated_tokens": row.num_truncated_tokens}
+    return origin | result_row(outputs[0], split) | {"num_truncated_tokens": row.num_truncated_tokens}
 
 
 def _footer(

@@ -1,5 +1,7 @@
 """Sliding windows, capped scores and sinks: every backend against the dense reference, on random trees."""
 
+from typing import Any
+
 import pytest
 import torch
 from chains import chains
@@ -56,9 +58,9 @@ def test_capped_scores_are_refused_by_the_kernel_that_does_not_compute_them():
 @settings(deadline=None, max_examples=60)
 def test_rule_of_windows_is_that_of_transformers(rows, window, num_generated):
     ids = block_sequence_ids(rows[0], num_generated)
-    config = LlamaConfig(hidden_size=8, num_attention_heads=1, attn_implementation="eager")
-    config.sliding_window = window
-    mask = create_sliding_window_causal_mask(
+    config: Any = LlamaConfig(hidden_size=8, num_attention_heads=1)
+    config._attn_implementation, config.sliding_window = "eager", window
+    mask: Any = create_sliding_window_causal_mask(
         config, torch.zeros(1, len(ids), 8), None, None, torch.arange(len(ids))[None], block_sequence_ids=ids[None]
     )
     assert torch.equal(mask[0, 0] == 0, visible(ids, window))

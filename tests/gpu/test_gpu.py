@@ -86,12 +86,15 @@ class OnCard(CudaBackend):
         run = super().begin(blocks, tails, memory)
         attend = run.attend
 
-        def moved(layer, query, key, value, scale):
+        def moved(layer, query, key, value, how):
             query, key, value = (each.half().to(CUDA) for each in (query, key, value))
-            return attend(layer, query, key, value, scale).float().cpu()
+            return attend(layer, query, key, value, how).float().cpu()
 
-        run.attend = moved
+        run.attend = moved  # type: ignore[method-assign]
         return run
+
+
+NO_ROOT: Any = None  # drawing does not ask where a row is in the tree
 
 
 def card_model(kind="llama", dtype=torch.float16):
@@ -158,7 +161,7 @@ def test_scores_on_the_card_equal_those_on_the_cpu():
 )
 def test_draws_on_the_card_are_those_on_the_cpu(params):
     def samples():
-        requests = [Request(i, (Segment((1, 2, 3), False),), params, str(i).encode(), i) for i in range(64)]
+        requests = [Request(i, (Segment((1, 2, 3), False),), params, str(i).encode(), i, NO_ROOT) for i in range(64)]
         return [Sample(request, 0, None, [5, 6]) for request in requests]  # type: ignore[arg-type]
 
     torch.manual_seed(0)

@@ -21,8 +21,10 @@ from pathlib import Path
 
 from segue.workers.devices.cache import cache_root
 from segue.workers.errors import ModelRefused
+from segue.workers.models.gguf_tokenizer import gguf_tokenizer
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+CONVERSION = 2  # of GGUF files: the cache keeps the folders of each way to convert apart
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -142,7 +144,7 @@ def safetensors_directory(files: ModelFiles) -> Path:
     if files.gguf_file is None:
         return files.directory
     digest = file_digest(files.weights[0])
-    target = cache_root() / "models" / digest[:32]
+    target = cache_root() / "models" / f"{digest[:32]}-{CONVERSION}"
     if not (target / "config.json").is_file():
         _convert_gguf(files, target)
     return target
@@ -170,7 +172,7 @@ def _convert_gguf(files: ModelFiles, target: Path) -> None:
 def _write_safetensors(files: ModelFiles, target: Path) -> None:
     """Write the weights as fp32, which loses nothing, the tokenizer with its chat template, and generation defaults."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     directory, name = str(files.directory), files.gguf_file
     quantised = AutoModelForCausalLM.from_pretrained(directory, gguf_file=name, dtype=torch.float32)
@@ -183,7 +185,6 @@ def _write_safetensors(files: ModelFiles, target: Path) -> None:
     plain.tie_weights()
     plain.generation_config = quantised.generation_config
     plain.save_pretrained(target)
-    tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=name)
-    tokenizer.save_pretrained(target)
+    gguf_tokenizer(files.directory, files.weights[0].name).save_pretrained(target)
     record = {"source": name, "sha256": file_digest(files.weights[0])}
     (target / "segue_source.json").write_text(json.dumps(record))

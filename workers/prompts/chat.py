@@ -5,16 +5,20 @@ Control tokens in the row's own text are hidden from the template and stay text.
 know columns, presets or token ids.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from segue.workers.errors import RowError, RowErrorCode
 from segue.workers.prompts.chat_template import ChatTemplate
-from segue.workers.prompts.conversation import PART_SEPARATOR, Message, Role
+from segue.workers.prompts.conversation import Chat, Message
+from segue.workers.prompts.disguise import Controls, Disguise
+from segue.workers.prompts.handover import Handover, Marks, marks_of
 from segue.workers.prompts.private_use import PrivateUse
-from segue.workers.prompts.scaffold import Scaffold, Scaffolds, common_length
-from segue.workers.prompts.tokenizer import Piece, RunTokenizer, control_ids
+from segue.workers.prompts.reasoning import learn_markers
+from segue.workers.prompts.tokenizer import Piece, RunTokenizer
+from segue.workers.prompts.turns import Turns, common_length, learn_turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +37,12 @@ class SegmentedText:
     borders: tuple[Border, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Located:
-    """A rendering and where its messages and parts end in it."""
-
-    text: str  # control tokens in it are still hidden
-    ends: tuple[tuple[int, int], ...]  # (message, offset after its last character that is not white space)
-    part_starts: tuple[int, ...]
+Places = Sequence[tuple[int, int]]  # (number of a mark, offset) in order
+Span = tuple[int, int, int]  # (message, start, end); the end has no white space
 
 
 class ChatRenderer:
-    """Renders conversations with one template. Raises ValueError if the template cannot show a user's message."""
+    """Renders conversations with one template. Borders are found for the segment mask only."""
 
     def __init__(
         self,
@@ -51,176 +50,159 @@ class ChatRenderer:
         tokenizer: RunTokenizer,
         *,
         bos: str,
+        mask: str = "segment",
         segment_by: Literal["message", "part"] = "message",
         continue_final_message: bool = False,
     ) -> None:
-        self._template = template
+        self.template = template
         self._tokenizer = tokenizer
-        self._by_part = segment_by == "part"
+        self._bos = bos
+        self._is_segmented = mask == "segment"
+        self._by_part = self._is_segmented and segment_by == "part"
+        self._controls = Controls(tokenizer)
+        self._handover = Handover(template, continues=continue_final_message)
         self._continues = continue_final_message
-        self._scaffolds = Scaffolds(template, tokenizer, bos)
 
-    def check_roles(self, roles: Sequence[Role]) -> None:
-        """Raises RowError(TEMPLATE_ERROR) if the template cannot render messages of these roles, each of them once."""
-        generates = not self._continues
-        self._real_text([Message(role, ("x",)) for role in roles], add_generation_prompt=generates)
-        self._scaffolds.of(tuple(roles), (True,) * len(roles), add_generation_prompt=generates)
+    @cached_property
+    def _turns(self) -> Turns:
+        """Learned from chats without tools, unless the template wants some."""
+        turns = learn_turns(self.template, self._tokenizer, self._bos)
+        return turns if turns.closers else learn_turns(self.template, self._tokenizer, self._bos, has_tools=True)
+
+    @cached_property
+    def live(self) -> frozenset[int]:
+        """The markers that assistant text and the author's text keep: control tokens that are not special and part no
+        messages, such as `<think>`."""
+        ids = self._tokenizer.control_ids
+        named = {ids.get(token) for token in self.template.special_tokens}
+        markers = learn_markers(self.template)
+        reasoning = {ids.get(markers.start), ids.get(markers.end)} if markers else set()
+        kept_out = self._tokenizer.special_ids | named | (self._turns.structure - reasoning)
+        return frozenset(ids.values()) - kept_out
 
     def answer_end_id(self) -> int | None:
         """The control token that the template writes after an answer; None if it writes none."""
         answer = "\U000f0003"  # a character that no template looks for or writes
-        text = self._real_text([Message("user", ("x",)), Message("assistant", (answer,))], add_generation_prompt=False)
+        messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}]
+        text = self.template.render(messages, add_generation_prompt=False)
         pieces = self._tokenizer.split(text.rpartition(answer)[2])
         return next((piece.control_id for piece in pieces if piece.control_id is not None), None)
 
-    def render(self, messages: Sequence[Message]) -> SegmentedText:
+    def render(self, chat: Chat) -> SegmentedText:
         """Raises RowError: TEMPLATE_ERROR if the template raises or a message cannot be located; BAD_MESSAGES."""
-        if self._continues and messages[-1].role != "assistant":
-            message = "continue_final_message wants a last message of role assistant"
-            raise RowError(RowErrorCode.BAD_MESSAGES, message)
-        real = self._real_text(messages, add_generation_prompt=not self._continues)
-        roles = tuple(message.role for message in messages)
-        for live, hides_all in self._ways(messages):
-            private = PrivateUse([self._template.source, real, *(message.content for message in messages)])
-            located = self._locate(messages, live, private, hides_all)
-            if located is None or private.restore(located.text) != real:
+        chat = self._handover.adapted(chat)
+        private = PrivateUse([*self.template.constants, *chat.strings])
+        real = self._handover.rendered(chat, private)
+        for disguise, marks in self._ways(chat, private):
+            try:
+                rendered = self._handover.rendered(chat, private, disguise, marks)
+            except RowError:
                 continue
-            scaffold = self._scaffolds.of(roles, live, add_generation_prompt=not self._continues)
-            return self._segmented(messages, located, scaffold, private, hides_all)
-        raise _error("a message cannot be located: the chat template changes with its text, or loses or repeats it")
+            text, places = private.find_marks(disguise.hidden(rendered))
+            if private.restore(text) == real:
+                return self._segmented(chat, text, places, marks, private)
+        raise _error("the chat template changes with the text of its messages")
 
-    def _real_text(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        conversation = [(message.role, message.content) for message in messages]
-        return self._template.render(conversation, add_generation_prompt=add_generation_prompt)
+    def _ways(self, chat: Chat, private: PrivateUse) -> Iterator[tuple[Disguise, Marks]]:
+        """How to disguise the row's text, and what to mark, the preferred way first.
 
-    def _ways(self, messages: Sequence[Message]) -> Iterator[tuple[tuple[bool, ...], bool]]:
-        """(which messages get a mark, whether control tokens in assistant text are hidden), the preferred way first.
-
-        Some templates ask whether a content is empty, and a mark would change the answer. Some take `<think>` blocks
-        out of earlier assistant messages, and must be able to see them.
+        Some templates ask whether a content is empty, and a mark would change the answer. Some look for control tokens
+        in a content, and must be able to see them.
         """
-        everything = (True,) * len(messages)
-        not_empty = tuple(bool(message.content.strip()) for message in messages)
-        for hides_all in (True, False):
-            yield everything, hides_all
-            if not_empty != everything:
-                yield not_empty, hides_all
+        for shields in (False, True):
+            disguise = Disguise(private, self._controls, self.live, shields)
+            yield from ((disguise, marks) for marks in marks_of(chat.messages, by_part=self._by_part))
 
-    def _locate(
-        self, messages: Sequence[Message], live: Sequence[bool], private: PrivateUse, hides_all: bool
-    ) -> _Located | None:
-        """None unless the template renders each mark exactly once."""
-        conversation = []
-        num_marks = len(messages)
-        for number, message in enumerate(messages):
-            content, starts = self._hidden(message, private, hides_all)
-            marks = [(start, private.mark(num_marks + place)) for place, start in enumerate(starts)]
-            num_marks += len(starts)
-            if live[number]:
-                marks.append((len(content.rstrip()), private.mark(number)))
-            conversation.append((message.role, _insert(content, marks)))
-        try:
-            rendered = self._template.render(conversation, add_generation_prompt=not self._continues)
-        except RowError:
-            return None
-        text, places = private.find_marks(rendered)
-        wanted = [number for number in range(num_marks) if number >= len(messages) or live[number]]
-        if sorted(number for number, _ in places) != wanted:
-            return None
-        ends = tuple(place for place in places if place[0] < len(messages))
-        return _Located(text, ends, tuple(offset for number, offset in places if number >= len(messages)))
-
-    def _hidden(self, message: Message, private: PrivateUse, hides_all: bool) -> tuple[str, list[int]]:
-        """A message's content without control tokens, and where its second and later parts start."""
-        content = message.content
-        if hides_all or message.role != "assistant":
-            content = private.hide(content, self._tokenizer.control_starts)
-        if not self._by_part or not message.is_bidirectional:
-            return content, []
-        starts, position = [], 0
-        for part in message.parts:
-            if part.strip() and content[:position].strip():  # a blank part is not a segment: templates may trim it away
-                starts.append(position)
-            position += len(part) + len(PART_SEPARATOR)
-        return content, starts
-
-    def _segmented(
-        self, messages: Sequence[Message], located: _Located, scaffold: Scaffold, private: PrivateUse, hides_all: bool
-    ) -> SegmentedText:
-        borders, length = self._borders(messages, located, scaffold)
-        pieces = self._tokenizer.split(located.text[:length])
-        if not hides_all and control_ids(self._tokenizer.split(located.text)) != scaffold.control_ids:
-            raise _error("a control token in assistant text would become one of the prompt")
-        self._check_marks(pieces, located)
+    def _segmented(self, chat: Chat, text: str, places: Places, marks: Marks, private: PrivateUse) -> SegmentedText:
+        spans = _spans(chat, private.restore(text), places, marks)
+        pieces = self._tokenizer.split(text)
+        _check_marks(pieces, {end for _, _, end in spans})
+        borders = (Border(0, False),)
+        if self._is_segmented:
+            parts = (Border(offset, True) for place, offset in places if place >= marks.first_part)
+            borders = _joined([*self._borders(chat, text, spans), *parts])
         restored = (Piece(private.restore(piece.text), piece.control_id) for piece in pieces)
         return SegmentedText(tuple(restored), borders)
 
-    def _borders(
-        self, messages: Sequence[Message], located: _Located, scaffold: Scaffold
-    ) -> tuple[tuple[Border, ...], int]:
-        """Borders, and the length of the text that is used: a message to be continued ends with its content."""
-        if tuple(message for message, _ in located.ends) != scaffold.order:
-            raise _error("the chat template orders the messages by their text")
-        borders, position = self._before_messages(located.text, scaffold)
-        for (number, end), closer in zip(located.ends, scaffold.closers, strict=True):
-            borders.append(Border(position, messages[number].is_bidirectional))
-            position = _after(located.text, end, messages[number].content, closer)
-        if self._continues:
-            number, end = located.ends[-1] if located.ends else (-1, 0)
-            if number != len(messages) - 1:
+    def _borders(self, chat: Chat, text: str, spans: Sequence[Span]) -> Iterator[Border]:
+        if not spans:
+            yield Border(0, False)
+            return
+        turns = self._turns
+        roles = [chat.messages[number].role for number, _, _ in spans]
+        yield from self._before(text[: spans[0][1]], roles[0], turns)
+        for place, (number, _, end) in enumerate(spans):
+            kept = _kept_space(chat.messages[number], text[end:])
+            if place + 1 < len(spans):
+                cut = turns.cut(text[end : spans[place + 1][1]], kept, roles[place], roles[place + 1], self._tokenizer)
+                if cut is not None:
+                    yield Border(end + cut, roles[place + 1] != "assistant")
+            elif not self._continues:
+                yield Border(end + turns.end(text[end:], kept, roles[place], self._tokenizer), False)
+            elif number != len(chat.messages) - 1:
                 raise _error("the message to continue is not the last of the rendered prompt")
-            position = _content_end(located.text, end, messages[number].content, scaffold.closers[-1] or "")
-        else:
-            borders.append(Border(position, False))
-        borders += (Border(start, True) for start in located.part_starts)
-        return _joined(borders), position if self._continues else len(located.text)
 
-    def _before_messages(self, text: str, scaffold: Scaffold) -> tuple[list[Border], int]:
-        if not text.startswith(scaffold.bos + scaffold.inserted):
-            raise _error("the chat template's own beginning changes with the text of the messages")
-        borders = [Border(0, False)] if scaffold.bos else []
-        if scaffold.inserted:
-            borders.append(Border(len(scaffold.bos), True))
-        return borders, len(scaffold.bos + scaffold.inserted)
-
-    def _check_marks(self, pieces: Sequence[Piece], located: _Located) -> None:
-        ends = {end for _, end in located.ends}
-        position = 0
-        for piece in pieces:
-            inside = range(position + 1, position + len(piece.text.rstrip()))
-            if piece.control_id is not None and any(offset in ends for offset in inside):
-                raise _error(
-                    "a control token is put together from a message and what the chat template writes after it"
-                )
-            position += len(piece.text)
+    def _before(self, head: str, role: str, turns: Turns) -> Iterator[Border]:
+        """Borders up to the first message: BOS, and what the template itself writes before it."""
+        start = len(turns.bos) if turns.bos and head.startswith(turns.bos) else 0
+        if start:
+            yield Border(0, False)
+        inserted = 0 if role == "system" else turns.inserted(head[start:], role, self._tokenizer)
+        if inserted:
+            yield Border(start, True)
+        yield Border(start + inserted, role != "assistant")
 
 
-def _insert(content: str, marks: Sequence[tuple[int, str]]) -> str:
-    pieces, position = [], 0
-    for offset, mark in marks:
-        pieces += [content[position:offset], mark]
-        position = offset
-    return "".join([*pieces, content[position:]])
+def _spans(chat: Chat, real: str, places: Places, marks: Marks) -> list[Span]:
+    """Where the messages are, in rendered order. Raises RowError(TEMPLATE_ERROR) if one is lost or repeated."""
+    found: dict[int, list[int]] = {}
+    for mark, offset in places:
+        found.setdefault(mark, []).append(offset)
+    spans = []
+    for number, message in enumerate(chat.messages):
+        contents = found.get(marks.content(number), [])
+        calls = [found.get(mark, []) for mark in marks.named(number)]
+        if len(contents) > 1:
+            raise _error(f"the chat template repeats message {number}, of role {message.role}")
+        if not all(calls) or (message.content.strip() and not contents and not calls):
+            raise _error(f"the chat template loses message {number}, of role {message.role}, or a call of it")
+        if contents or calls:
+            starts = [_start(real, end, message) for end in contents] + [call[0] for call in calls]
+            ends = [call[0] for call in calls] or contents
+            spans.append((number, min(starts), max(ends)))
+    return sorted(spans, key=lambda span: span[2])
 
 
-def _content_end(text: str, end: int, content: str, closer: str) -> int:
-    """Where a content ends in `text`, with as much of its trailing white space as the template has kept."""
-    trailing = content[len(content.rstrip()) :]
-    kept = common_length(trailing, text[end : end + len(trailing)])
-    for spaces in range(kept, -1, -1):
-        if text.startswith(closer, end + spaces):
-            return end + spaces
-    raise _error("the chat template closes a message otherwise than one of the same role")
+def _start(real: str, end: int, message: Message) -> int:
+    """Where the content that ends here begins, as far as the template has left it as it is."""
+    for part in reversed(message.texts if message.is_list else (message.content,)):
+        text = part.strip()
+        start = real.rfind(text, 0, end) if text else end
+        if start < 0 or real[start + len(text) : end].strip():
+            break
+        end = start
+    return end
 
 
-def _after(text: str, end: int, content: str, closer: str | None) -> int:
-    """Where a turn ends. -1 if the template merged it with the next one: `_joined` drops that border."""
-    return -1 if closer is None else _content_end(text, end, content, closer) + len(closer)
+def _check_marks(pieces: Sequence[Piece], ends: Collection[int]) -> None:
+    """No control token may reach over the end of a message. None does as long as the edges of texts are hidden."""
+    position = 0
+    for piece in pieces:
+        inside = range(position + 1, position + len(piece.text.rstrip()))
+        if piece.control_id is not None and any(offset in ends for offset in inside):
+            raise _error("a control token is put together from a message and what the chat template writes after it")
+        position += len(piece.text)
 
 
-def _joined(borders: Sequence[Border]) -> tuple[Border, ...]:
-    """The borders in order of offset, without those between merged messages (-1). At one offset the last one counts."""
-    by_offset = {border.offset: border for border in borders if border.offset >= 0}
+def _kept_space(message: Message, after: str) -> int:
+    """How much of the white space at the end of a content the template has kept."""
+    content = message.content
+    return common_length(content[len(content.rstrip()) :], after)
+
+
+def _joined(borders: Iterable[Border]) -> tuple[Border, ...]:
+    """The borders in order of offset. At one offset the last one counts."""
+    by_offset = {border.offset: border for border in borders}
     by_offset.setdefault(0, Border(0, False))
     return tuple(by_offset[offset] for offset in sorted(by_offset))
 

@@ -1,51 +1,146 @@
-"""What one row says, before any template: messages made of text parts, and the checks that a row's text must pass.
+"""What one row says, before any template: messages, tools, and the checks that a row's text must pass.
 
-Knows shapes and sizes of text. Does not know templates, tokenizers or where the row comes from.
+A message is OpenAI's: a role, a content, and whatever else a template may read of it (`tool_calls`, `name`,
+`reasoning_content`, ...) as plain JSON values. Knows shapes and sizes of text. Does not know templates, tokenizers or
+where the row comes from.
 """
 
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 from segue.workers.errors import RowError, RowErrorCode
+from segue.workers.prompts.json_values import json_of, plain, strings_in
+from segue.workers.prompts.sharegpt import as_openai, is_sharegpt
 
-Role = Literal["system", "user", "assistant", "tool"]
+Role = Literal["system", "developer", "user", "assistant", "tool"]
 ROLES: tuple[str, ...] = get_args(Role)
 MAX_MESSAGES = 1000
 PART_SEPARATOR = "\n"  # as in vLLM, where a template takes strings only
+REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers takes them for one another
+_SAYS_SOMETHING = ("tool_calls", "function_call", *REASONING)  # so that an answer may have no content
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A text of a content."""
+
+    text: str
+    author: tuple[Span, ...] = ()  # what of it the job wrote, not the row
+
+    @classmethod
+    def of(cls, pieces: Iterable[tuple[str, bool]]) -> "Part":
+        """A text of pieces, each with whether the job's author wrote it."""
+        text, spans = "", []
+        for piece, is_author in pieces:
+            spans += [(len(text), len(text) + len(piece))] if is_author else []
+            text += piece
+        return cls(text, tuple(spans))
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One chat message; its content is its parts joined by PART_SEPARATOR."""
+    """One chat message."""
 
     role: Role
-    parts: tuple[str, ...]
+    parts: tuple[Part, ...] | None  # None: it has no content, as an answer that only calls tools
+    is_list: bool = False  # its content is a list of parts, not a text
+    fields: Mapping[str, Any] = field(default_factory=dict)  # all else that it has, as JSON values
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return tuple(part.text for part in self.parts or ())
 
     @property
     def content(self) -> str:
-        return PART_SEPARATOR.join(self.parts)
+        """Its parts joined by PART_SEPARATOR."""
+        return PART_SEPARATOR.join(self.texts)
+
+    @property
+    def reasoning(self) -> tuple[str, ...]:
+        return tuple(self.fields[name] for name in REASONING if name in self.fields)
 
     @property
     def is_bidirectional(self) -> bool:
         """Assistant text was generated causally and stays causal. All other roles are read at once."""
         return self.role != "assistant"
 
+    @property
+    def call_names(self) -> tuple[str, ...]:
+        """The names of the functions that it calls."""
+        calls = self.fields.get("tool_calls", ())
+        functions = [call.get("function", call) for call in calls if isinstance(call, Mapping)]
+        names = [function.get("name") for function in functions if isinstance(function, Mapping)]
+        return tuple(name for name in names if isinstance(name, str))
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """All that a chat template is told by a job and a row."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)  # the row's own arguments for the template
+    trusts_tools: bool = False  # the job gave the tools, not the row
+
+    @property
+    def strings(self) -> Iterator[str]:
+        """Every string in it, also keys."""
+        for message in self.messages:
+            yield from message.texts
+            yield from strings_in(message.fields)
+        yield from strings_in(self.tools)
+        yield from strings_in(self.kwargs)
+
+    @property
+    def said(self) -> list[str]:
+        """What its messages say: one of these must not be blank."""
+        texts = [text for message in self.messages for text in (*message.texts, *message.reasoning)]
+        return texts + [name for message in self.messages for name in message.call_names]
+
 
 def parse_messages(value: object) -> tuple[Message, ...]:
-    """A row's messages column, or a list of chat messages given to the engine.
+    """A row's messages column, which may be JSON text, or a list of chat messages given to the engine.
 
     Raises RowError: NULL_PROMPT, BAD_MESSAGES, UNSUPPORTED_CONTENT.
     """
     if value is None:
         raise RowError(RowErrorCode.NULL_PROMPT, "the messages are null")
+    if isinstance(value, str):
+        value = json_of(value, "the messages")
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
         raise _bad(f"messages must be a list of {{role, content}}, got {type(value).__name__}")
     messages = tuple(value)
     if not 1 <= len(messages) <= MAX_MESSAGES:
         raise _bad(f"want 1 to {MAX_MESSAGES} messages, got {len(messages)}")
     return tuple(_parse_message(number, message) for number, message in enumerate(messages))
+
+
+def parse_tools(value: object, what: str) -> tuple[Any, ...]:
+    """Tool definitions: JSON text, or a list of mappings. None is no tools. Raises RowError(BAD_MESSAGES)."""
+    if isinstance(value, str):
+        value = json_of(value, what) if value.strip() else None
+    if value is None:
+        return ()
+    if isinstance(value, bytes | Mapping) or not isinstance(value, Iterable):
+        raise _bad(f"{what} must be a list of tools, got {type(value).__name__}")
+    tools = tuple(plain(tool, what) for tool in value)
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise _bad(f"{what} must be a list of mappings, one for each tool")
+    return tools
+
+
+def parse_kwargs(value: object, what: str) -> dict[str, Any]:
+    """Arguments for a chat template: JSON text, or a mapping. None is no arguments. Raises RowError(BAD_MESSAGES)."""
+    if isinstance(value, str):
+        value = json_of(value, what) if value.strip() else None
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise _bad(f"{what} must be a mapping of the chat template's arguments, got {type(value).__name__}")
+    return {name: each for name, each in plain(value, what).items() if each is not None}
 
 
 def column_text(row: Mapping[str, object], column: str) -> str:
@@ -82,26 +177,41 @@ def too_large(num_bytes: int, max_bytes: int) -> str:
 def _parse_message(number: int, message: object) -> Message:
     if not isinstance(message, Mapping):
         raise _bad(f"message {number} must be {{role, content}}, got {type(message).__name__}")
+    if is_sharegpt(message):
+        message = as_openai(number, message)
     fields = {key: value for key, value in message.items() if value is not None}
-    role, content = fields.pop("role", None), fields.pop("content", None)
+    role: Any = fields.pop("role", None)
+    content = fields.pop("content", None)
     if role not in ROLES:
         raise _bad(f"message {number} must have one of the roles {', '.join(ROLES)}")
-    if fields:
-        raise _bad(f"message {number} has {len(fields)} keys beside role and content; they would be lost")
-    if content is None:
+    kept = _parse_fields(number, fields)
+    if content is None and not (role == "assistant" and any(kept.get(name) for name in _SAYS_SOMETHING)):
         raise _bad(f"message {number} has no content")
-    return Message(role, _parse_content(number, content))
+    is_list = content is not None and not isinstance(content, str)
+    return Message(role, None if content is None else _parse_content(number, content), is_list, kept)
 
 
-def _parse_content(number: int, content: object) -> tuple[str, ...]:
+def _parse_fields(number: int, fields: Mapping[Any, object]) -> dict[str, Any]:
+    """What a message has beside role and content. Empty lists and mappings say nothing."""
+    kept = {key: value for key, value in plain(fields, f"message {number}").items() if value not in ([], {})}
+    calls = kept.get("tool_calls", [])
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise _bad(f"tool_calls of message {number} must be a list of mappings")
+    for name in (*REASONING, "name", "tool_call_id"):
+        if not isinstance(kept.get(name, ""), str):
+            raise _bad(f"{name} of message {number} must be text, got {type(kept[name]).__name__}")
+    return kept
+
+
+def _parse_content(number: int, content: object) -> tuple[Part, ...]:
     if isinstance(content, str):
-        return (content,)
+        return (Part(content),)
     if isinstance(content, bytes | Mapping) or not isinstance(content, Iterable):
         raise _bad(f"content of message {number} must be text or a list of parts, got {type(content).__name__}")
     return tuple(_parse_part(number, part) for part in content)
 
 
-def _parse_part(number: int, part: object) -> str:
+def _parse_part(number: int, part: object) -> Part:
     if not isinstance(part, Mapping):
         raise _bad(f"a content part of message {number} must be {{type: text, text: ...}}, got {type(part).__name__}")
     fields = {key: value for key, value in part.items() if value is not None}
@@ -109,7 +219,7 @@ def _parse_part(number: int, part: object) -> str:
         raise RowError(RowErrorCode.UNSUPPORTED_CONTENT, f"message {number} has a content part that is not text")
     if not isinstance(fields.get("text"), str):
         raise _bad(f"a text part of message {number} has no text")
-    return fields["text"]
+    return Part(fields["text"])
 
 
 def _num_bytes(text: str) -> int:

@@ -5,7 +5,7 @@ placeholder can give nothing but the column's own text. Does not know rows, mess
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 _BRACES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
@@ -39,10 +39,18 @@ def columns_in(text: str) -> frozenset[str]:
     return frozenset(piece.column for piece in parse_placeholders(text) if isinstance(piece, Placeholder))
 
 
+def fill_parts(text: str, values: Mapping[str, str]) -> Iterator[tuple[str, bool]]:
+    """The pieces of `fill`, each with whether the author wrote it."""
+    for piece in parse_placeholders(text):
+        if isinstance(piece, Placeholder):
+            yield values[piece.column], False
+        else:
+            yield piece, True
+
+
 def fill(text: str, values: Mapping[str, str]) -> str:
     """`text` with each placeholder replaced by its column's value. Placeholders in values are plain text."""
-    pieces = parse_placeholders(text)
-    return "".join(values[piece.column] if isinstance(piece, Placeholder) else piece for piece in pieces)
+    return "".join(piece for piece, _ in fill_parts(text, values))
 
 
 def _piece_of(match: re.Match[str], text: str) -> str | Placeholder:

@@ -19,9 +19,10 @@ _INDENT = " " * 16
 
 @dataclass(frozen=True, slots=True)
 class Author:
-    """Text that the job's author or a preset wrote. Control tokens in it are control tokens."""
+    """Text that the job's author or a preset wrote, or trusts. Control tokens in it are control tokens."""
 
     text: str
+    is_trusted: bool = False  # a row supplied it
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ that they are used with. So a row can neither guess nor forge them. Does not kno
 
 import re
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from segue.workers.errors import RowError, RowErrorCode
 
@@ -19,8 +19,9 @@ class PrivateUse:
 
     def __init__(self, avoid: Sequence[str]) -> None:
         self._fresh = _unused(avoid)
-        self._mark = self._take()
+        self._mark, self._shield, self.end = self.take(), self.take(), self.take()
         self._marks = re.compile(f"{self._mark}(\\d+){self._mark}")
+        self._shielded = re.compile(f"{self._shield}(.)", re.DOTALL)
         self._stand_ins: dict[str, str] = {}
 
     def mark(self, number: int) -> str:
@@ -37,30 +38,41 @@ class PrivateUse:
             position = match.end()
         return "".join([*kept, text[position:]]), places
 
-    def hide(self, text: str, find_starts: Callable[[str], list[int]]) -> str:
-        """`text`, in which the characters that `find_starts` finds are replaced until it finds none."""
-        while starts := find_starts(text):
-            characters = list(text)
-            for start in starts:
-                characters[start] = self._stand_in(characters[start])
-            text = "".join(characters)
-        return text
+    def hide(self, text: str, places: Iterable[int]) -> str:
+        """`text` with other characters at these places."""
+        characters = list(text)
+        for place in places:
+            characters[place] = self._stand_in(characters[place])
+        return "".join(characters)
+
+    def shield(self, text: str, places: Iterable[int]) -> str:
+        """`text` with a character put before each of these places: a template can still see what is there."""
+        characters = list(text)
+        for place in places:
+            characters[place] = self._shield + characters[place]
+        return "".join(characters)
+
+    def hide_shielded(self, text: str) -> str:
+        """What `hide` would have made of shielded text."""
+        hidden = self._shielded.sub(lambda match: self._stand_in(match.group(1)), text)
+        return hidden.replace(self._shield, "")
 
     def restore(self, text: str) -> str:
         """`text` with its own characters again, where `hide` replaced them."""
         return text.translate({ord(stand_in): character for character, stand_in in self._stand_ins.items()})
 
-    def _stand_in(self, character: str) -> str:
-        if character not in self._stand_ins:
-            self._stand_ins[character] = self._take()
-        return self._stand_ins[character]
-
-    def _take(self) -> str:
+    def take(self) -> str:
+        """A character that nothing else uses. Raises RowError(TEMPLATE_ERROR) if there is none left."""
         for character in self._fresh:
             return character
         raise RowError(
             RowErrorCode.TEMPLATE_ERROR, "the prompt uses up all characters of Unicode's private use plane 15"
         )
+
+    def _stand_in(self, character: str) -> str:
+        if character not in self._stand_ins:
+            self._stand_ins[character] = self.take()
+        return self._stand_ins[character]
 
 
 def _unused(avoid: Sequence[str]) -> Iterator[str]:

@@ -19,12 +19,17 @@ _FORMATS_OF = {
     "prompt_column": ("chat", "text"),
     "chat_template": ("chat",),
     "chat_template_kwargs": ("chat",),
+    "chat_template_kwargs_column": ("chat",),
+    "tools": ("chat",),
+    "tools_column": ("chat",),
+    "trusted_columns": ("text",),
     "continue_final_message": ("chat",),
     "segment_by": ("chat",),
     "text": ("text",),
     "columns": ("alpaca", "commonsense"),
 }
-_RENDERERS_OWN = frozenset({"messages", "add_generation_prompt", "strftime_now", "raise_exception"})
+_RENDERERS_OWN = frozenset({"messages", "tools", "add_generation_prompt", "strftime_now", "raise_exception"})
+CONVERSATIONS = "conversations"  # the column of datasets in ShareGPT's form
 
 
 class TextPart(BaseModel):
@@ -41,7 +46,7 @@ class MessageTemplate(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    role: Role  # system, user, assistant or tool
+    role: Role  # system, developer, user, assistant or tool
     content: str | tuple[TextPart, ...] | None = None  # with {column} placeholders
     content_file: str | None = None  # path of a text file, relative to the job file
 
@@ -61,6 +66,15 @@ class MessageTemplate(BaseModel):
         if isinstance(self.content, tuple):
             return tuple(part.text for part in self.content)
         return () if self.content is None else (self.content,)
+
+    @property
+    def is_list(self) -> bool:
+        return isinstance(self.content, tuple)
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """The columns that it reads."""
+        return frozenset(column for text in self.texts for column in columns_in(text))
 
     def resolve(self, base_dir: Path) -> "MessageTemplate":
         """With the text of `content_file` as `content`. Raises ValueError if it cannot be read as UTF-8."""
@@ -86,13 +100,19 @@ class PromptTemplate(BaseModel):
     segment_by: Literal["message", "part"] = "message"  # part: borders between content parts too
     # the chat, with {column} placeholders
     messages: Annotated[tuple[MessageTemplate, ...], Field(min_length=1)] | None = None
-    messages_column: str = "messages"  # read as it is if `messages` is not given and the dataset has it
-    prompt_column: str = "prompt"  # else this column is one user message
+    # read as it is if `messages` is not given and the dataset has it: OpenAI's form or ShareGPT's, or JSON text of it
+    messages_column: str = "messages"
+    prompt_column: str = "prompt"  # else this column is one user message; without it, a column `conversations` is read
+    tools: tuple[dict[str, Any], ...] = ()  # definitions of tools, as JSON schemas, for the chat template
+    tools_column: str | None = None  # else each row's own: a list of definitions, or JSON text of it
     text: str | None = None  # template of format text; the prompt column alone if not given
     columns: dict[Literal["instruction", "input"], str] = {}  # what the presets read, if named otherwise
     chat_template: str | None = None  # Jinja, in place of the model's own
     chat_template_kwargs: dict[str, Any] = {}  # what the chat template is told, such as enable_thinking
+    chat_template_kwargs_column: str | None = None  # each row's own on top: a struct, or JSON text
     continue_final_message: StrictBool = False  # the last message is the beginning of the answer
+    # of format text: columns whose text may write control tokens, such as chats that were rendered before
+    trusted_columns: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _check_together(self) -> "PromptTemplate":
@@ -102,6 +122,8 @@ class PromptTemplate(BaseModel):
                 raise ValueError(f"{name} means nothing to format {self.format}; want format {' or '.join(wanted)}")
         if reserved := sorted(_RENDERERS_OWN & self.chat_template_kwargs.keys()):
             raise ValueError(f"chat_template_kwargs must not have {', '.join(reserved)}: the renderer sets them")
+        if self.tools and self.tools_column is not None:
+            raise ValueError("tools are the job's or each row's own: give one of tools and tools_column")
         if self.continue_final_message and self.messages and self.messages[-1].role != "assistant":
             raise ValueError(
                 f"continue_final_message wants a last message of role assistant, got {self.messages[-1].role}"
@@ -138,6 +160,11 @@ class PromptTemplate(BaseModel):
         If a column of the result is not in `available`, the job has an error: a misspelt placeholder, or a dataset
         without a prompt.
         """
+        told = (self.tools_column, self.chat_template_kwargs_column)
+        return self.text_columns(available) | {name for name in told if name is not None}
+
+    def text_columns(self, available: Collection[str]) -> frozenset[str]:
+        """Those of them with the text of the prompt."""
         return frozenset(self._columns_read(available))
 
     def _columns_read(self, available: Collection[str]) -> Iterator[str]:
@@ -148,6 +175,18 @@ class PromptTemplate(BaseModel):
             yield from {self.input_column} & set(available)
         elif self.messages is not None:
             for message in self.messages:
-                yield from (column for text in message.texts for column in columns_in(text))
+                yield from message.columns
         else:
-            yield self.messages_column if self.messages_column in available else self.prompt_column
+            yield self.chat_column(available)
+
+    def chat_column(self, available: Collection[str]) -> str:
+        """The column of the chat, or of the user's message, if the job gives no messages."""
+        if self.messages_column in available:
+            return self.messages_column
+        return (
+            CONVERSATIONS if CONVERSATIONS in available and self.prompt_column not in available else self.prompt_column
+        )
+
+    def reads_messages(self, column: str) -> bool:
+        """Whether a column that the chat is read from holds messages, not one text."""
+        return column == self.messages_column or (column == CONVERSATIONS and column != self.prompt_column)

@@ -9,7 +9,7 @@ import json
 import re
 import secrets
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
@@ -58,6 +58,7 @@ class RunTokenizer:
         serialised = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
         added = serialised["added_tokens"]
         self.control_ids: dict[str, int] = {token["content"]: token["id"] for token in added if not _is_blank(token)}
+        self.special_ids = frozenset(token["id"] for token in added if token["special"])
         self._splitter = _splitter(serialised, self.control_ids)
         found = self._splitter.get_added_tokens_decoder()
         self._control_of = {number: self.control_ids[token.content] for number, token in found.items()}
@@ -69,19 +70,24 @@ class RunTokenizer:
         self.prefix_ids, self.suffix_ids = _added_around(tokenizer)
         self._check(tokenizer)
 
-    def split(self, text: str) -> list[Piece]:
-        """The control tokens in `text` and the runs between them, as the tokenizer itself finds them."""
+    def split(self, text: str, live: Collection[int] | None = None) -> list[Piece]:
+        """The control tokens in `text` and the runs between them, as the tokenizer itself finds them.
+
+        If `live` is given, all other control tokens stay in the runs.
+        """
         pieces, position = [], 0
-        for start, end, control_id in self._control_spans(text):
+        for start, end, control_id in self._found(text):
+            if live is not None and control_id not in live:
+                continue
             pieces.append(Piece(text[position:start]))
             pieces.append(Piece(text[start:end], control_id))
             position = end
         pieces.append(Piece(text[position:]))
         return [piece for piece in pieces if piece.text]
 
-    def control_starts(self, text: str) -> list[int]:
-        """The offsets at which control tokens begin in `text`, without the white space that they take in."""
-        return [start + _indent(text[start:end]) for start, end, _ in self._control_spans(text)]
+    def control_spans(self, text: str) -> list[tuple[int, int, int]]:
+        """(start, end, id) of each control token in `text`, without the white space that it takes in."""
+        return [(*_trimmed(text, start, end), token) for start, end, token in self._found(text)]
 
     def encode(self, pieces: Iterable[Piece], borders: Sequence[int] = ()) -> list[tuple[int, ...]]:
         """Token ids between `borders`, which are ascending character offsets in the joined text of `pieces`.
@@ -133,7 +139,7 @@ class RunTokenizer:
     def _real(self, ids: list[int]) -> list[int]:
         return [self._real_ids.get(token, token) for token in ids] if self._real_ids else ids
 
-    def _control_spans(self, text: str) -> list[tuple[int, int, int]]:
+    def _found(self, text: str) -> list[tuple[int, int, int]]:
         encoding = self._splitter.encode(text, add_special_tokens=False)
         return [
             (start, end, self._control_of[number])
@@ -185,8 +191,11 @@ def control_ids(pieces: Iterable[Piece]) -> tuple[int, ...]:
     return tuple(piece.control_id for piece in pieces if piece.control_id is not None)
 
 
-def _indent(text: str) -> int:
-    return len(text) - len(text.lstrip()) if text.strip() else 0
+def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:
+    """A span without white space at its ends, or as it is if there is nothing else in it."""
+    token = text[start:end]
+    indent = len(token) - len(token.lstrip())
+    return (start + indent, start + len(token.rstrip())) if token.strip() else (start, end)
 
 
 def _is_blank(added_token: dict[str, Any]) -> bool:
@@ -230,13 +239,22 @@ def _without_vocabulary(model: dict[str, Any], control_ids: dict[str, int]) -> d
     renamed = {content: f"{_RUN}{number}" for content, number in control_ids.items() if content != unknown}
     vocabulary = model["vocab"]
     if isinstance(vocabulary, dict):
-        return model | {"vocab": {renamed.get(token, token): number for token, number in vocabulary.items()}}
+        words = {renamed.get(token, token): number for token, number in vocabulary.items()}
+        return model | {"vocab": words} | _without_merges(model, renamed)
     spared = model.get("unk_id")
     pieces = [
         [piece if number == spared else renamed.get(piece, piece), score]
         for number, (piece, score) in enumerate(vocabulary)
     ]
     return model | {"vocab": pieces}
+
+
+def _without_merges(model: dict[str, Any], words: Collection[str]) -> dict[str, Any]:
+    """A BPE's merges without those that write one of these words: `<s>` may be HTML to it, too."""
+    if not isinstance(model.get("merges"), list):
+        return {}
+    pairs = ((merge.split(" ", 1) if isinstance(merge, str) else merge) for merge in model["merges"])
+    return {"merges": [(a, b) for a, b in pairs if not (a in words or b in words or a + b in words)]}
 
 
 def _never_first(pre_tokenizer: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from render_specs import render_spec
+from render_specs import TEXT, render_spec
 
 from segue.attention.segments import num_tokens
 from segue.pipeline.dataset.blocks import block_of
@@ -155,3 +155,71 @@ def test_render_prompt_without_columns_gives_one_row_for_each_of_the_dataset():
     block = pa.table({"src_path": ["a", "a"], "src_row": [0, 1], "input": pa.array([{}, {}], pa.struct([]))})
     rows = render_block(block, render_spec(PromptTemplate(format="text", text="same"), prompt_columns=())).to_pylist()
     assert codes(rows) == [None, None]
+
+
+TOOLED = (
+    "{% for t in tools or [] %}<|start|>{{ t | tojson }}<|end|>{% endfor %}"
+    "{% if tone is defined %}{{ tone }}{% endif %}"
+    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}<|end|>{% endfor %}"
+)
+TOOL = {"name": "weather", "parameters": {"properties": {"city": {"type": "string"}}}}
+OTHER = {"name": "time", "parameters": {"properties": {"zone": {"type": "string"}}}}
+CALL = {"function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+CALL_BACK = {"function": {"name": "time", "arguments": {"zone": "CET"}}}
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+OTHER_CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": [CALL_BACK]}]
+
+
+def text_of(row: dict[str, Any]) -> str:
+    tokens = [token for segment in decode_chain(row["chain"]) for token in segment.token_ids]
+    return str(encoder_of(render_spec())._hf_tokenizer.decode(tokens))
+
+
+def told(columns: dict[str, Any]) -> list[dict[str, Any]]:
+    names = ("messages", "tools", "kwargs")
+    template = PromptTemplate(chat_template=TOOLED, tools_column="tools", chat_template_kwargs_column="kwargs")
+    return rendered(columns, template=template, prompt_columns=names)
+
+
+def test_render_chats_and_tools_as_structs_and_as_json_are_the_same():
+    """A struct has null where a mapping lacks the key: each tool, and each call, has the other one's parameters."""
+    kwargs = [{"tone": "kind"}, {"tone": None}]
+    structs = told({"messages": [CHAT, OTHER_CHAT], "tools": [[TOOL], [OTHER]], "kwargs": kwargs})
+    values = [[json.dumps(value) for value in column] for column in ([CHAT, OTHER_CHAT], [[TOOL], [OTHER]], kwargs)]
+    texts = told(dict(zip(("messages", "tools", "kwargs"), values, strict=True)))
+    assert codes(structs) == [None, None]
+    assert [row["chain"] for row in structs] == [row["chain"] for row in texts]
+    assert text_of(structs[0]).startswith(f"<|start|>{json.dumps(TOOL)}<|end|>kind<|start|>user\nhi")
+    assert json.dumps(CALL) in text_of(structs[0])
+    assert "null" not in text_of(structs[1])
+
+
+def test_render_bad_tools_and_arguments_cost_their_rows():
+    chats = [json.dumps(CHAT)] * 6
+    tools = [None, "[]", "nonsense", "[1]", json.dumps([TOOL]), None]
+    kwargs = [None, "{}", None, None, '{"messages": []}', "[]"]
+    rows = told({"messages": chats, "tools": tools, "kwargs": kwargs})
+    assert codes(rows) == [None, None, *["BAD_MESSAGES"] * 4]
+    assert "nonsense" not in repr([row["error"] for row in rows])
+
+
+def test_render_conversations_are_read_by_name_where_there_is_no_other_column():
+    shared = [[{"from": "human", "value": "hi"}]]
+    (row,) = rendered({"conversations": shared}, template=PromptTemplate(), prompt_columns=("conversations",))
+    (wanted,) = rendered({"prompt": ["hi"]}, template=PromptTemplate())
+    assert row["chain"] == wanted["chain"]
+
+
+def test_render_deep_json_costs_its_row():
+    deep = '[{"role": "user", "content": "x", "tool_calls": [' + '{"a":' * 200 + "1" + "}" * 200 + "]}]"
+    rows = rendered({"messages": [deep, "[" * 9_000]}, template=PromptTemplate(), prompt_columns=("messages",))
+    assert codes(rows) == ["BAD_MESSAGES", "BAD_MESSAGES"]
+
+
+def test_render_rendered_chat_is_live_only_in_a_trusted_column():
+    chat = "<|start|>user\nhi<|end|>"
+    trusted = PromptTemplate(format="text", trusted_columns=("prompt",))
+    (live,), (dead,) = (rendered({"prompt": [chat]}, template=template) for template in (trusted, TEXT))
+    lengths = [num_tokens(decode_chain(row["chain"])) for row in (live, dead)]
+    assert lengths == [len("user\nhi") + 2, len(chat)]

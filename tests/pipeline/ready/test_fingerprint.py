@@ -41,6 +41,9 @@ CHANGES: list[tuple[str, Any, str]] = [
     ("prompt.prompt_column", "kind", "prompt"),
     ("prompt.chat_template", "{{ messages[0]['content'] }}", "prompt"),
     ("prompt.chat_template_kwargs", {"enable_thinking": False}, "prompt"),
+    ("prompt.chat_template_kwargs_column", "kind", "prompt"),
+    ("prompt.tools", [{"type": "function", "function": {"name": "f"}}], "prompt"),
+    ("prompt.tools_column", "kind", "prompt"),
     ("prompt.continue_final_message", True, "prompt"),
     ("scoring.choices", ["yes", "no"], "scoring"),
     ("scoring.choices_column", "kind", "scoring"),
@@ -70,6 +73,7 @@ CHANGES: list[tuple[str, Any, str]] = [
     ("sampling_params.truncate_prompt_tokens", 5, "sampling_params"),
     ("sampling_params.skip_special_tokens", False, "sampling_params"),
     ("sampling_params.structured_outputs", {"regex": "a+"}, "sampling_params"),
+    ("output.split_reasoning", True, "output.split_reasoning"),
     ("plan.window_rows", 7, "plan.window_rows"),
     ("output.max_rows_per_file", 7, "output.max_rows_per_file"),
     ("output.max_bytes_per_file", 7, "output.max_bytes_per_file"),
@@ -78,8 +82,8 @@ CHANGES: list[tuple[str, Any, str]] = [
 ]
 # Keys that change a field only together with others or with what they name: each has a test below.
 CHANGES_BELOW = {
-    "task", "prompt.text", "prompt.columns", "model.source", "model.revision", "model.adapter", "model.dtype",
-    "input.path", "input.retry_of", "output.columns",
+    "task", "prompt.text", "prompt.columns", "prompt.trusted_columns", "model.source", "model.revision",
+    "model.adapter", "model.dtype", "input.path", "input.retry_of", "output.columns",
 }  # fmt: skip
 # Keys that change no answer, with another value than the test's job has.
 WITHOUT_EFFECT: dict[str, Any] = {
@@ -172,6 +176,8 @@ def test_other_task_is_refused_with_the_sections_of_both(base):
 def test_parts_of_a_prompt_that_one_format_has_are_refused(base):
     text = {"prompt.format": "text"}
     assert refused_for(changed(base, **text), changed(base, **text, **{"prompt.text": "{kind}"})) == {"prompt"}
+    trusted = {"prompt.trusted_columns": ["prompt"]}
+    assert refused_for(changed(base, **text), changed(base, **text, **trusted)) == {"prompt"}
     alpaca = {"prompt.format": "alpaca"}
     columns = {"prompt.columns": {"input": "kind"}}
     assert refused_for(changed(base, **alpaca), changed(base, **alpaca, **columns)) == {"prompt"}

@@ -20,8 +20,11 @@ DATE = datetime.date(2026, 2, 3)
 CONTROLS = (
     *("<s>", "</s>", "<unk>", "<bos>", "<start_of_turn>", "<end_of_turn>", "<|im_start|>", "<|im_end|>"),
     *("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "[INST]", "[/INST]"),
-    *("<|user|>", "<|assistant|>", "<|end|>", "<think>", "</think>", "<tool_call>"),
+    *("<|user|>", "<|assistant|>", "<|end|>", "<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>"),
+    *("</tool_response>", "<|turn|>", "<|over|>", "<|said|>", "<U>", "<A>"),
 )
+# Added tokens that are not special. Two of them part messages in the template `two_openers`.
+MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<U>", "<A>")
 CORPUS = (
     "the quick brown fox jumps over the lazy dog and says hello world to you",
     "system user assistant You are a helpful assistant. Cutting Knowledge Date: December 2023",
@@ -94,6 +97,58 @@ PHI3 = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% else %}</s>{% endif %}"
 )
+# Tools, their calls and results, and reasoning, in turns of ChatML.
+AGENT = (
+    "{% if tools %}<|im_start|>system\n{% if messages[0].role == 'system' %}{{ messages[0].content }}\n\n{% endif %}"
+    "# Tools\n{% for t in tools %}{{ t | tojson }}\n{% endfor %}<|im_end|>\n"
+    "{% elif messages[0].role == 'system' %}<|im_start|>system\n{{ messages[0].content }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}{% if m.role == 'user' or (m.role == 'system' and not loop.first) %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% elif m.role == 'assistant' %}{% set c = m.content if m.content is string else '' %}{% set r = '' %}"
+    "{% if m.reasoning_content is string %}{% set r = m.reasoning_content %}{% elif '</think>' in c %}"
+    "{% set r = c.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{% set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}<|im_start|>assistant\n"
+    "{% if loop.last and r %}<think>\n{{ r }}\n</think>\n\n{% endif %}{{ c }}"
+    "{% for call in m.tool_calls or [] %}{% set f = call.function if call.function is defined else call %}"
+    '{{ \'\n\' if c or not loop.first else \'\' }}<tool_call>\n{"name": "{{ f.name }}", "arguments": '
+    "{{ f.arguments if f.arguments is string else f.arguments | tojson }}}\n</tool_call>{% endfor %}<|im_end|>\n"
+    "{% elif m.role == 'tool' %}"
+    "{% if loop.first or messages[loop.index0 - 1].role != 'tool' %}<|im_start|>user{% endif %}"
+    "\n<tool_response>\n{{ m.content }}\n</tool_response>"
+    "{% if loop.last or messages[loop.index0 + 1].role != 'tool' %}<|im_end|>\n{% endif %}{% endif %}{% endfor %}"
+    + GENERATE
+    + "<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+# The generation header is always there: after every chat, and in the second one at the end of every user's turn.
+ALWAYS = (
+    "{{ '<s>' }}{% for m in messages %}<|turn|>{{ m.role }}<|said|>{{ m.content }}<|over|>{% endfor %}"
+    "<|turn|>assistant<|said|>"
+)
+USERS_HEADER = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>user\n{{ m.content }}<|im_end|><|im_start|>assistant\n"
+    "{% elif m.role == 'system' %}<|im_start|>system\n{{ m.content }}<|im_end|>"
+    "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+)
+# No token begins every turn, and the header follows without being asked for.
+TWO_OPENERS = (
+    "{{ '<s>' }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}"
+    "{% elif m.role == 'user' %}<U>{{ m.content }}{% else %}<A>{{ m.content }}</s>{% endif %}{% endfor %}<A>"
+)
+# The last answer ends with another token than those before it.
+LAST_ENDS = (
+    "{% for m in messages %}<|turn|>{{ m.role }}<|said|>{{ m.content }}"
+    "{{ '</s>' if m.role == 'assistant' and loop.last and not add_generation_prompt else '<|over|>' }}{% endfor %}"
+    + GENERATE
+    + "<|turn|>assistant<|said|>{% endif %}"
+)
+# Lists of content parts are written without anything between them.
+LISTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    + GENERATE
+    + "<|im_start|>assistant\n{% endif %}"
+)
 TEMPLATES = {
     "chatml": CHATML,
     "llama3": LLAMA3,
@@ -105,6 +160,12 @@ TEMPLATES = {
     "zephyr": ZEPHYR,
     "vicuna": VICUNA,
     "phi3": PHI3,
+    "agent": AGENT,
+    "always": ALWAYS,
+    "users_header": USERS_HEADER,
+    "two_openers": TWO_OPENERS,
+    "last_ends": LAST_ENDS,
+    "lists": LISTS,
 }
 SYSTEM = {"role": "system", "content": "Be kind."}
 TURNS = [
@@ -141,9 +202,9 @@ def _sentencepiece(scheme: str) -> Tokenizer:
 
 
 def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    special = [text for text in CONTROLS if "think" not in text and "tool" not in text]
+    special = [text for text in CONTROLS if text not in MARKERS]
     tokenizer.add_special_tokens([AddedToken(text, normalized=False, rstrip="|user" in text) for text in special])
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ("<think>", "</think>", "<tool_call>")])
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in MARKERS])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )
@@ -198,10 +259,9 @@ def chat(name: str, kind: str = "bytes", **options: object) -> Chat:
     return _CHATS[key]
 
 
-def expected_ids(name: str, case: Chat, messages: list[dict]) -> list[int]:
+def expected_ids(name: str, case: Chat, messages: list[dict], **options: Any) -> list[int]:
     """What transformers gives for the whole rendered text, on the plan's date."""
     source = TEMPLATES[name].replace("strftime_now('%d %b %Y')", "'03 Feb 2026'")
-    rendered = case.tokenizer.apply_chat_template(
-        messages, chat_template=source, add_generation_prompt=True, tokenize=False
-    )
+    options = {"add_generation_prompt": not options.get("continue_final_message")} | options
+    rendered = case.tokenizer.apply_chat_template(messages, chat_template=source, tokenize=False, **options)
     return case.tokenizer(rendered, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]

@@ -2,7 +2,7 @@
 
 from collections.abc import Hashable
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -83,7 +83,7 @@ class Alone:
             f"sample {got.index} has {got.token_ids}, alone it has {wanted.token_ids}"
         )
 
-    def _possible(self, row: GenerationRequest, index: int, tokens: list[int], config: EngineConfig) -> set[int | None]:
+    def _possible(self, row: GenerationRequest, index: int, tokens: list[int], config: EngineConfig) -> set[Any]:
         """What may be drawn after these tokens, from logits that are off by no more than the tolerance."""
         logits = self._logits((*row.segments, Segment(tuple(tokens), False)) if tokens else row.segments, config)
         chain = canonical_segments(row.segments, mask=config.mask)

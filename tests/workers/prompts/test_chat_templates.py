@@ -58,6 +58,36 @@ EXPECTED = {
         ("<|im_start|>user\nfox<|im_end|>\n", True),
         ("<|im_start|>assistant\n", False),
     ],
+    "always": [
+        ("<s>", False),
+        ("<|turn|>system<|said|>Be kind.<|over|>", True),
+        ("<|turn|>user<|said|>hello<|over|>", True),
+        ("<|turn|>assistant<|said|>dog<|over|>", False),
+        ("<|turn|>user<|said|>fox<|over|>", True),
+        ("<|turn|>assistant<|said|>", False),
+    ],
+    "users_header": [
+        ("<|im_start|>system\nBe kind.<|im_end|>", True),
+        ("<|im_start|>user\nhello<|im_end|>", True),
+        ("<|im_start|>assistant\ndog<|im_end|>", False),
+        ("<|im_start|>user\nfox<|im_end|>", True),
+        ("<|im_start|>assistant\n", False),
+    ],
+    "two_openers": [
+        ("<s>", False),
+        ("Be kind.", True),
+        ("<U>hello", True),
+        ("<A>dog</s>", False),
+        ("<U>fox", True),
+        ("<A>", False),
+    ],
+    "last_ends": [
+        ("<|turn|>system<|said|>Be kind.<|over|>", True),
+        ("<|turn|>user<|said|>hello<|over|>", True),
+        ("<|turn|>assistant<|said|>dog<|over|>", False),
+        ("<|turn|>user<|said|>fox<|over|>", True),
+        ("<|turn|>assistant<|said|>", False),
+    ],
     "zephyr": [
         ("((system))\nBe kind.</s>\n", True),
         ("((user))\nhello</s>\n", True),
@@ -137,8 +167,8 @@ def test_chat_bos_is_never_added_to_what_the_template_writes(name: str) -> None:
 
 def test_thinking_in_history_is_cut_as_the_template_cuts_it() -> None:
     thought = [TURNS[0], {"role": "assistant", "content": "<think>\nfox?\n</think>\n\ndog"}, TURNS[2]]
-    case = chat("qwen")
-    assert case.texts(thought) == case.texts(TURNS)
+    for case in (chat("qwen"), chat("agent")):
+        assert case.texts(thought) == case.texts(TURNS)
 
 
 def test_template_kwargs_reach_the_generation_header() -> None:
@@ -189,7 +219,11 @@ def test_consecutive_tool_messages_in_one_turn_are_one_segment() -> None:
 @pytest.mark.parametrize(
     ("name", "start"),
     # Not llama2 with white space at the end: transformers takes the template's own space for the message's.
-    [(name, start) for name in ("chatml", "llama3", "zephyr") for start in ("The answer", "It is ", "Paris.\n")]
+    [
+        (name, start)
+        for name in ("chatml", "llama3", "zephyr", "always", "users_header", "two_openers", "last_ends", "agent")
+        for start in ("The answer", "It is ", "Paris.\n")
+    ]
     + [("llama2", "The answer")],
 )
 def test_continued_message_ends_where_transformers_ends_it(name: str, start: str) -> None:
@@ -220,3 +254,38 @@ def test_parts_are_segments_when_asked_for_and_the_same_tokens_otherwise() -> No
 def test_parts_of_an_assistant_message_stay_one_causal_segment() -> None:
     messages = [TURNS[0], {"role": "assistant", "content": [{"text": "fox"}, {"text": "dog"}]}, TURNS[2]]
     assert len(chat("llama3", segment_by="part").texts(messages)) == 5
+
+
+PARTS = [SYSTEM, {"role": "user", "content": [{"type": "text", "text": "fox"}, {"text": "dog"}]}]
+
+
+@pytest.mark.parametrize("name", ["lists", "chatml"])
+def test_list_of_parts_is_handed_to_templates_that_take_lists_and_joined_for_others(name: str) -> None:
+    case = chat(name)
+    between = "" if name == "lists" else "\n"
+    assert case.texts(PARTS)[1] == (f"<|im_start|>user\nfox{between}dog<|im_end|>\n", True)
+    joined = [SYSTEM, {"role": "user", "content": "fox\ndog"}]
+    assert case.ids(PARTS) == expected_ids(name, case, PARTS if name == "lists" else joined)
+
+
+def test_parts_of_a_list_are_segments_when_asked_for() -> None:
+    texts = chat("lists", segment_by="part").texts(PARTS)
+    assert texts[1:3] == [("<|im_start|>user\nfox", True), ("dog<|im_end|>\n", True)]
+
+
+def test_list_of_parts_of_the_job_is_handed_over_as_a_list() -> None:
+    messages = [{"role": "user", "content": [{"text": "{a}"}, {"text": "{b}"}]}]
+    case = chat("lists", messages=messages)
+    first = case.encoder.encode({"a": "fox", "b": "dog"})[0]
+    assert case.text(first) == "<|im_start|>user\nfoxdog<|im_end|>\n"
+
+
+def test_borders_are_not_needed_under_the_causal_mask() -> None:
+    """What a template writes between two messages may be anything."""
+    source = "{% for m in messages %}{{ '[%s]' % m.content }}{% endfor %}"
+    case = chat("chatml")
+    template = PromptTemplate(chat_template=source)
+    messages = [{"role": "assistant", "content": "dog"}, *TURNS]
+    encoder = PromptEncoder(case.tokenizer, template, date=DATE, mask="causal")
+    (segment,) = encoder.encode({"messages": messages})
+    assert case.text(segment) == "[dog][hello][dog][fox]"

@@ -22,10 +22,8 @@ def test_template_that_raises_is_a_template_error_without_the_rows_text() -> Non
         "{% for m in messages %}<|im_start|>{{ m.content }}"
         "{% if 'twice' in m.content %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}",
         "{% for m in messages %}<|im_start|>{{ m.content if 'twice' not in m.content }}<|im_end|>{% endfor %}",
-        "{% for m in messages %}<|im_start|>{{ m.content }}{{ '?' if 'twice' in m.content }}<|im_end|>{% endfor %}",
-        "{% for m in messages %}<|im_start|>{{ m.content | length }} {{ m.content }}<|im_end|>{% endfor %}",
     ],
-    ids=["cuts", "repeats", "drops", "closes otherwise", "counts"],
+    ids=["cuts", "repeats", "drops"],
 )
 def test_template_that_changes_with_a_rows_text_is_a_template_error(source: str) -> None:
     tokenizer = chat("chatml").tokenizer
@@ -42,18 +40,28 @@ def test_template_that_changes_with_a_rows_text_is_a_template_error(source: str)
         "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}",
         "{{ nothing.at.all }}",
         "{% if %}",
+        "{% for m in messages %}<|im_start|>{{ m.content | length }} {{ m.content }}<|im_end|>{% endfor %}",
     ],
-    ids=["drops", "repeats", "raises", "syntax"],
+    ids=["drops", "repeats", "raises", "syntax", "counts"],
 )
 def test_template_that_can_show_no_user_message_is_refused_at_load(source: str) -> None:
     with pytest.raises(ValueError, match="chat template"):
         PromptEncoder(chat("chatml").tokenizer, PromptTemplate(chat_template=source), date=DATE)
 
 
-def test_template_that_begins_a_control_token_before_a_content_is_refused() -> None:
-    source = "{% for m in messages %}<|im_start|>user\n<|im_end{{ m.content }}<|im_end|>{% endfor %}"
-    with pytest.raises(ValueError, match="beginning of a control token"):
-        PromptEncoder(chat("chatml").tokenizer, PromptTemplate(chat_template=source), date=DATE)
+def test_template_that_closes_a_message_by_its_text_is_rendered_as_transformers_renders_it() -> None:
+    source = "{% for m in messages %}<|im_start|>{{ m.content }}{{ '?' if 'fox' in m.content }}<|im_end|>{% endfor %}"
+    case = chat("chatml")
+    encoder = PromptEncoder(case.tokenizer, PromptTemplate(chat_template=source), date=DATE)
+    texts = [
+        (case.text(segment), segment.bidirectional) for segment in encoder.encode({"messages": [*TURNS, TURNS[1]]})
+    ]
+    assert texts == [
+        ("<|im_start|>hello<|im_end|>", True),
+        ("<|im_start|>dog<|im_end|>", False),
+        ("<|im_start|>fox?<|im_end|>", True),
+        ("<|im_start|>dog<|im_end|>", False),
+    ]
 
 
 def test_continue_wants_an_assistant_message_last() -> None:
