@@ -90,6 +90,7 @@ def test_shapes_that_do_not_go_together_are_refused_by_each_kernel(kernels, name
         WRONG[name](kernels)
 
 
+CHECKED = {name: backend for name, backend in zip(NAMES, BACKENDS, strict=True) if name != "reference"}
 STEPS = {  # heads of queries and keys, tokens and width of the keys, layer: instead of 4, 2, 5, the shape's and 0
     "more keys than the memory has heads": (4, 4, 5, 0, 0),
     "one key for all heads": (4, 1, 5, 0, 0),
@@ -101,7 +102,7 @@ STEPS = {  # heads of queries and keys, tokens and width of the keys, layer: ins
 }
 
 
-@pytest.mark.parametrize("backend", [b for b, name in zip(BACKENDS, NAMES, strict=True) if name != "reference"])
+@pytest.mark.parametrize("backend", CHECKED.values(), ids=CHECKED)
 @pytest.mark.parametrize("name", STEPS)
 def test_step_of_other_shapes_than_the_memory_is_refused_by_each_backend(backend, name):
     num_heads, num_keys, num_tokens, wider, layer = STEPS[name]

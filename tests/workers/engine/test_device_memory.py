@@ -119,6 +119,7 @@ def test_segment_that_fits_on_the_device_without_other_rows_is_answered(monkeypa
     engine = tiny_engine(max_num_seqs=4, max_num_batched_tokens=40)
     _failing_forward(engine.model, monkeypatch, lambda sizes: sizes[-1] > 100)
     assert token_ids(engine.generate(prompts, params)) == wanted
+    assert engine.stats.num_shrunk_steps == 1
 
 
 def test_segment_that_fits_beside_less_kv_memory_than_an_earlier_row_holds_waits_for_that_row(monkeypatch):
