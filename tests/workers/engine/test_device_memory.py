@@ -113,7 +113,7 @@ def test_segment_that_does_not_fit_on_the_device_costs_its_row_alone(most, monke
 
 
 def test_segment_that_fits_on_the_device_without_other_rows_is_answered(monkeypatch):
-    long, params = [Segment(tuple(range(3, 103)), True)], SamplingParams(max_tokens=6, ignore_eos=True)
+    long, params = [Segment(tuple(range(251, 151, -1)), True)], SamplingParams(max_tokens=6, ignore_eos=True)
     prompts = [*shared_prompts(3), long]
     wanted = token_ids(tiny_engine().generate(prompts, params))
     engine = tiny_engine(max_num_seqs=4, max_num_batched_tokens=40)
