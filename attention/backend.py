@@ -30,6 +30,20 @@ class LayerAttention:
             raise ValueError(f"a window has at least one token, got {self.window}")
 
 
+def check_step(shape: KVShape, num_tokens: int, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raises ValueError unless a layer's tensors are those of a step of `num_tokens` over memory of this shape.
+
+    What else they were would be written behind the memory of a node.
+    """
+    wanted = (shape.num_kv_heads, num_tokens, shape.head_dim)
+    is_query = query.dim() == 3 and query.shape[1:] == wanted[1:] and query.shape[0] % max(1, wanted[0]) == 0
+    if not (is_query and query.shape[0] and key.shape == value.shape == wanted and 0 <= layer < shape.num_layers):
+        raise ValueError(
+            f"wanted keys and values {wanted}, queries of a multiple of {wanted[0]} heads and a layer below "
+            f"{shape.num_layers}, got {tuple(key.shape)}, {tuple(value.shape)}, {tuple(query.shape)} and layer {layer}"
+        )
+
+
 class StepRun(Protocol):
     """A backend in the middle of a step."""
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from segue.attention.backend import LayerAttention
+from segue.attention.backend import LayerAttention, check_step
 from segue.attention.cpu.flash import attend_all, attend_self
 from segue.attention.cpu.kernels import Kernels, Tables
 from segue.attention.cpu.layer_tables import Block, LayerTables, layer_tables
@@ -41,7 +41,7 @@ class KernelBackend:
         tails_of = dict(zip(blocks.decode_index, pieces_of(tails, memory), strict=True))
         shape = memory.shape
         has_tiles = shape.dtype == torch.bfloat16 and self._kernels.multiplies(shape.head_dim)
-        return KernelStep(self._kernels, blocks, tails_of, has_tiles=has_tiles, few_pairs=self._few_pairs)
+        return KernelStep(self._kernels, shape, blocks, tails_of, has_tiles=has_tiles, few_pairs=self._few_pairs)
 
 
 class KernelStep:
@@ -53,6 +53,7 @@ class KernelStep:
     def __init__(
         self,
         kernels: Kernels,
+        shape: KVShape,
         blocks: StepBlocks,
         tails: Mapping[int, Sequence[tuple[Piece, int]]],
         *,
@@ -60,6 +61,7 @@ class KernelStep:
         few_pairs: int,
     ) -> None:
         self._kernels = kernels
+        self._shape = shape
         self._blocks = blocks
         self._tails = tails
         self._has_tiles = has_tiles
@@ -68,11 +70,15 @@ class KernelStep:
         self._longest = max(blocks.position_ids, default=-1) + 1
         self._of_kind: dict[tuple[int | None, bool], LayerTables] = {}
 
-    def whole_tables(self, how: LayerAttention) -> Tables | None:
+    def whole_tables(self, how: LayerAttention, counts: tuple[int, int, int]) -> Tables | None:
         """The tables if they are all that a layer needs, and the same for each layer of this kind.
 
-        Else None: torch computes some of its blocks, or its scores are no plain products.
+        Else None: torch computes some of its blocks, or its scores are no plain products. Raises ValueError unless
+        `counts`, the decoder's layers, key heads and numbers of a head, are those of the memory.
         """
+        wanted = (self._shape.num_layers, self._shape.num_kv_heads, self._shape.head_dim)
+        if counts != wanted:
+            raise ValueError(f"wanted layers, key heads and numbers of a head {wanted}, got {counts}")
         if how.softcap is not None or how.sinks is not None:
             return None
         of_layer = self._tables_of(how)
@@ -80,6 +86,7 @@ class KernelStep:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: LayerAttention) -> Tensor:
         """query `[H, T, D]`, key and value `[Hkv, T, D]` -> `[T, H, D]`."""
+        check_step(self._shape, self._blocks.num_tokens, layer, query, key, value)
         of_layer = self._tables_of(how)
         results = []
         if of_layer.flash_blocks:

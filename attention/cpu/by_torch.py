@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from segue.attention.backend import LayerAttention
+from segue.attention.backend import LayerAttention, check_step
 from segue.attention.cpu.flash import attend_all, attend_self
 from segue.attention.cpu.masked import attend_masked
 from segue.attention.cpu.node_pieces import piece_of, pieces_of
@@ -30,19 +30,21 @@ class TorchBackend:
         return KVPieces(shape, budget_bytes)
 
     def begin(self, blocks: StepBlocks, tails: Sequence[Tail], memory: KVMemory) -> "TorchStep":
-        return TorchStep(blocks, pieces_of(tails, memory))
+        return TorchStep(memory.shape, blocks, pieces_of(tails, memory))
 
 
 class TorchStep:
     """`tails`: of each decode query, the pieces with its new token and how much of each is used."""
 
-    def __init__(self, blocks: StepBlocks, tails: Sequence[Sequence[tuple[Piece, int]]]) -> None:
+    def __init__(self, shape: KVShape, blocks: StepBlocks, tails: Sequence[Sequence[tuple[Piece, int]]]) -> None:
+        self._shape = shape
         self._blocks = blocks
         self._positions = torch.tensor(blocks.position_ids)
         self._tails = list(zip(blocks.decode_index, tails, strict=True))
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: LayerAttention) -> Tensor:
         """query `[H, T, D]`, key and value `[Hkv, T, D]` -> `[T, H, D]`."""
+        check_step(self._shape, self._blocks.num_tokens, layer, query, key, value)
         self._keep(layer, key, value)
         packed = query.unflatten(0, (len(key), -1)).transpose(1, 2).contiguous()  # [Hkv, T, G, D]
         out = torch.zeros(packed.shape, dtype=torch.float32)

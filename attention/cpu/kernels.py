@@ -22,6 +22,9 @@ RUN_FIELDS = 6  # as in the C++ structs of the same names
 SPAN_FIELDS = 9
 KEPT_FIELDS = 7
 BLOCK_FIELDS = 11
+PART_FIELDS = 9
+DECODER_FIELDS = 6
+LAYER_FIELDS = 12
 ALL_SEEN = -(1 << 40)  # the `first_seen` of a span without a window
 TILE_INPUTS = 32  # tiles multiply a multiple of so many inputs, or of numbers of a head
 PANEL_OUTPUTS = 32  # of packed weights
@@ -44,6 +47,15 @@ class Tables:
     indices: array = field(default_factory=partial(array, "q"))
     parts: array = field(default_factory=partial(array, "q"))
     blocks: array = field(default_factory=partial(array, "q"))
+
+    def check(self) -> None:
+        """Raises ValueError unless every table has whole rows."""
+        widths = {
+            "kept": KEPT_FIELDS, "runs": RUN_FIELDS, "spans": SPAN_FIELDS, "parts": PART_FIELDS, "blocks": BLOCK_FIELDS,
+        }  # fmt: skip
+        broken = [name for name, width in widths.items() if len(getattr(self, name)) % width]
+        if broken:
+            raise ValueError(f"wanted whole rows of {', '.join(broken)}")
 
     def pointers(self) -> array:
         """The C++ struct of the same name. Valid while this object lives and no table grows."""
@@ -85,7 +97,8 @@ class PackedWeights:
 class Kernels:
     """The functions of a loaded library. Tensors are on the CPU, their last dimension dense.
 
-    They raise TypeError unless the tensors of a call are all fp32 or all bf16, and ValueError unless they are dense so.
+    They raise TypeError unless the tensors of a call are all fp32 or all bf16, and ValueError unless they are dense so
+    and their shapes go together: the library reads and writes by address.
     Products by tiles need bf16 and a number of inputs for which `multiplies` is true.
     """
 
@@ -112,7 +125,8 @@ class Kernels:
         """`[..., E]` over its root mean square, times weight `[E]`."""
         inputs = inputs.contiguous()
         outputs = torch.empty_like(inputs)
-        width = inputs.shape[-1]
+        width = inputs.shape[-1] if inputs.dim() else 0
+        _check(width and weight.shape == (width,), "[..., E] and weight [E]", inputs, weight)
         self._functions.rms_norm(
             _is_bf16(inputs, weight),
             inputs.data_ptr(),
@@ -126,7 +140,11 @@ class Kernels:
 
     def rotate_(self, heads: Tensor, cos: Tensor, sin: Tensor) -> None:
         """Rotary positions, in place: each half of a head `[T, N, D]` is turned by the other; cos and sin `[T, D]`."""
-        num_tokens, num_heads, head_dim = heads.shape
+        num_tokens, num_heads, head_dim = _three(heads)
+        is_whole = head_dim % 2 == 0 and (heads.stride(1) == head_dim or num_heads < 2)
+        angles = (num_tokens, head_dim)
+        are_angles = all(each.shape == angles and each.is_contiguous() for each in (cos, sin))
+        _check(is_whole and are_angles, "dense heads [T, N, D] and angles [T, D], D even", heads, cos, sin)
         self._functions.rotate(
             _is_bf16(heads, cos, sin),
             heads.data_ptr(),
@@ -142,6 +160,7 @@ class Kernels:
     def summarise(self, logits: Tensor, *, with_totals: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Of logits `[N, V]`: the largest, `[N]` fp32, its first place, `[N]` int64, and with `with_totals` the
         logarithm of the sum of the exponentials of logits less the largest, `[N]` fp32, else an empty tensor."""
+        _check(logits.dim() == 2 and logits.shape[-1], "logits [N, V]", logits)
         logits = logits.contiguous()
         highest, most_likely = torch.empty(len(logits)), torch.empty(len(logits), dtype=torch.int64)
         totals = torch.empty(len(logits) if with_totals else 0)
@@ -163,7 +182,12 @@ class Kernels:
 
         `tables` holds the window already. Tiles cap no scores.
         """
-        num_heads, num_tokens, head_dim = query.shape
+        num_heads, num_tokens, head_dim = _three(query)
+        num_keys = len(_three(key) and key)
+        is_one_step = key.shape == value.shape and key.shape[1:] == query.shape[1:] and layer >= 0
+        is_grouped = num_keys and num_heads and num_heads % num_keys == 0
+        _check(is_one_step and is_grouped, "queries [H, T, D], keys and values [Hkv, T, D]", query, key, value)
+        tables.check()
         out = torch.empty((num_tokens, num_heads, head_dim), dtype=query.dtype)
         step = array("q", (query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr()))
         for tensor in (query, key, value):
@@ -191,7 +215,11 @@ class Kernels:
 
     def pack(self, weights: Tensor, bias: Tensor | None) -> PackedWeights:
         """`[N, K]` and `[N]`, for products by tiles."""
+        _check(weights.dim() == 2, "weights [N, K]", weights)
         num_outputs, num_inputs = weights.shape
+        if bias is not None:
+            _check(bias.shape == (num_outputs,), "weights [N, K] and bias [N]", weights, bias)
+            _is_bf16(weights, bias)
         if not self.multiplies(num_inputs) or weights.dtype != torch.bfloat16:
             raise ValueError(f"no tiles here for {weights.dtype} and {num_inputs} inputs")
         weights = weights.contiguous()
@@ -206,6 +234,11 @@ class Kernels:
 
         Gated: `[T, N / 2]`, of each 32 outputs the first 16 through SiLU, times the others.
         """
+        _check(inputs.dim() == 2, "inputs [T, K]", inputs)
+        if (other is not None) != (after == After.ADD):
+            raise ValueError(f"wanted another tensor to add it, got {after.name} and {type(other).__name__}")
+        if after == After.GATE and weights.num_outputs % PANEL_OUTPUTS:
+            raise ValueError(f"wanted gates in panels of {PANEL_OUTPUTS} outputs, got {weights.num_outputs}")
         inputs = inputs.contiguous()
         num_outputs = weights.num_outputs // 2 if after == After.GATE else weights.num_outputs
         shape = (len(inputs), num_outputs)
@@ -245,6 +278,14 @@ class Kernels:
         """
         if not _is_bf16(hidden, cos, sin) or not all(tensor.is_contiguous() for tensor in (hidden, cos, sin)):
             raise ValueError("wanted dense bf16 tensors")
+        if len(decoder) != DECODER_FIELDS or len(layers) != decoder[0] * LAYER_FIELDS:
+            raise ValueError(f"wanted {DECODER_FIELDS} counts of a decoder and {LAYER_FIELDS} addresses for each layer")
+        angles = (len(hidden), decoder[-1])
+        is_right = hidden.dim() == 2 and hidden.shape[1] == decoder[1] and cos.shape == sin.shape == angles
+        _check(is_right, "hidden [T, E], cos and sin [T, D] of this decoder", hidden, cos, sin)
+        if not self.multiplies():
+            raise ValueError("no tiles here")
+        tables.check()
         pointers = tables.pointers()
         self._functions.decode(
             *(table.buffer_info()[0] for table in (decoder, layers, pointers)),
@@ -254,6 +295,19 @@ class Kernels:
             epsilon,
             torch.get_num_threads(),
         )
+
+
+def _check(is_right: object, wanted: str, *tensors: Tensor) -> None:
+    """Raises ValueError with the shapes that were wanted."""
+    if not is_right:
+        raise ValueError(f"wanted {wanted}, got {[tuple(tensor.shape) for tensor in tensors]}")
+
+
+def _three(tensor: Tensor) -> tuple[int, int, int]:
+    """The shape of a tensor of three dimensions. Raises ValueError for another one."""
+    _check(tensor.dim() == 3, "three dimensions", tensor)
+    first, second, third = tensor.shape
+    return first, second, third
 
 
 def _checked_sinks(sinks: Tensor | None, num_heads: int) -> Tensor | None:
@@ -270,6 +324,8 @@ def _is_bf16(*tensors: Tensor) -> bool:
     dtype = tensors[0].dtype
     if dtype not in DTYPES or any(tensor.dtype != dtype for tensor in tensors):
         raise TypeError(f"wanted tensors all fp32 or all bf16, got {[tensor.dtype for tensor in tensors]}")
+    if any(not tensor.is_cpu for tensor in tensors):
+        raise ValueError(f"wanted tensors in this machine's memory, got {[tensor.device for tensor in tensors]}")
     if any(tensor.stride(-1) != 1 for tensor in tensors):
         raise ValueError(f"wanted a dense last dimension, got strides {[tensor.stride() for tensor in tensors]}")
     return dtype == torch.bfloat16

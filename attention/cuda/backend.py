@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segue.attention.backend import LayerAttention
+from segue.attention.backend import LayerAttention, check_step
 from segue.attention.cuda.plan import CudaPlan, Sequences
 from segue.attention.memory.budget import KVMemory, KVShape, Tail
 from segue.attention.memory.pool import KVPool
@@ -113,6 +113,7 @@ class _CudaStep:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: LayerAttention) -> Tensor:
         """query `[H, T, D]`, key and value `[Hkv, T, D]` -> `[T, H, D]`."""
+        check_step(self._pool.shape, self._blocks.num_tokens, layer, query, key, value)
         on = self._on_device(how.window, query.device)
         return attend(on, self._kernel, self._pool.tensors[layer], query, key, value, how)
 

@@ -95,6 +95,10 @@ class KVMemory(ABC):
         """Lower the budget; what is allocated must fit into it."""
 
     @abstractmethod
+    def grow(self, budget_bytes: int) -> bool:
+        """Raise the budget again. False if the device has no memory for that."""
+
+    @abstractmethod
     def clear(self) -> None:
         """Take everything back: as new, whatever an exception left half done."""
 

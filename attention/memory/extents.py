@@ -42,6 +42,13 @@ class Extents:
             stop += after
         self._add(start, stop - start)
 
+    def grow(self, size: int) -> None:
+        """More places, behind the others."""
+        added, start = size - self.size, self.size
+        self._by_class += [{} for _ in range(len(self._by_class), size.bit_length() + 1)]
+        self.size = size
+        self.free(start, added)
+
     def _find(self, length: int) -> int | None:
         # In a higher class the first range is long enough; in the length's own class some may not be.
         for ranges in self._by_class[(length - 1).bit_length() :]:

@@ -93,6 +93,10 @@ class KVPieces(KVMemory):
     def shrink(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
 
+    def grow(self, budget_bytes: int) -> bool:
+        self.budget_bytes = budget_bytes
+        return True
+
     def clear(self) -> None:
         self._pieces.clear()
         self.allocated_bytes = 0

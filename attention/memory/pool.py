@@ -14,11 +14,13 @@ from weakref import ref
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from segue.attention.memory.budget import KVMemory, KVMemoryExceeded, KVShape, Tail, next_capacity
 from segue.attention.memory.extents import Extents
 from segue.attention.memory.node_memory import NodeMemory
 
+MOVED_TOKENS = 4096  # at once: 16 MiB of a layer with 8 heads of 128 numbers in bf16
 MAX_POOL_TOKENS = 2**31 - 1  # kernels count in 32 bits
 
 
@@ -117,6 +119,25 @@ class KVPool(KVMemory):
         self.budget_bytes = budget_bytes
         self._compact(self.budget_tokens)
 
+    def grow(self, budget_bytes: int) -> bool:
+        """One layer at a time is held twice. Nothing moves, so a layer that is larger than the others is no harm."""
+        size = budget_bytes // self.shape.bytes_per_token
+        try:
+            self._lengthen(size)
+        except torch.OutOfMemoryError:
+            return False
+        self._extents.grow(size)
+        self.budget_bytes = budget_bytes
+        return True
+
+    def _lengthen(self, size: int) -> None:
+        for layer, tensor in enumerate(self.tensors):
+            if tensor.shape[1] < size + 1:
+                larger = tensor.new_empty((2, size + 1, *tensor.shape[2:]))
+                larger[:, : tensor.shape[1]] = tensor
+                self.tensors[layer] = larger
+                self.generation += 1
+
     def clear(self) -> None:
         size = self.budget_tokens
         for layer, tensor in enumerate(self.tensors):
@@ -147,7 +168,7 @@ class KVPool(KVMemory):
         self.allocated_bytes -= self.bytes_for(length)
 
     def _compact(self, size: int) -> None:
-        """Move all that is in use to the front of a pool of `size` tokens. One layer at a time is held twice."""
+        """Move all that is in use to the front of a pool of `size` tokens, some tokens at a time."""
         used: list[Extent | Tail] = sorted([*self._nodes, *self._tails], key=lambda each: each.start)
         starts = np.array([each.start for each in used], dtype=np.int64)
         lengths = np.array(
@@ -156,17 +177,8 @@ class KVPool(KVMemory):
         places = ranges(starts, lengths)
         if len(places) > size:
             raise KVMemoryExceeded(f"{len(places)} tokens in use do not fit into {size}")
-        index = torch.from_numpy(places)
-        for layer, tensor in enumerate(self.tensors):
-            kept = tensor.index_select(1, index.to(tensor.device))
-            if size + 1 == tensor.shape[1]:
-                tensor[:, : len(places)] = kept
-                continue
-            self.generation += 1
-            self.tensors[layer] = tensor = tensor.new_empty(2, 0)  # the old one goes before the new one comes
-            smaller = kept.new_empty(2, size + 1, *kept.shape[2:])
-            smaller[:, : len(places)] = kept
-            self.tensors[layer] = smaller
+        for tensor in self.tensors:
+            _move(tensor, places)
         self._extents = Extents(size)
         for each, length in zip(used, lengths.tolist(), strict=True):
             start = self._extents.allocate(length)
@@ -174,6 +186,27 @@ class KVPool(KVMemory):
                 raise RuntimeError("an empty pool has one gap")
             each.start = start
         self.num_compactions += 1
+        self._cut(size, len(places))
+
+    def _cut(self, size: int, num_used: int) -> None:
+        """Give back what lies behind `size` tokens."""
+        for layer, tensor in enumerate(self.tensors):
+            if size + 1 == tensor.shape[1]:
+                continue
+            kept = tensor[:, :num_used].clone()
+            self.generation += 1
+            self.tensors[layer] = tensor = tensor.new_empty(2, 0)  # the old one goes before the new one comes
+            smaller = kept.new_empty(2, size + 1, *kept.shape[2:])
+            smaller[:, :num_used] = kept
+            self.tensors[layer] = smaller
+
+
+def _move(tensor: Tensor, places: np.ndarray) -> None:
+    """Tokens `[2, P, Hkv, D]` from ascending places to the front: no token lands on one that is still to be moved."""
+    index = torch.from_numpy(places).to(tensor.device)
+    for start in range(0, len(index), MOVED_TOKENS):
+        part = index[start : start + MOVED_TOKENS]
+        tensor[:, start : start + len(part)] = tensor.index_select(1, part)
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import gc
 import random
+from unittest.mock import patch
 from weakref import ref
 
 import pytest
@@ -99,8 +100,14 @@ def test_pool_keeps_what_nodes_and_tails_hold_through_cuts_moves_and_growth(seed
     for number in range(60):
         holder.act(number)
         holder.check()
-    holder.pool.shrink(holder.pool.allocated_bytes)
+    with patch("segue.attention.memory.pool.MOVED_TOKENS", 7):
+        holder.pool.shrink(holder.pool.allocated_bytes)
     holder.check()
+    assert holder.pool.grow(2 * TOKENS * SHAPE.bytes_per_token)
+    holder.check()
+    for number in range(60, 90):
+        holder.act(number)
+        holder.check()
     for extent in list(holder.nodes):
         holder.pool.free_node(extent)
     for tail in list(holder.tails):

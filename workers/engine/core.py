@@ -31,7 +31,12 @@ from segue.workers.sampling.grammars import Grammars
 from segue.workers.sampling.sample import Request, Sample
 from segue.workers.scoring.likelihood import TokenScore, collect
 
+NOTHING_PLANNED = StepPlan((), (), ())
 DRAWING_NOTHING = SamplingParams(max_tokens=1)  # parameters of rows that draw nothing
+
+
+class NoRoomForSteps(torch.OutOfMemoryError):
+    """The device has no memory for the smallest step."""
 
 
 class EngineCore:
@@ -154,8 +159,7 @@ class EngineCore:
         After an exception of any kind the engine has the rows that it had; the next call computes them anew.
         """
         self._begin()
-        plan = self.scheduler.plan_step()
-        done = [] if plan.is_empty else self._run(plan)
+        done = self._next_step()
         failed = [request.failure(error) for request, error in self.scheduler.take_failed()]
         self._answers.extend(list(self._coalescer.answers([*failed, *done])))
         for output in self._answers:
@@ -166,23 +170,36 @@ class EngineCore:
         answers, self._answers = self._answers, []
         return answers
 
+    def _next_step(self) -> list[RequestOutput]:
+        try:
+            plan = self.scheduler.plan_step()
+            return [] if plan.is_empty else self._run(plan)
+        except NoRoomForSteps:
+            raise
+        except torch.OutOfMemoryError as error:  # outside the model: nodes and tails may be half done
+            message = str(error)
+        self._start_again()
+        self._make_room(NOTHING_PLANNED, message)
+        return []
+
     def _run(self, plan: StepPlan) -> list[RequestOutput]:
         result = self.runner.run(plan)
         if isinstance(result, StepTooLarge):
-            self._make_smaller(result)
+            self._make_room(plan, result.message)
             return []
         done = [self._scored(*each) for each in zip(plan.scored, result.last_scores, strict=True)]
         done += [self._with_logits(*each) for each in zip(plan.with_logits, result.prompt_logits, strict=True)]
         if result.logits is not None:
             done += self._settle(plan, self._draw(plan, result.logits))
         self._count(plan, result)
+        self.scheduler.note_good_step()
         return done
 
-    def _make_smaller(self, step: StepTooLarge) -> None:
-        """What was planned is planned again. Raises torch.OutOfMemoryError if steps cannot be smaller."""
+    def _make_room(self, plan: StepPlan, message: str) -> None:
+        """What was planned is planned again. Raises NoRoomForSteps if steps cannot be smaller."""
         self.stats.num_shrunk_steps += 1
-        if not self.scheduler.make_steps_smaller(step.num_tokens):
-            raise torch.OutOfMemoryError(f"a step of {step.num_tokens} tokens does not fit: {step.message}")
+        if not self.scheduler.make_room_for_steps(plan):
+            raise NoRoomForSteps(f"a step of {plan.num_tokens} tokens does not fit: {message}")
 
     def _scored(self, prefill: Prefill, last: TokenScore) -> RequestOutput:
         """The answer of a scoring row whose last fed token is computed."""

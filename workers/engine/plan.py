@@ -41,6 +41,15 @@ class StepPlan:
         return not (self.new_nodes or self.decoding or self.complete)
 
     @property
+    def num_tokens(self) -> int:
+        return len(self.decoding) + sum(map(len, self.new_nodes))
+
+    @property
+    def is_one_segment(self) -> bool:
+        """Whether the step can have no less in it: an atomic segment and nothing else."""
+        return not self.decoding and len(self.new_nodes) == 1 and self.new_nodes[0].bidirectional
+
+    @property
     def ready(self) -> list[Prefill]:
         """Complete prompts whose samples draw their first token."""
         return [prefill for prefill in self.complete if prefill.request.is_generating]
@@ -75,5 +84,4 @@ class StepResult:
 class StepTooLarge:
     """The device had no memory for a step. Nothing was computed and nothing is lost: it can be planned again."""
 
-    num_tokens: int
     message: str  # of the device

@@ -43,6 +43,11 @@ class Preemption:
         memory.shrink(budget_bytes)
         return True
 
+    def keep_earliest(self) -> None:
+        """All samples but the earliest give way."""
+        while len(self._queues.active) > 1:
+            self._preempt(self._latest())
+
     def _latest(self) -> Sample:
         return max(self._queues.active, key=_age)
 

@@ -72,7 +72,7 @@ class StepRunner:
                 return self.graphs.forward(blocks, tails)
             return self.model.forward(blocks, self.backend.begin(blocks, tails, self.memory))
         except torch.OutOfMemoryError as error:
-            return StepTooLarge(blocks.num_tokens, str(error))
+            return StepTooLarge(str(error))
 
     def _release_cached_memory(self) -> None:
         """Not inside the `except` block: until its end, the error holds the tensors of the failed step."""

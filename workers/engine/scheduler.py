@@ -1,7 +1,8 @@
 """Which rows run, and which nodes and tokens the next step computes.
 
 Rows run in the order given, which a plan makes depth-first. Every running sample decodes in every step; the rest of the
-token budget goes to prefill. Bidirectional segments are prefilled as a whole. Knows the tree and its memory; no model.
+token budget goes to prefill. Bidirectional segments are prefilled as a whole. After a step that did not fit on the
+device, steps are smaller for a while. Knows the tree and its memory; no model.
 """
 
 from collections.abc import Container, Iterable
@@ -18,6 +19,9 @@ from segue.workers.sampling.sample import Request, Sample
 MIN_PIECE_TOKENS = 64  # a causal run is not cut for less: every cut is one more block in each later step
 SHRUNK_SHARE = 0.75  # of its KV memory, what an engine keeps if its steps do not fit beside it
 LEAST_KV_SHARE = 0.1  # of the KV memory it began with
+FEW_TOKENS = 64  # a device without memory for a step of so many is of no use; a longer segment may be at fault itself
+PATIENCE = 16  # good steps before limits are raised again; twice as many after each time that this was too early
+MAX_PATIENCE = 1 << 14
 
 
 class Scheduler:
@@ -30,8 +34,13 @@ class Scheduler:
             )
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.step_tokens = max_num_batched_tokens  # fewer for a while after a step that did not fit on the device
         self.memory = nodes.memory
-        self._least_kv_bytes = int(self.memory.budget_bytes * LEAST_KV_SHARE)
+        self._most_kv_bytes = self.memory.budget_bytes
+        self._is_one_by_one = False  # rows run alone for a while
+        self._patience = PATIENCE
+        self._num_good_steps = 0  # since a limit was changed
+        self._has_raised = False  # a limit, since the last step that did not fit
         self._nodes = nodes
         self._queues = RowQueues()
         self._rows = RowMemory(nodes)
@@ -107,29 +116,82 @@ class Scheduler:
         failed, self._failed = self._failed, []
         return failed
 
-    def _fail(self, prefill: Prefill) -> None:
-        """Alone, with everything else evicted, the row does not fit. All its samples leave."""
+    def _fail_or_grow(self, prefill: Prefill) -> None:
+        """Alone, with everything else evicted, the row does not fit. Unless there is KV memory again that was given up
+        for steps, all its samples leave."""
+        if self._grow_memory(self._most_kv_bytes):
+            return
         wanted = prefill.end.stop + prefill.num_tail_tokens
-        self.abort(prefill.request)
         message = (
             f"the row needs {wanted} tokens of KV memory, the limit is "
             f"{self.memory.budget_tokens} tokens (workers.kv_cache_memory_bytes)"
         )
-        self._failed.append((prefill.request, RowError(RowErrorCode.ROW_OOM, message)))
+        self._fail(prefill.request, message)
+
+    def _fail(self, request: Request, message: str) -> None:
+        self.abort(request)
+        self._failed.append((request, RowError(RowErrorCode.ROW_OOM, message)))
 
     # -- what to do when memory is short
 
-    def make_steps_smaller(self, num_tokens: int) -> bool:
-        """After a step of `num_tokens` for which the device had no memory: smaller steps, then less KV memory.
+    def make_room_for_steps(self, plan: StepPlan) -> bool:
+        """After a step for which the device had no memory: smaller steps, then less KV memory. A row for which that is
+        not enough, although it has the device to itself, fails.
 
-        False if nothing can be made smaller any more.
+        False if nothing can be made smaller any more. An empty plan: the device had no memory before there was a step.
         """
-        smaller = max(num_tokens // 2, self.max_num_seqs)
-        if smaller < min(num_tokens, self.max_num_batched_tokens):
-            self.max_num_batched_tokens = smaller
+        if self._has_raised:
+            self._patience = min(2 * self._patience, MAX_PATIENCE)
+        self._has_raised, self._num_good_steps = False, 0
+        smaller = min(plan.num_tokens or self.step_tokens, self.step_tokens) // 2
+        if smaller and not plan.is_one_segment:
+            self.step_tokens = smaller
             return True
         budget = int(self.memory.budget_bytes * SHRUNK_SHARE)
-        return budget >= self._least_kv_bytes and self.shrink_memory(budget)
+        is_least = budget < LEAST_KV_SHARE * self._most_kv_bytes
+        if not is_least and self.shrink_memory(budget):
+            return True
+        if not self._is_one_by_one:
+            self._is_one_by_one = True
+            self._preemption.keep_earliest()
+            return True
+        return self._fail_the_one(plan, is_least=is_least)
+
+    def _fail_the_one(self, plan: StepPlan, *, is_least: bool) -> bool:
+        """The row that runs alone leaves: its segment is too long, or it needs the KV memory that its step lacks."""
+        is_long = plan.is_one_segment and plan.num_tokens > FEW_TOKENS
+        active = self._queues.active
+        if not active or (is_least and not is_long):
+            return False
+        if is_long:  # what was given up did not help
+            self._is_one_by_one = False
+            self._grow_memory(self._most_kv_bytes)
+        message = f"the device has no memory for a step of {plan.num_tokens} tokens, which cannot be fewer"
+        self._fail(active[0].request, message)
+        return True
+
+    def note_good_step(self) -> None:
+        """After some good steps, limits that were lowered are raised again, one after the other."""
+        self._num_good_steps += 1
+        if self._num_good_steps >= self._patience:
+            self._num_good_steps = 0
+            self._raise_a_limit()
+
+    def _raise_a_limit(self) -> None:
+        if self._is_one_by_one:
+            self._is_one_by_one, self._has_raised = False, True
+        elif self.step_tokens < self.max_num_batched_tokens:
+            self.step_tokens = min(2 * self.step_tokens, self.max_num_batched_tokens)
+            self._has_raised = True
+        else:
+            self._grow_memory(int(self.memory.budget_bytes / SHRUNK_SHARE))
+
+    def _grow_memory(self, budget_bytes: int) -> bool:
+        """Take back KV memory that was given up. False if there is none."""
+        budget_bytes = min(budget_bytes, self._most_kv_bytes)
+        has_grown = budget_bytes > self.memory.budget_bytes and self.memory.grow(budget_bytes)
+        self._has_raised = self._has_raised or has_grown
+        return has_grown
 
     def shrink_memory(self, budget_bytes: int) -> bool:
         """Have less KV memory from now on; the latest rows give way. False if the earliest alone needs more."""
@@ -141,24 +203,31 @@ class Scheduler:
         """Grow tails, admit rows, fill the token budget. Rows that can never fit leave; see `take_failed`."""
         too_large = self._preemption.grow_tails()
         if too_large is not None:
-            self._fail(too_large)
+            self._fail_or_grow(too_large)
         self._admit()
-        decoding = tuple(self._queues.running)
-        new = self._new_nodes(self.max_num_batched_tokens - len(decoding))
+        is_short = self.step_tokens < self.max_num_batched_tokens
+        decoding = tuple(self._queues.running[: self.step_tokens] if is_short else self._queues.running)
+        new = self._new_nodes(self.step_tokens - len(decoding))
+        if is_short and len(decoding) + sum(map(len, new)) > self.step_tokens:
+            decoding = ()  # an atomic segment that is longer has the step to itself
         complete = tuple(prefill for prefill in self._queues.prefilling if _is_complete(prefill.end, new))
         return StepPlan(tuple(new), decoding, complete)
 
     def _admit(self) -> None:
         queues = self._queues
+        if self._is_one_by_one and queues.active:
+            return
         num_pending, num_promised = queues.num_pending, queues.num_promised
         while queues.waiting and self._has_place(queues.waiting[0], num_pending):
             prefill = queues.waiting[0]
             if not self._rows.hold(prefill, num_promised):
                 if queues.active:
                     return
-                self._fail(prefill)
+                self._fail_or_grow(prefill)
                 continue
             queues.prefilling.append(queues.waiting.popleft())
+            if self._is_one_by_one:
+                return
             num_promised += prefill.num_tail_tokens
             num_pending += prefill.end.stop - (prefill.request.num_cached_tokens or 0)
 
@@ -170,7 +239,7 @@ class Scheduler:
         """
         queues = self._queues
         if prefill.request.is_scored:
-            return max(num_pending, len(queues.prefilling)) < self.max_num_batched_tokens
+            return max(num_pending, len(queues.prefilling)) < self.step_tokens
         num_samples = len(prefill.samples)
         return queues.num_generating + num_samples <= max(self.max_num_seqs, 0 if queues.active else num_samples)
 

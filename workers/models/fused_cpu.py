@@ -97,7 +97,7 @@ class FusedDecoder:
         """The tables of a step if they are all that it needs, and the same for all layers."""
         if self._whole is None or not isinstance(run, KernelStep):
             return None
-        first, *others = [run.whole_tables(how) for how in self._hows]
+        first, *others = [run.whole_tables(how, self._whole.counts) for how in self._hows]
         return first if all(tables is first for tables in others) else None
 
 
@@ -149,6 +149,7 @@ class _WholeDecoder:
         width, mlp_width = norm.weight.shape[0], decoder.layers[0].mlp.down_proj.in_features
         self._kernels = kernels
         self._kept = weights, [list(layer.parameters()) for layer in decoder.layers]  # whose addresses are told
+        self.counts = len(weights), num_keys, int(attention.head_dim)  # layers, key heads, numbers of a head
         self._decoder = array("q", (len(weights), width, mlp_width, num_keys, num_groups, attention.head_dim))
         self._layers = array("q")
         for layer, (qkv, output, gate_up, down) in zip(decoder.layers, (each.parts for each in weights), strict=True):

@@ -157,7 +157,7 @@ def tree_model(model: Any, tokenizer: Any) -> TreeModel:
         LongRope.install(model),
     )
     loaded.fused = FusedDecoder.of(model)
-    if loaded.fused is not None and not _probed_error(loaded, wanted) <= _tolerance(loaded):
+    if loaded.fused is not None and not _is_right(loaded, wanted):
         loaded.fused = None
     _probe(loaded, wanted)
     return loaded
@@ -228,13 +228,24 @@ def own_logits(model: Any) -> Tensor:
 
 
 def _probe(loaded: TreeModel, wanted: Tensor) -> None:
-    """Run a short causal prompt through the tree. Raises ModelRefused if the logits differ from the model's own."""
-    error = _probed_error(loaded, wanted)
+    """Run a short causal prompt through the tree. Raises ModelRefused if the logits differ from the model's own, or if
+    its tensors have other shapes than its configuration says."""
+    try:
+        error = _probed_error(loaded, wanted)
+    except ValueError as problem:
+        raise ModelRefused(f"model of type {loaded.model.config.model_type!r} is not supported: {problem}") from problem
     if not error <= _tolerance(loaded):
         raise ModelRefused(
             f"model of type {loaded.model.config.model_type!r} is not supported: over the tree its logits differ from "
             f"its own by {error:.2%} of their norm"
         )
+
+
+def _is_right(loaded: TreeModel, wanted: Tensor) -> bool:
+    try:
+        return _probed_error(loaded, wanted) <= _tolerance(loaded)
+    except ValueError:
+        return False
 
 
 def _tolerance(loaded: TreeModel) -> float:

@@ -10,7 +10,7 @@ from segue.pipeline.processes.limited import PREPARE_BYTES, ChildDied
 from segue.pipeline.ready.child import CHECK_SECONDS, checking_child, found_in_child
 from segue.pipeline.storage.models import local_source
 from segue.workers.prompts.encoder import import_tokenizers
-from segue.workers.prompts.token_bytes import model_token_bytes
+from segue.workers.models.token_bytes import model_token_bytes
 
 
 class ModelTokens:

@@ -145,8 +145,8 @@ def test_all_structure_is_gone_after_scoring_without_reuse():
 
 def test_continuation_over_tokens_that_were_computed_without_scores_leaves_no_node_behind():
     subject = tiny_engine()
-    prompt = [Segment((5, 6, 7, 8), False)]
-    subject.generate([prompt], SamplingParams(max_tokens=1))
+    for prompt in ([Segment((5, 6), False)], [Segment((5, 6, 7, 8), False)]):
+        subject.generate([prompt], SamplingParams(max_tokens=1))
     subject.loglikelihood([([Segment((5, 6), False)], (7, 8, 9, 10))])
     subject.core.nodes.make_room(memory_of(subject).budget_tokens)
     assert list(subject.core.nodes) == []

@@ -117,6 +117,13 @@ def test_model_whose_attention_differs_from_what_its_configuration_says_is_caugh
         tree_model(model, None)
 
 
+@pytest.mark.parametrize("kernels", ["0", "1"])
+def test_configuration_with_other_key_heads_than_the_model_is_refused_and_no_memory_is_torn(kernels, monkeypatch):
+    monkeypatch.setenv("SEGUE_CPU_KERNELS", kernels)
+    with pytest.raises(ModelRefused, match=r"'gpt_neox'.*wanted keys and values"):
+        tree_model(tiny_model("gpt_neox", num_attention_heads=4, num_key_value_heads=2), None)
+
+
 def test_every_kind_in_the_tests_is_known_to_transformers():
     assert all(type(tiny_config(kind)) in AutoModelForCausalLM._model_mapping for kind in KINDS)
 

@@ -5,7 +5,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from segue.workers.models.echo import CONTROL_TOKENS, echo_tokenizer
-from segue.workers.prompts.token_bytes import model_token_bytes, token_bytes
+from segue.workers.models.token_bytes import model_token_bytes, token_bytes
 
 
 def sentencepiece() -> PreTrainedTokenizerFast:
