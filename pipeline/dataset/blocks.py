@@ -103,6 +103,21 @@ def read_blocks(
         yield start, block
 
 
+def gathered(blocks: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Blocks joined into pieces that are large enough for a block of Ray Data."""
+    pieces: list[pa.Table] = []
+    num_rows = num_bytes = 0
+    for block in blocks:
+        pieces.append(block)
+        num_rows += block.num_rows
+        num_bytes += block.nbytes
+        if num_rows >= MANY_ROWS or num_bytes >= TASK_BYTES:
+            yield pa.concat_tables(pieces)
+            pieces, num_rows, num_bytes = [], 0, 0
+    if pieces:
+        yield pa.concat_tables(pieces)
+
+
 def batch_rows_of(file: InputFile) -> int:
     """Rows of about 64 MiB. The footer says how large rows are, and may be wrong."""
     row_bytes = sum(file.row_group_bytes) // max(1, file.num_rows)

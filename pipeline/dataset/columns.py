@@ -231,6 +231,8 @@ def _unfit(files: Sequence[InputFile], name: str, uses: Sequence[_Use]) -> list[
     seen: list[pa.DataType] = []
     for file in files:
         kind = file.schema.field(name).type
+        if kind in seen:
+            continue
         if carrier(kind) is None:
             wanted = "a type that can be passed through; leave the column out of output.columns, or convert it"
             return [Problem("output.columns", f"{file.path} with column {shown(name)} of type {kind}", wanted)]
@@ -240,8 +242,7 @@ def _unfit(files: Sequence[InputFile], name: str, uses: Sequence[_Use]) -> list[
         if unified([*seen, kind]) is None:
             wanted = f"one type in all files ({unified(seen)} in {files[0].path})"
             return [Problem("input.path", f"{file.path} with column {shown(name)} of type {kind}", wanted)]
-        if kind not in seen:
-            seen.append(kind)
+        seen.append(kind)
     return []
 
 

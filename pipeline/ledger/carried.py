@@ -49,7 +49,7 @@ def extension_of(field: pa.Field) -> dict[bytes, bytes]:
 
 
 def remembered(schema: pa.Schema) -> dict[bytes, bytes]:
-    """Metadata for a table of carriers, from which `restored` learns their types in `schema`; empty if there is no other."""
+    """Metadata for a table of carriers, from which `restored` learns the types of `schema`; empty if these are they."""
     if all(field.equals(pa.field(field.name, carrier(field.type)), check_metadata=True) for field in schema):
         return {}
     return {PASSED_TYPES: serialized(schema)}
