@@ -77,7 +77,37 @@ def read_rows(file: InputFile, start: int, stop: int, columns: pa.Schema) -> pa.
 
     Raises InputChanged if the file is not the one that was planned, InputUnreadable if a page is corrupt.
     """
-    return pa.Table.from_batches(_batches(file, start, stop, columns), columns)
+    return pa.Table.from_batches(read_batches(file, start, stop, columns), columns)
+
+
+def read_batches(
+    file: InputFile, start: int, stop: int, columns: pa.Schema, batch_rows: int = BLOCK_ROWS
+) -> Iterator[pa.RecordBatch]:
+    """Rows [start, stop) in batches of at most `batch_rows`, decoding only the row groups that hold them.
+
+    Raises what `read_rows` does.
+    """
+    if not 0 <= start <= stop <= file.num_rows:
+        raise ValueError(f"rows must lie within 0 to {file.num_rows} of {file.path}, got {start} to {stop}")
+    left = stop - start
+    if not left:
+        return
+    _check_unchanged(file)
+    partition = dict(file.partition)
+    names = [name for name in columns.names if name not in partition]
+    with _opened(file.path) as parquet:
+        for group, first in _groups_from(file, start):
+            # One group a call: over several, Arrow cannot read dictionaries nested in structs.
+            for batch in parquet.iter_batches(batch_rows, row_groups=[group], columns=names, use_threads=False):
+                tick()
+                rows = batch.slice(max(0, start - first), left)
+                first += batch.num_rows
+                left -= rows.num_rows
+                if rows.num_rows:
+                    yield _cast(rows, columns, partition)
+                if not left:
+                    return
+    raise InputChanged(f"{file.path} must have the {file.num_rows} rows its footer states, got {left} fewer")
 
 
 def block_of(table: pa.Table, src_path: str, first_row: int) -> pa.Table:
@@ -95,7 +125,7 @@ def read_blocks(
 
     A block comes from at most `batch_rows` rows, and is empty if none of them is wanted. Raises what `read_rows` does.
     """
-    for batch in _batches(file, start, stop, columns, batch_rows):
+    for batch in read_batches(file, start, stop, columns, batch_rows):
         block = block_of(pa.Table.from_batches([batch]), file.src_path, start)
         if not isinstance(wanted, range):
             block = block.take(np.asarray(rows_between(wanted, start, start + batch.num_rows)) - start)
@@ -133,33 +163,6 @@ def group_stop(file: InputFile, row: int) -> int:
     """The number of the first row after the row group that has this row."""
     group, first = next(_groups_from(file, row))
     return first + file.row_groups[group]
-
-
-def _batches(
-    file: InputFile, start: int, stop: int, columns: pa.Schema, batch_rows: int = BLOCK_ROWS
-) -> Iterator[pa.RecordBatch]:
-    """Rows [start, stop) in batches of at most `batch_rows`, decoding only the row groups that hold them."""
-    if not 0 <= start <= stop <= file.num_rows:
-        raise ValueError(f"rows must lie within 0 to {file.num_rows} of {file.path}, got {start} to {stop}")
-    left = stop - start
-    if not left:
-        return
-    _check_unchanged(file)
-    partition = dict(file.partition)
-    names = [name for name in columns.names if name not in partition]
-    with _opened(file.path) as parquet:
-        for group, first in _groups_from(file, start):
-            # One group a call: over several, Arrow cannot read dictionaries nested in structs.
-            for batch in parquet.iter_batches(batch_rows, row_groups=[group], columns=names, use_threads=False):
-                tick()
-                rows = batch.slice(max(0, start - first), left)
-                first += batch.num_rows
-                left -= rows.num_rows
-                if rows.num_rows:
-                    yield _cast(rows, columns, partition)
-                if not left:
-                    return
-    raise InputChanged(f"{file.path} must have the {file.num_rows} rows its footer states, got {left} fewer")
 
 
 @contextmanager
