@@ -97,17 +97,22 @@ def read_batches(
     names = [name for name in columns.names if name not in partition]
     with _opened(file.path) as parquet:
         for group, first in _groups_from(file, start):
+            stop_of_group = first + file.row_groups[group]
             # One group a call: over several, Arrow cannot read dictionaries nested in structs.
             for batch in parquet.iter_batches(batch_rows, row_groups=[group], columns=names, use_threads=False):
                 tick()
                 rows = batch.slice(max(0, start - first), left)
                 first += batch.num_rows
+                if first > stop_of_group:
+                    break
                 left -= rows.num_rows
                 if rows.num_rows:
                     yield _cast(rows, columns, partition)
                 if not left:
                     return
-    raise InputChanged(f"{file.path} must have the {file.num_rows} rows its footer states, got {left} fewer")
+            if first != stop_of_group:  # of a column there are fewer values than rows, or more
+                wrong = f"row group {group} has not the {file.row_groups[group]:,} values of each column that it states"
+                raise PageCorrupt(f"input.path: {file.path} cannot be read: {wrong}")
 
 
 def block_of(table: pa.Table, src_path: str, first_row: int) -> pa.Table:
@@ -178,7 +183,7 @@ def _opened(path: str) -> Iterator[pq.ParquetFile]:
         try:
             with pq.ParquetFile(stream, page_checksum_verification=True, buffer_size=size) as parquet:
                 yield parquet
-        except MemoryError:  # Arrow's own is an ArrowException, too
+        except (MemoryError, PageCorrupt):  # Arrow's own MemoryError is an ArrowException, too
             raise
         except Exception as error:
             if stream.failure is not None:

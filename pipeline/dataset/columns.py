@@ -20,6 +20,7 @@ from segue.workers.prompts.template import PromptTemplate
 from segue.workers.scoring.template import ScoringTemplate, Task
 
 ROW_PARAMS_COLUMN = "sampling_params"  # read from every dataset that has it, passed through or not
+SHOWN_NAMES = 12  # of the columns that there are instead of one that is missing
 _STRING_LIKE = "string, large_string, string_view or dictionary of string"
 
 
@@ -66,7 +67,12 @@ def check_columns(
     for name in wanted:
         own = [use for used, use in uses if used == name] or [_PASSED]
         key = own[0].key
-        problems += _missing(files, counted, name, key) or _repeated(files, counted, name) or _unfit(files, name, own)
+        problems += (
+            _missing(files, counted, name, key)
+            or _repeated(files, counted, name)
+            or encrypted(files, name, key)
+            or _unfit(files, name, own)
+        )
     if problems:
         return None, problems
     order = [name for name in names if name in wanted]
@@ -215,7 +221,14 @@ def _missing(files: Sequence[InputFile], counted: Sequence[Counter[str]], name: 
         return []
     got = f"{lacking[0].path} without column {shown(name)}"
     wanted = f"it in every file ({len(lacking)} of {len(files)} lack it)"
-    return [Problem(key, got, wanted, nearest(name, lacking[0].schema.names))]
+    names = lacking[0].schema.names
+    return [Problem(key, got, wanted, nearest(name, names) or f"it has {_listed(names)}")]
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Some names, and how many there are beside them."""
+    some = ", ".join(shown(name) for name in names[:SHOWN_NAMES])
+    return f"{some} and {len(names) - SHOWN_NAMES:,} more" if len(names) > SHOWN_NAMES else some or "none"
 
 
 def _repeated(files: Sequence[InputFile], counted: Sequence[Counter[str]], name: str) -> list[Problem]:
@@ -223,6 +236,16 @@ def _repeated(files: Sequence[InputFile], counted: Sequence[Counter[str]], name:
         if counts[name] > 1:
             got = f"{file.path} with {counts[name]} columns {shown(name)}"
             return [Problem("input.path", got, "each column name once")]
+    return []
+
+
+def encrypted(files: Sequence[InputFile], name: str, key: str) -> list[Problem]:
+    """The first file in which a column is encrypted. `key`: of the job file, where the column is asked for."""
+    for file in files:
+        if name in file.encrypted:
+            got = f"{file.path} with column {shown(name)}, which is encrypted"
+            hint = "leave it out of output.columns, or decrypt the file before"
+            return [Problem(key, got, "columns that can be read without keys", hint)]
     return []
 
 

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from pyarrow import acero
 
 from segue.pipeline.dataset.blocks import FEW_ROWS, batch_rows_of, group_stop, read_batches
-from segue.pipeline.dataset.columns import unified
+from segue.pipeline.dataset.columns import encrypted, unified
 from segue.pipeline.dataset.files import InputFile, RowNumbers
 from segue.pipeline.jobfile.filters import Filters
 from segue.pipeline.jobfile.schema import InputConfig, LimitsConfig
@@ -41,6 +41,8 @@ def check_filters(filters: Filters | None, files: Sequence[InputFile]) -> list[P
         if lacking:
             got = f"{shown(column)}, which is not, or twice, in {shown(lacking[0].path)}"
             problems.append(Problem(KEY, got, "columns of every input file", nearest(column, names)))
+        elif found := encrypted(files, column, KEY):
+            problems += found
         elif unified(file.schema.field(column).type for file in files) is None:
             problems.append(Problem(KEY, f"{shown(column)}, of different types", "a column of one type in all files"))
     if filters and files and not problems:
