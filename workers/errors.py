@@ -27,7 +27,11 @@ class RowErrorCode(StrEnum):
         "the prompt, or a column its template names, is null",
         "fill the column, or say what stands for null in the template's text",
     )
-    EMPTY_PROMPT = "EMPTY_PROMPT", "the prompt is empty or white space only", "leave such rows out with `input.filters`"
+    EMPTY_PROMPT = (
+        "EMPTY_PROMPT",
+        "the prompt is empty or white space only, or a continuation has no tokens",
+        "leave such rows out with `input.filters`",
+    )
     BAD_UTF8 = (
         "BAD_UTF8",
         "a string column holds bytes that are not UTF-8",
@@ -62,7 +66,7 @@ class RowErrorCode(StrEnum):
     BAD_LABEL = (
         "BAD_LABEL",
         "the label is none of the row's choices",
-        "a label is a position from 0, or the text of one of the choices",
+        "a label is the text of one of the choices, or a position from 0; null, -1 and empty texts are no label",
     )
     BAD_PARAMS = (
         "BAD_PARAMS",

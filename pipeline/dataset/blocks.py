@@ -77,7 +77,42 @@ def read_rows(file: InputFile, start: int, stop: int, columns: pa.Schema) -> pa.
 
     Raises InputChanged if the file is not the one that was planned, InputUnreadable if a page is corrupt.
     """
-    return pa.Table.from_batches(_batches(file, start, stop, columns), columns)
+    return pa.Table.from_batches(read_batches(file, start, stop, columns), columns)
+
+
+def read_batches(
+    file: InputFile, start: int, stop: int, columns: pa.Schema, batch_rows: int = BLOCK_ROWS
+) -> Iterator[pa.RecordBatch]:
+    """Rows [start, stop) in batches of at most `batch_rows`, decoding only the row groups that hold them.
+
+    Raises what `read_rows` does.
+    """
+    if not 0 <= start <= stop <= file.num_rows:
+        raise ValueError(f"rows must lie within 0 to {file.num_rows} of {file.path}, got {start} to {stop}")
+    left = stop - start
+    if not left:
+        return
+    _check_unchanged(file)
+    partition = dict(file.partition)
+    names = [name for name in columns.names if name not in partition]
+    with _opened(file.path) as parquet:
+        for group, first in _groups_from(file, start):
+            stop_of_group = first + file.row_groups[group]
+            # One group a call: over several, Arrow cannot read dictionaries nested in structs.
+            for batch in parquet.iter_batches(batch_rows, row_groups=[group], columns=names, use_threads=False):
+                tick()
+                rows = batch.slice(max(0, start - first), left)
+                first += batch.num_rows
+                if first > stop_of_group:
+                    break
+                left -= rows.num_rows
+                if rows.num_rows:
+                    yield _cast(rows, columns, partition)
+                if not left:
+                    return
+            if first != stop_of_group:  # of a column there are fewer values than rows, or more
+                wrong = f"row group {group} has not the {file.row_groups[group]:,} values of each column that it states"
+                raise PageCorrupt(f"input.path: {file.path} cannot be read: {wrong}")
 
 
 def block_of(table: pa.Table, src_path: str, first_row: int) -> pa.Table:
@@ -95,12 +130,27 @@ def read_blocks(
 
     A block comes from at most `batch_rows` rows, and is empty if none of them is wanted. Raises what `read_rows` does.
     """
-    for batch in _batches(file, start, stop, columns, batch_rows):
+    for batch in read_batches(file, start, stop, columns, batch_rows):
         block = block_of(pa.Table.from_batches([batch]), file.src_path, start)
         if not isinstance(wanted, range):
             block = block.take(np.asarray(rows_between(wanted, start, start + batch.num_rows)) - start)
         start += batch.num_rows
         yield start, block
+
+
+def gathered(blocks: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Blocks joined into pieces that are large enough for a block of Ray Data."""
+    pieces: list[pa.Table] = []
+    num_rows = num_bytes = 0
+    for block in blocks:
+        pieces.append(block)
+        num_rows += block.num_rows
+        num_bytes += block.nbytes
+        if num_rows >= MANY_ROWS or num_bytes >= TASK_BYTES:
+            yield pa.concat_tables(pieces)
+            pieces, num_rows, num_bytes = [], 0, 0
+    if pieces:
+        yield pa.concat_tables(pieces)
 
 
 def batch_rows_of(file: InputFile) -> int:
@@ -120,33 +170,6 @@ def group_stop(file: InputFile, row: int) -> int:
     return first + file.row_groups[group]
 
 
-def _batches(
-    file: InputFile, start: int, stop: int, columns: pa.Schema, batch_rows: int = BLOCK_ROWS
-) -> Iterator[pa.RecordBatch]:
-    """Rows [start, stop) in batches of at most `batch_rows`, decoding only the row groups that hold them."""
-    if not 0 <= start <= stop <= file.num_rows:
-        raise ValueError(f"rows must lie within 0 to {file.num_rows} of {file.path}, got {start} to {stop}")
-    left = stop - start
-    if not left:
-        return
-    _check_unchanged(file)
-    partition = dict(file.partition)
-    names = [name for name in columns.names if name not in partition]
-    with _opened(file.path) as parquet:
-        for group, first in _groups_from(file, start):
-            # One group a call: over several, Arrow cannot read dictionaries nested in structs.
-            for batch in parquet.iter_batches(batch_rows, row_groups=[group], columns=names, use_threads=False):
-                tick()
-                rows = batch.slice(max(0, start - first), left)
-                first += batch.num_rows
-                left -= rows.num_rows
-                if rows.num_rows:
-                    yield _cast(rows, columns, partition)
-                if not left:
-                    return
-    raise InputChanged(f"{file.path} must have the {file.num_rows} rows its footer states, got {left} fewer")
-
-
 @contextmanager
 def _opened(path: str) -> Iterator[pq.ParquetFile]:
     """Raises InputUnreadable, and PageCorrupt if no read failed; both also while the file is in use."""
@@ -160,7 +183,7 @@ def _opened(path: str) -> Iterator[pq.ParquetFile]:
         try:
             with pq.ParquetFile(stream, page_checksum_verification=True, buffer_size=size) as parquet:
                 yield parquet
-        except MemoryError:  # Arrow's own is an ArrowException, too
+        except (MemoryError, PageCorrupt):  # Arrow's own MemoryError is an ArrowException, too
             raise
         except Exception as error:
             if stream.failure is not None:

@@ -20,6 +20,7 @@ from segue.workers.prompts.template import PromptTemplate
 from segue.workers.scoring.template import ScoringTemplate, Task
 
 ROW_PARAMS_COLUMN = "sampling_params"  # read from every dataset that has it, passed through or not
+SHOWN_NAMES = 12  # of the columns that there are instead of one that is missing
 _STRING_LIKE = "string, large_string, string_view or dictionary of string"
 
 
@@ -66,7 +67,12 @@ def check_columns(
     for name in wanted:
         own = [use for used, use in uses if used == name] or [_PASSED]
         key = own[0].key
-        problems += _missing(files, counted, name, key) or _repeated(files, counted, name) or _unfit(files, name, own)
+        problems += (
+            _missing(files, counted, name, key)
+            or _repeated(files, counted, name)
+            or encrypted(files, name, key)
+            or _unfit(files, name, own)
+        )
     if problems:
         return None, problems
     order = [name for name in names if name in wanted]
@@ -233,7 +239,14 @@ def _missing(files: Sequence[InputFile], counted: Sequence[Counter[str]], name: 
         return []
     got = f"{lacking[0].path} without column {shown(name)}"
     wanted = f"it in every file ({len(lacking)} of {len(files)} lack it)"
-    return [Problem(key, got, wanted, nearest(name, lacking[0].schema.names))]
+    names = lacking[0].schema.names
+    return [Problem(key, got, wanted, nearest(name, names) or f"it has {_listed(names)}")]
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Some names, and how many there are beside them."""
+    some = ", ".join(shown(name) for name in names[:SHOWN_NAMES])
+    return f"{some} and {len(names) - SHOWN_NAMES:,} more" if len(names) > SHOWN_NAMES else some or "none"
 
 
 def _repeated(files: Sequence[InputFile], counted: Sequence[Counter[str]], name: str) -> list[Problem]:
@@ -244,11 +257,23 @@ def _repeated(files: Sequence[InputFile], counted: Sequence[Counter[str]], name:
     return []
 
 
+def encrypted(files: Sequence[InputFile], name: str, key: str) -> list[Problem]:
+    """The first file in which a column is encrypted. `key`: of the job file, where the column is asked for."""
+    for file in files:
+        if name in file.encrypted:
+            got = f"{file.path} with column {shown(name)}, which is encrypted"
+            hint = "leave it out of output.columns, or decrypt the file before"
+            return [Problem(key, got, "columns that can be read without keys", hint)]
+    return []
+
+
 def _unfit(files: Sequence[InputFile], name: str, uses: Sequence[_Use]) -> list[Problem]:
     """The first file whose type is not what the job can use, or not what the files before it have."""
     seen: list[pa.DataType] = []
     for file in files:
         kind = file.schema.field(name).type
+        if kind in seen:
+            continue
         if carrier(kind) is None:
             wanted = "a type that can be passed through; leave the column out of output.columns, or convert it"
             return [Problem("output.columns", f"{file.path} with column {shown(name)} of type {kind}", wanted)]
@@ -258,8 +283,7 @@ def _unfit(files: Sequence[InputFile], name: str, uses: Sequence[_Use]) -> list[
         if unified([*seen, kind]) is None:
             wanted = f"one type in all files ({unified(seen)} in {files[0].path})"
             return [Problem("input.path", f"{file.path} with column {shown(name)} of type {kind}", wanted)]
-        if kind not in seen:
-            seen.append(kind)
+        seen.append(kind)
     return []
 
 

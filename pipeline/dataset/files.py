@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from segue.pipeline.dataset.encryption import encrypted_columns
 from segue.pipeline.dataset.listing import KEY, ListedFile, Listing, is_local, list_files
 from segue.pipeline.problems import JobRefused, Problem, shown
 from segue.pipeline.storage.remote import open_remote
@@ -43,6 +44,7 @@ class InputFile:
     row_group_bytes: tuple[int, ...]  # of each, decompressed, all columns
     schema: pa.Schema = field(compare=False, repr=False)  # without metadata, partition columns at the end
     partition: tuple[tuple[str, pa.Scalar], ...] = field(default=(), compare=False, repr=False)  # by column
+    encrypted: frozenset[str] = field(default=frozenset(), compare=False, repr=False)  # columns
 
     @property
     def schema_sha(self) -> str:
@@ -185,6 +187,7 @@ def _open(src_path: str, listed: ListedFile) -> InputFile | Problem:
         row_groups=tuple(group.num_rows for group in groups),
         row_group_bytes=tuple(group.total_byte_size for group in groups),
         schema=schema,
+        encrypted=encrypted_columns(footer, metadata, schema),
     )
 
 

@@ -1,7 +1,8 @@
 """A dataset's rows as a Ray Data source.
 
-`ray.data.read_parquet` has no row numbers, so read tasks here are (file, consecutive row groups), planned from footers
-alone. A reader makes the blocks: for the plan it is `pipeline/prompts/rows.py`.
+`ray.data.read_parquet` has no row numbers, so read tasks here are pieces of files, consecutive row groups, planned from
+footers alone. A task has one large piece or several small ones, of as many files. A reader makes the blocks: for the
+plan it is `pipeline/prompts/rows.py`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,8 +15,11 @@ from ray.data.block import BlockMetadata
 from ray.data.context import DataContext
 from ray.data.datasource import ReadTask
 
-from segue.pipeline.dataset.blocks import RowRange, row_ranges
+from segue.pipeline.dataset.blocks import TASK_BYTES, RowRange, gathered, row_ranges
 from segue.pipeline.dataset.files import InputFile, RowNumbers, rows_between
+
+TASK_PIECES = 64  # at most: a task costs Ray a tenth of a second, and opening a file of a bucket as much
+Piece = tuple[InputFile, RowRange, RowNumbers]  # what is read by itself, and which of its rows are wanted
 
 
 class BlockReader(Protocol):
@@ -37,7 +41,7 @@ class RowSource(Datasource):
     the order of blocks unless told to.
     """
 
-    pieces: list[tuple[InputFile, RowRange, RowNumbers]]  # what is read by itself, and which of its rows are wanted
+    pieces: list[Piece]
 
     def __init__(
         self, files: Sequence[InputFile], reader: BlockReader, rows: Sequence[RowNumbers] | None = None
@@ -61,19 +65,40 @@ class RowSource(Datasource):
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
     ) -> list[ReadTask]:
-        """One task for each piece, whatever `parallelism` says; for no rows, one task that gives an empty block."""
+        """The same tasks whatever `parallelism` says; for no rows, one task that gives an empty block."""
         empty = self._reader.empty()
         if not self.pieces:
             return [ReadTask(lambda: [empty], _metadata(0, 0, ()), empty.schema)]
         return [
             ReadTask(
-                partial(self._reader.read, file, piece.start, piece.stop, wanted),
-                _metadata(len(wanted), piece.num_bytes, (file.path,)),
+                partial(_blocks, self._reader, pieces),
+                _metadata(
+                    sum(len(wanted) for *_, wanted in pieces),
+                    sum(piece.num_bytes for _, piece, _ in pieces),
+                    tuple(dict.fromkeys(file.path for file, *_ in pieces)),
+                ),
                 empty.schema,
                 per_task_row_limit,
             )
-            for file, piece, wanted in self.pieces
+            for pieces in _tasks(self.pieces)
         ]
+
+
+def _blocks(reader: BlockReader, pieces: Sequence[Piece]) -> Iterator[pa.Table]:
+    return gathered(block for file, piece, own in pieces for block in reader.read(file, piece.start, piece.stop, own))
+
+
+def _tasks(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """Consecutive pieces of about TASK_BYTES together."""
+    tasks: list[list[Piece]] = []
+    size = 0
+    for each in pieces:
+        size += each[1].num_bytes
+        if not tasks or size > TASK_BYTES or len(tasks[-1]) == TASK_PIECES:
+            tasks.append([])
+            size = each[1].num_bytes
+        tasks[-1].append(each)
+    return tasks
 
 
 def _metadata(num_rows: int, num_bytes: int, files: tuple[str, ...]) -> BlockMetadata:

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pyarrow import acero
 
-from segue.pipeline.dataset.blocks import read_blocks
-from segue.pipeline.dataset.columns import unified
+from segue.pipeline.dataset.blocks import FEW_ROWS, batch_rows_of, group_stop, read_batches
+from segue.pipeline.dataset.columns import encrypted, unified
 from segue.pipeline.dataset.files import InputFile, RowNumbers
 from segue.pipeline.jobfile.filters import Filters
 from segue.pipeline.jobfile.schema import InputConfig, LimitsConfig
@@ -40,6 +41,8 @@ def check_filters(filters: Filters | None, files: Sequence[InputFile]) -> list[P
         if lacking:
             got = f"{shown(column)}, which is not, or twice, in {shown(lacking[0].path)}"
             problems.append(Problem(KEY, got, "columns of every input file", nearest(column, names)))
+        elif found := encrypted(files, column, KEY):
+            problems += found
         elif unified(file.schema.field(column).type for file in files) is None:
             problems.append(Problem(KEY, f"{shown(column)}, of different types", "a column of one type in all files"))
     if filters and files and not problems:
@@ -107,22 +110,38 @@ def _hashed(positions: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _filtered(files: Sequence[InputFile], filters: Filters, limits: LimitsConfig) -> tuple[RowNumbers, ...]:
-    found: list[list[np.ndarray]] = [[] for _ in files]
+    schema = _schema(filters, files)
     with LimitedProcess(limits.row_cpu_s, limits.row_memory_bytes, _warm_up) as child:
         try:
-            for number, rows in child.stream(_matching, files, _schema(filters, files), filters):
-                found[number].append(rows)
-        except ChildDied as death:
-            got = f"columns whose reading ended its process ({death})"
-            wanted = "columns that can be read within limits.row_cpu_s and limits.row_memory_bytes"
-            raise JobRefused([Problem(KEY, got, wanted)]) from None
+            rows = [_filtered_rows(child, file, schema, filters) for file in files]
         except pa.ArrowException:  # its message quotes rows
             got, wanted = "values in the columns that cannot be compared with its own", "values of the columns' types"
             raise JobRefused([Problem(KEY, got, wanted)]) from None
-    rows = [np.concatenate(each) if each else np.empty(0, np.int64) for each in found]
     return tuple(
         range(file.num_rows) if len(each) == file.num_rows else each for file, each in zip(files, rows, strict=True)
     )
+
+
+def _filtered_rows(child: LimitedProcess, file: InputFile, schema: pa.Schema, filters: Filters) -> np.ndarray:
+    """The numbers of the rows of one file. Where many rows at a time need too much memory, few are read: footers may be
+    wrong about their size. Raises JobRefused."""
+    found, start, is_thrifty, stuck = [np.empty(0, np.int64)], 0, False, -1
+    while start < file.num_rows:
+        end, batch_rows = file.num_rows, batch_rows_of(file)
+        if is_thrifty:
+            end, batch_rows = group_stop(file, start), FEW_ROWS
+        try:
+            for stop, numbers in child.stream(_matching, file, start, end, schema, filters, batch_rows):
+                found.append(numbers)
+                start = stop
+            is_thrifty = False
+        except ChildDied as death:
+            if death.death != "memory" or (is_thrifty and start == stuck):
+                got = f"columns whose reading ended its process ({death}), behind row {start:,} of {shown(file.path)}"
+                wanted = "columns that can be read within limits.row_cpu_s and limits.row_memory_bytes"
+                raise JobRefused([Problem(KEY, got, wanted)]) from None
+            is_thrifty, stuck = True, start if is_thrifty else -1  # one death proves nothing: memory may be short
+    return np.concatenate(found)
 
 
 def _warm_up() -> None:
@@ -131,23 +150,26 @@ def _warm_up() -> None:
     _numbers_in(table, 0, ((("a", "==", 1),),))
 
 
-def _matching(files: Sequence[InputFile], schema: pa.Schema, filters: Filters) -> Iterator[tuple[int, np.ndarray]]:
-    """In the child. (number of a file, numbers of rows in it), in order."""
-    for number, file in enumerate(files):
-        start = 0
-        for stop, block in read_blocks(file, 0, file.num_rows, schema, range(file.num_rows)):
-            table = pa.Table.from_batches([pa.RecordBatch.from_struct_array(c) for c in block["input"].chunks], schema)
-            yield number, _numbers_in(table, start, filters)
-            start = stop
+def _matching(
+    file: InputFile, start: int, stop: int, schema: pa.Schema, filters: Filters, batch_rows: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """In the child. (number of the first row after a batch, numbers of its rows that match), in order."""
+    for batch in read_batches(file, start, stop, schema, batch_rows):
+        numbers = _numbers_in(pa.Table.from_batches([batch]), start, filters)
+        start += batch.num_rows
+        yield start, numbers
 
 
 def _numbers_in(table: pa.Table, start: int, filters: Filters) -> np.ndarray:
-    """Of the rows that match, counted from `start`."""
+    """Of the rows that match, counted from `start`. Only whether they match is computed: texts are not copied."""
     conditions = ([_expression(each, table.schema) for each in several] for several in filters)
     expression = reduce(operator.or_, (reduce(operator.and_, several) for several in conditions))
     name = "".join(table.column_names) + "#"  # that no column has
     numbered = table.append_column(name, pa.arange(start, start + table.num_rows))
-    return numbered.filter(expression)[name].to_numpy()
+    source = acero.Declaration("table_source", acero.TableSourceNodeOptions(numbered))
+    wanted = acero.ProjectNodeOptions([pc.field(name), expression], ["number", "matches"])
+    found = acero.Declaration("project", wanted, inputs=[source]).to_table(use_threads=False)
+    return np.sort(found["number"].filter(found["matches"]).to_numpy())
 
 
 def _expression(condition: tuple[str, str, Any], schema: pa.Schema) -> pc.Expression:

@@ -14,6 +14,7 @@ import ray.data
 import ray.exceptions
 
 from segue.pipeline.dataset.blocks import InputChanged, InputUnreadable
+from segue.pipeline.dataset.listing import is_local
 from segue.pipeline.dataset.ray_source import RowSource
 from segue.pipeline.plan.cutting import ORDER
 from segue.pipeline.problems import WorkersFailed, first_and_last_line
@@ -27,7 +28,8 @@ from segue.pipeline.ready.checks import CheckedJob
 STREAM_ROWS = 4096
 FEW_ROWS = 8192
 FEW_BYTES = 8 * 2**20  # decompressed, as footers say, which may lie:
-FEW_PIECES = 64  # of files, which are read one after the other
+FEW_PIECES = 4096  # of files, which are read one after the other: 2 ms each, and of a bucket REMOTE_PIECE times as long
+REMOTE_PIECE = 64
 HELD_BYTES = 128 * 2**20  # rows that turn out to be larger go to Ray, which keeps on disk what does not fit
 
 
@@ -61,7 +63,7 @@ def _reader(job: CheckedJob, spec: RenderSpec) -> PlannedRowReader:
 
 def _are_few(source: RowSource) -> bool:
     is_small = source.num_rows <= FEW_ROWS and source.estimate_inmemory_data_size() <= FEW_BYTES
-    return is_small and len(source.pieces) <= FEW_PIECES
+    return is_small and sum(1 if is_local(file.path) else REMOTE_PIECE for file, *_ in source.pieces) <= FEW_PIECES
 
 
 def _sorted_here(source: RowSource, reader: PlannedRowReader, child: LimitedProcess | None) -> pa.Table | None:

@@ -28,7 +28,6 @@ LOOK_SECONDS = 0.1
 IDLE_FACTOR = 20  # a child may take this many times its CPU time by the clock
 START_SECONDS = 300.0  # CPU time for imports, on a busy machine
 PREPARE_BYTES = 2**30  # memory for imports and for all else that `prepare` loads
-ORPHAN_SECONDS = 1.0
 IDLE_SECONDS = 60.0  # a child without work ends after that
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 _SERVE = "from segue.pipeline.processes.limited import serve; serve({descriptor})"
@@ -239,29 +238,52 @@ def tick() -> None:
 
 @contextmanager
 def clock_paused() -> Iterator[None]:
-    """Stop the clock for work that has time limits of its own, such as requests to a store."""
+    """Stop the clock for work that has time limits of its own, such as requests to a store. Not to be nested."""
     if _to_parent is None:
         yield
         return
-    _to_parent.send("pause")
+    _to_parent.begin_wait()
     try:
         yield
     finally:
-        _to_parent.send("tick")
+        _to_parent.end_wait()
 
 
 class _ToParent:
-    """A child's connection to its parent; may be used from any thread."""
+    """A child's connection to its parent; may be used from any thread.
+
+    A wait is told to the parent only if it lasts, by a thread: most reads of a file are over before.
+    """
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._last = 0.0
+        self._waiting_since: float | None = None
+        self._is_paused = False
 
     def send(self, kind: str, value: object = None) -> None:
         with self._lock:
             self._connection.send((kind, value))
             self._last = time.monotonic()
+
+    def begin_wait(self) -> None:
+        self._waiting_since = time.monotonic()
+
+    def end_wait(self) -> None:
+        with self._lock:
+            self._waiting_since = None
+            if self._is_paused:
+                self._is_paused = False
+                self.send("tick")
+
+    def tell_long_wait(self) -> None:
+        """Stop the clock if the wait that there is has lasted for a while."""
+        with self._lock:
+            since = self._waiting_since
+            if since is not None and not self._is_paused and time.monotonic() - since > TICK_SECONDS:
+                self._is_paused = True
+                self.send("pause")
 
     def tick(self) -> None:
         if time.monotonic() - self._last > TICK_SECONDS:
@@ -277,7 +299,7 @@ def serve(descriptor: int) -> None:
     with suppress(EOFError, OSError):  # the parent is gone
         parent, memory_bytes, prepare = connection.recv()
         _ask_to_end_with_parent()
-        threading.Thread(target=_end_with, args=[parent], daemon=True).start()
+        threading.Thread(target=_watch, args=[parent, _to_parent], daemon=True).start()
         _limit_memory(PREPARE_BYTES + memory_bytes)
         _answer(_to_parent, _prepared, (prepare,))
         _limit_memory(memory_bytes)
@@ -318,10 +340,12 @@ def _ask_to_end_with_parent() -> None:
             ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _end_with(parent: int) -> None:
-    """Watch the parent from a thread, as it may have ended before the kernel was asked."""
-    while os.getppid() == parent:
-        time.sleep(ORPHAN_SECONDS)
+def _watch(parent: int, to_parent: _ToParent) -> None:
+    """From a thread: the parent, as it may have ended before the kernel was asked, and waits of the main thread."""
+    with suppress(OSError):  # the parent is gone
+        while os.getppid() == parent:
+            time.sleep(TICK_SECONDS)
+            to_parent.tell_long_wait()
     os._exit(1)
 
 

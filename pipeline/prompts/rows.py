@@ -15,8 +15,6 @@ import pyarrow as pa
 from segue.pipeline.dataset.blocks import (
     BLOCK_ROWS,
     FEW_ROWS,
-    MANY_ROWS,
-    TASK_BYTES,
     PageCorrupt,
     batch_rows_of,
     group_stop,
@@ -80,7 +78,7 @@ class PlannedRowReader:
         Raises InputChanged, InputUnreadable, PreparationFailed.
         """
         child = child or _child_for(self._spec, self._limits)
-        return _gathered(_Range(self._columns, self._spec, self._limits, child, file, stop, wanted).blocks(start))
+        return _Range(self._columns, self._spec, self._limits, child, file, stop, wanted).blocks(start)
 
 
 class _Range:
@@ -210,21 +208,6 @@ def _planned_blocks(
                 yield number, None
                 yield number + 1, render_block(block.slice(index, 1), spec)
         yield after, render_block(block.slice(0, 0) if is_alone else block, spec)
-
-
-def _gathered(blocks: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """Blocks joined into pieces that are large enough for a block of Ray Data."""
-    pieces: list[pa.Table] = []
-    num_rows = num_bytes = 0
-    for block in blocks:
-        pieces.append(block)
-        num_rows += block.num_rows
-        num_bytes += block.nbytes
-        if num_rows >= MANY_ROWS or num_bytes >= TASK_BYTES:
-            yield pa.concat_tables(pieces)
-            pieces, num_rows, num_bytes = [], 0, 0
-    if pieces:
-        yield pa.concat_tables(pieces)
 
 
 _kept: list[tuple[RenderSpec, RowLimits, LimitedProcess]] = []  # at most one

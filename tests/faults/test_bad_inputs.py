@@ -3,17 +3,18 @@
 The same tables are printed by `make script RUN=tests/faults/bad_inputs.py`.
 """
 
+from dataclasses import replace
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from bad.cases import Case, is_expected, outcome_of
+from bad.cases import Case, is_expected, job, outcome_of
 from bad.jobs import CASES
 from bad.parquet import BAD_FILES, GOOD, GOOD_DICTIONARY, TEXTS
-from bad.rows import DATASETS, NEED_CHILDREN, SLOW_DATASETS, errors_in, types
+from bad.rows import DATASETS, NEED_CHILDREN, SLOW_DATASETS, TEXT, errors_in, types
 from in_process import run, run_here, without_ray
 from render_specs import render_spec
 
-from segue.pipeline.dataset.blocks import InputChanged
 from segue.pipeline.dataset.files import discover
 from segue.pipeline.problems import JobRefused
 from segue.pipeline.prompts.rows import PlannedRowReader, RowLimits
@@ -71,7 +72,7 @@ OUTCOMES = {
     "ARROW-RS-GH-6229-DICTHEADER": ["INPUT_CORRUPT"] * 4,
     "ARROW-RS-GH-6229-LEVELS": ["INPUT_CORRUPT"] * 4,
     "ARROW-GH-41321": ["INPUT_CORRUPT"] * 4,
-    "ARROW-GH-41317": "changed",
+    "ARROW-GH-41317": [None] * 4 + ["INPUT_CORRUPT"] * 3,
     "ARROW-GH-43605": [None] * 4,  # odd, and valid
     "ARROW-GH-45185": ["INPUT_CORRUPT"] * 4,
     "ARROW-GH-47662": [None, None, "INPUT_CORRUPT", "INPUT_CORRUPT"],
@@ -83,6 +84,18 @@ def test_malformed_file_is_refused_or_costs_the_rows_that_cannot_be_read(name, t
     path = tmp_path / f"{name}.parquet"
     path.write_bytes(BAD_FILES[name][1].content())
     assert outcome_of_file(path) == OUTCOMES[name], BAD_FILES[name][0]
+
+
+def test_short_column_costs_its_row_groups_and_moves_no_row(tmp_path):
+    """Of 7 rows that each of three row groups has there are 4 values."""
+    (tmp_path / "in").mkdir()
+    file = replace(BAD_FILES["ARROW-GH-41317"][1], num_groups=3)
+    (tmp_path / "in" / "a.parquet").write_bytes(file.content())
+    run_here(job(tmp_path, limits={"max_error_rate": 1.0}, **TEXT))
+    rows = {row["src_row"]: row["prompt"] for row in pq.read_table(tmp_path / "out").to_pylist()}
+    assert [rows[number] for number in range(21)] == [*TEXTS, None, None, None] * 3
+    codes = errors_in(tmp_path / "out")
+    assert [codes[number] for number in range(21)] == ([None] * 4 + ["INPUT_CORRUPT"] * 3) * 3
 
 
 @pytest.mark.parametrize("file", [GOOD, GOOD_DICTIONARY], ids=["plain", "dictionary"])
@@ -102,9 +115,6 @@ def outcome_of_file(path) -> str | list[str | None]:
         prompt_columns=(), passed_columns=("prompt",), template=render_spec().template.model_copy(update={"text": "x"})
     )
     reader = PlannedRowReader(pa.schema([file.schema.field("prompt")]), spec, RowLimits(20, 2**28))
-    try:
-        rows = pa.concat_tables(reader.read(file, 0, file.num_rows, range(file.num_rows))).to_pylist()
-    except InputChanged:
-        return "changed"
+    rows = pa.concat_tables(reader.read(file, 0, file.num_rows, range(file.num_rows))).to_pylist()
     assert [row["src_row"] for row in rows] == list(range(file.num_rows))
     return [row["error"] and row["error"]["code"] for row in rows]

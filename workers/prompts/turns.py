@@ -68,7 +68,7 @@ class Turns:
     def inserted(self, head: str, role: str, controls: RunTokenizer) -> int:
         """The length of what the template writes before the first turn, such as a system prompt of its own."""
         opener, opened = self.openers.get(role, ""), self._opened(head, role)
-        if opened is None and _has_control(opener, controls) and opener in head:
+        if opened is None and controls.has_control(opener) and opener in head:
             opened = head.index(opener)
         return opened if opened and head[:opened].strip() else 0
 
@@ -104,20 +104,20 @@ class Turns:
         """The border by a closer or an opener somewhere in the gap. Only those with a control token are looked for: no
         row can write these."""
         closer, opener = self.closers.get(before, ""), self.openers.get(after, "")
-        for text in (closer, _last_control(closer, controls)):
-            if _has_control(text, controls) and text in gap:
+        for text in (closer, controls.last_control(closer)):
+            if controls.has_control(text) and text in gap:
                 return len(_with_space(gap, gap.index(text) + len(text)))
         call = self.closers.get(_CALL) if after == "tool" else ""
         if call and call in gap:
             return gap.rindex(call) + len(call)
-        if _has_control(opener, controls) and opener in gap:
+        if controls.has_control(opener) and opener in gap:
             return gap.index(opener)
-        beginnings = [text for text in (_first_control(opener, controls), self._beginning(controls)) if text]
+        beginnings = [text for text in (controls.first_control(opener), self._beginning(controls)) if text]
         return next((gap.rindex(text) for text in beginnings if text in gap), None)
 
     def _beginning(self, controls: RunTokenizer) -> str:
         """The control token that begins every turn, if there is one."""
-        firsts = {_first_control(opener, controls) for opener in self.openers.values()}
+        firsts = {controls.first_control(opener) for opener in self.openers.values()}
         return firsts.pop() if len(firsts) == 1 else ""
 
 
@@ -243,7 +243,7 @@ class _Learner:
     def _begins_turns(self) -> str:
         """The first control token of the first turn."""
         shown = self._render(("user",), True) or self._render(("system", "user"), True)
-        return _first_control(shown.head.removeprefix(self._bos), self._tokenizer) if shown else ""
+        return self._tokenizer.first_control(shown.head.removeprefix(self._bos)) if shown else ""
 
     def _written_header(self) -> str:
         for roles in _TURNS[:2]:
@@ -263,7 +263,7 @@ class _Learner:
         """What a tool's result opens with after a call: what follows the same chat without it."""
         call, result = self._render(("user", _CALL), False), self._render(("user", _CALL, "tool"), False)
         if call:
-            self._closers[_CALL] = _last_control(call.text, self._tokenizer)
+            self._closers[_CALL] = self._tokenizer.last_control(call.text)
         if call and result and len(result.spans) == 2:
             before = result.text[: result.spans[1][1]]
             opener = before[len(self._common(before, call.text)) :]
@@ -335,20 +335,6 @@ def _message(number: int, role: str) -> dict[str, object]:
         return {"role": "assistant", "content": "", "tool_calls": [CALL]}
     message: dict[str, object] = {"role": role, "content": f"{_OPEN}{number}{_SHUT}"}
     return message | {"tool_call_id": CALL["id"], "name": "look_up"} if role == "tool" else message
-
-
-def _first_control(text: str, tokenizer: RunTokenizer) -> str:
-    spans = tokenizer.control_spans(text)
-    return text[spans[0][0] : spans[0][1]] if spans else ""
-
-
-def _last_control(text: str, tokenizer: RunTokenizer) -> str:
-    spans = tokenizer.control_spans(text)
-    return text[spans[-1][0] : spans[-1][1]] if spans else ""
-
-
-def _has_control(text: str, tokenizer: RunTokenizer) -> bool:
-    return bool(text) and bool(tokenizer.control_spans(text))
 
 
 def _with_space(gap: str, length: int) -> str:

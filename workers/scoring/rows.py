@@ -18,6 +18,8 @@ from segue.workers.scoring.template import ScoringTemplate
 from segue.workers.scoring.windows import rolling_requests
 
 MAX_CHOICES = 10_000
+UNLABELLED = -1  # of rows whose label is kept secret, in many datasets
+_POSITION = re.compile(r"\s*-?[0-9]{1,9}\s*")
 _SPACE = re.compile(r"\s+")
 
 
@@ -122,13 +124,19 @@ def _filled(template: str, row: Mapping[str, object]) -> str:
 
 
 def _label(value: object, choices: Sequence[str]) -> int | None:
-    """The position of the right choice; None if the row has no label."""
-    if value is None:
+    """The position of the right choice; None if the row has no label.
+
+    As lm-evaluation-harness has it, a position may be a text of digits; but a text that is one of the choices is that
+    choice. Splits without labels have null, -1 or an empty text in each row.
+    """
+    if isinstance(value, str):
+        if choices.count(value) == 1:
+            return choices.index(value)
+        value = int(value) if _POSITION.fullmatch(value) else value.strip() or None
+    if value is None or value == UNLABELLED:
         return None
     if isinstance(value, str):
-        if choices.count(value) != 1:
-            raise RowError(RowErrorCode.BAD_LABEL, "the label must be one of the choices, or a position from 0")
-        return choices.index(value)
+        raise RowError(RowErrorCode.BAD_LABEL, "the label must be one of the choices, once, or a position from 0")
     if not isinstance(value, int) or not 0 <= value < len(choices):
         raise RowError(RowErrorCode.BAD_LABEL, f"the label must be a position from 0 to {len(choices) - 1}")
     return int(value)

@@ -30,7 +30,7 @@ class ScoringTemplate(BaseModel):
 
     choices: tuple[str, ...] | None = Field(default=None, min_length=1)  # the same for all rows; may have {column}s
     choices_column: str = "choices"  # else each row's own list of texts
-    label_column: str = "label"  # the right choice: its position from 0, or its text; read if the dataset has it
+    label_column: str = "label"  # the right choice: its text or its position from 0; read if the dataset has it
     target_delimiter: str | None = None  # before each choice; by default " " after format text, else ""
     continuation: str | None = None  # with {column} placeholders, scored as it is
     continuation_column: str = "continuation"  # else this column, as it is

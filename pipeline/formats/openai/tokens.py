@@ -9,8 +9,8 @@ from segue.pipeline.problems import WorkersFailed
 from segue.pipeline.processes.limited import PREPARE_BYTES, ChildDied
 from segue.pipeline.ready.child import CHECK_SECONDS, checking_child, found_in_child
 from segue.pipeline.storage.models import local_source
-from segue.workers.prompts.encoder import import_tokenizers
 from segue.workers.models.token_bytes import model_token_bytes
+from segue.workers.prompts.encoder import import_tokenizers
 
 
 class ModelTokens:

@@ -10,6 +10,7 @@ import ray.data
 from block_reader import Blocks
 from parquet_files import typed_table, write_numbered
 
+from segue.pipeline.dataset import blocks, ray_source
 from segue.pipeline.dataset.files import cut_rows, discover
 from segue.pipeline.dataset.ray_source import RowSource
 
@@ -47,6 +48,25 @@ def test_source_large_row_group_comes_in_several_blocks(tmp_path):
     blocks = list(task())
     assert [block.num_rows for block in blocks] == [50_000, 50_000, 20_000]
     assert [block.column("src_row")[0].as_py() for block in blocks] == [0, 50_000, 100_000]
+
+
+def test_source_of_many_small_files_has_few_tasks_of_one_block_each(tmp_path):
+    names = [f"f{n:03}" for n in range(200)]
+    for name in names:
+        write_numbered(tmp_path / f"{name}.parquet", 2)
+    source = RowSource(discover([str(tmp_path)]), Blocks(COLUMNS))
+    assert len(source.get_read_tasks(1)) == 4
+    assert all(len(list(task())) == 1 for task in source.get_read_tasks(1))
+    assert rows_of(source) == [(f"{name}.parquet", n, f"{name}-{n}") for name in names for n in range(2)]
+
+
+def test_source_of_large_pieces_has_a_task_for_each(tmp_path, monkeypatch):
+    write_numbered(tmp_path / "a.parquet", 12, row_group_size=4)
+    for module in (blocks, ray_source):
+        monkeypatch.setattr(module, "TASK_BYTES", 1)
+    files = discover([str(tmp_path)])
+    pieces = [(files[0], each, range(each.start, each.stop)) for each in blocks.row_ranges(files[0], 0, 12, 1)]
+    assert len(pieces) == len(ray_source._tasks(pieces)) == 3
 
 
 def test_source_of_no_rows_gives_an_empty_block_with_the_schema(tmp_path):

@@ -107,6 +107,38 @@ def test_filter_does_not_need_more_than_the_lowest_limits(tmp_path):
     assert len(chosen(ready_job(job).checked)) == 10
 
 
+@pytest.mark.parametrize("use_dictionary", [False, True], ids=["footer-says-how-much", "footer-says-little"])
+def test_filter_on_large_texts_reads_few_at_a_time(tmp_path, use_dictionary):
+    """300 MB of texts in one row group, and 128 MB to read them with."""
+    (tmp_path / "in").mkdir()
+    texts = [None if n % 100 == 0 else "x" * 25_000 for n in range(12_000)]
+    table = pa.table({"prompt": ["x"] * 12_000, "text": texts, "n": range(12_000)})
+    pq.write_table(table, tmp_path / "in" / "0.parquet", use_dictionary=use_dictionary, compression="zstd")
+    limits = {"row_memory_bytes": 128 * 2**20}
+    for filters in ([["text", "==", None]], [["text", "!=", None], ["n", "<", 3]]):
+        job = write_job(tmp_path, input={"path": "in", "filters": filters}, limits=limits)
+        wanted = list(range(0, 12_000, 100)) if len(filters) == 1 else [1, 2]
+        assert chosen(ready_job(job).checked) == wanted
+
+
+def test_filter_on_one_text_larger_than_memory_is_refused_with_its_file_and_row(tmp_path):
+    (tmp_path / "in").mkdir()
+    table = pa.table({"prompt": ["x"] * 200, "text": ["x"] * 100 + ["y" * 2**27] + ["x"] * 99})
+    pq.write_table(table, tmp_path / "in" / "0.parquet", compression="zstd")
+    inputs = {"path": "in", "filters": [["text", "==", None]]}
+    with pytest.raises(JobRefused, match=r"ended its process \(memory\), behind row 0 of '.*0\.parquet'"):
+        ready_job(write_job(tmp_path, input=inputs, limits={"row_memory_bytes": 64 * 2**20}))
+
+
+@pytest.mark.parametrize("kind", [pa.string_view(), pa.large_string(), pa.dictionary(pa.int8(), pa.string())], ids=str)
+def test_filter_on_texts_of_any_type(tmp_path, kind):
+    (tmp_path / "in").mkdir()
+    table = pa.table({"prompt": ["x"] * 3, "text": pa.array(["a", None, "b"]).cast(kind)})
+    pq.write_table(table, tmp_path / "in" / "0.parquet")
+    assert chosen(checked(tmp_path, filters=[["text", "==", "b"]])) == [2]
+    assert chosen(checked(tmp_path, filters=[["text", "!=", None]])) == [0, 2]
+
+
 def test_limit_comes_after_sample_and_sample_after_filters(tmp_path):
     write_files(tmp_path)
     filtered = set(chosen(checked(tmp_path, filters=[["lang", "==", "en"]])))

@@ -2,8 +2,10 @@
 
 import signal
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from echo_jobs import write_input, write_job
 from ready_jobs import ready_job
@@ -50,6 +52,18 @@ def test_more_rows_bytes_or_pieces_are_for_ray(job, monkeypatch, limit):
     assert not needs_ray(job.checked, spec)
     monkeypatch.setattr(ordering, limit, 1)
     assert needs_ray(job.checked, spec)
+
+
+def test_many_small_files_are_planned_without_ray_unless_each_is_a_request_to_a_bucket(tmp_path):
+    (tmp_path / "in").mkdir()
+    for n in range(100):
+        pq.write_table(pa.table({"prompt": [f"row {n}"]}), tmp_path / "in" / f"{n:03}.parquet")
+    ready = ready_job(write_job(tmp_path))
+    spec = ready.render_spec(today())
+    assert not needs_ray(ready.checked, spec)
+    assert plan_job(ready, lambda line: None).num_rows == 100
+    there = tuple(replace(file, path=f"s3://bucket/{file.src_path}") for file in ready.checked.inputs)
+    assert needs_ray(replace(ready.checked, inputs=there), spec)
 
 
 def test_ray_that_starts_in_the_middle_of_a_plan_takes_no_signal(job, monkeypatch):

@@ -1,10 +1,13 @@
 """A job's columns: in every file, of types that fit, and of names that do not clash with results."""
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 from bad.cases import job, write
+from in_process import run_here
+from parquet_files import write_encrypted
 from ready_jobs import ready_job, refusal
 
 from segue.pipeline.dataset.columns import unified
@@ -54,6 +57,39 @@ def test_check_column_in_other_case_names_every_candidate(tmp_path):
 def test_check_exact_case_wins_over_other_case(tmp_path):
     write(tmp_path / "in/a.parquet", {"Prompt": ["x"], "prompt": ["y"]})
     assert passes(job(tmp_path)).columns.prompt == ("prompt",)
+
+
+def test_check_missing_column_that_is_like_no_other_says_which_there_are(tmp_path):
+    write(tmp_path / "in/a.parquet", {"question": ["x"], "answer": ["y"]})
+    assert "it has 'question', 'answer'" in refusal(job(tmp_path))
+    write(tmp_path / "in/a.parquet", {f"c{n:04}": [n] for n in range(5000)})
+    assert "'c0011' and 4,988 more" in refusal(job(tmp_path))
+
+
+SECRETS: dict[str, Any] = {
+    "prompt": ["x"],
+    "a": [{"b": 1, "c": [{"d": 1}]}],
+    "secret": ["s"],
+    "m": pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int8())),
+    "n": [1],
+}
+
+
+@pytest.mark.parametrize(
+    ("leaves", "name"),
+    [(["prompt"], "prompt"), (["secret"], "secret"), (["a.c.list.element.d"], "a"), (["m.key_value.value"], "m")],
+)
+def test_check_encrypted_column_is_refused_by_name_and_others_are_read(tmp_path, leaves, name):
+    (tmp_path / "in").mkdir()
+    write_encrypted(tmp_path / "in" / "a.parquet", pa.table(SECRETS), leaves)
+    line = refusal(job(tmp_path))
+    assert f"a.parquet with column '{name}', which is encrypted" in line
+    assert line.startswith("prompt: " if name == "prompt" else "output.columns: ")
+    if name != "prompt":
+        others = [other for other in SECRETS if other != name]
+        assert run_here(job(tmp_path, output={"path": "out", "columns": others})).num_errors == 0
+        inputs = {"path": "in", "filters": [[name, "==", None]]}
+        assert "encrypted" in refusal(job(tmp_path, input=inputs, output={"path": "out2", "columns": []}))
 
 
 def test_check_unknown_placeholder_is_named(tmp_path):

@@ -97,7 +97,7 @@ class Page:
 
 @dataclass(frozen=True)
 class File:
-    """One row group of one column."""
+    """Row groups of one column, all alike."""
 
     pages: tuple[Page, ...]
     num_rows: int  # of its row group
@@ -106,10 +106,18 @@ class File:
     converted: int = 0  # UTF8
     all_rows: int | None = None  # what the footer says of the whole file, if it is something else
     encodings: list[int] = field(default_factory=lambda: [PLAIN, RLE, RLE_DICTIONARY])
+    num_groups: int = 1
 
     def content(self) -> bytes:
         body = b"".join(page.encoded() for page in self.pages)
-        offset = len(MAGIC)
+        groups: list[Value] = [self._group(body, len(MAGIC) + number * len(body)) for number in range(self.num_groups)]
+        root = Struct({4: "schema", 5: 1})
+        leaf: dict[int, Value] = {1: self.physical, 3: self.repetition, 4: "prompt", 6: self.converted}
+        all_rows = self.num_rows * self.num_groups if self.all_rows is None else self.all_rows
+        footer = Struct({1: 1, 2: [root, Struct(leaf)], 3: all_rows, 4: groups}, frozenset({3})).encoded()
+        return MAGIC + body * self.num_groups + footer + struct.pack("<I", len(footer)) + MAGIC
+
+    def _group(self, body: bytes, offset: int) -> Struct:
         first = self.pages[0].encoded() if self.pages[0].kind == DICTIONARY_PAGE else b""
         column: dict[int, Value] = {
             1: self.physical, 2: list[Value](self.encodings), 3: ["prompt"], 4: 0, 5: self.num_rows,
@@ -119,12 +127,7 @@ class File:
             column[11] = offset
         meta = Struct(column, frozenset({5, 6, 7, 9, 10, 11}))
         chunk = Struct({2: offset, 3: meta}, frozenset({2}))
-        group = Struct({1: [chunk], 2: len(body), 3: self.num_rows}, frozenset({2, 3}))
-        root = Struct({4: "schema", 5: 1})
-        leaf: dict[int, Value] = {1: self.physical, 3: self.repetition, 4: "prompt", 6: self.converted}
-        all_rows = self.num_rows if self.all_rows is None else self.all_rows
-        footer = Struct({1: 1, 2: [root, Struct(leaf)], 3: all_rows, 4: [group]}, frozenset({3})).encoded()
-        return MAGIC + body + footer + struct.pack("<I", len(footer)) + MAGIC
+        return Struct({1: [chunk], 2: len(body), 3: self.num_rows}, frozenset({2, 3}))
 
 
 TEXTS = ["one", "two", "three", "four"]

@@ -1,11 +1,13 @@
 """Small Parquet files for tests of the input."""
 
+import base64
 import datetime
 from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow.parquet import encryption
 
 
 def write_numbered(path: Path, num_rows: int = 2, *, row_group_size: int | None = None) -> Path:
@@ -39,3 +41,22 @@ def typed_table(labels: str = "pq") -> pa.Table:
             "nothing": pa.nulls(5),
         }
     )
+
+
+class _Kms(encryption.KmsClient):
+    """Keeps no secret: a wrapped key is the key."""
+
+    def wrap_key(self, key_bytes: bytes, master_key_identifier: str) -> bytes:
+        return base64.b64encode(key_bytes)
+
+    def unwrap_key(self, wrapped_key: bytes, master_key_identifier: str) -> bytes:
+        return base64.b64decode(wrapped_key)
+
+
+def write_encrypted(path: Path, table: pa.Table, columns: list[str]) -> None:
+    """These leaf columns are encrypted, the footer is not."""
+    factory = encryption.CryptoFactory(lambda _: _Kms())
+    wanted = encryption.EncryptionConfiguration(footer_key="f", column_keys={"c": columns}, plaintext_footer=True)
+    keys = factory.file_encryption_properties(encryption.KmsConnectionConfig(), wanted)
+    with pq.ParquetWriter(path, table.schema, encryption_properties=keys) as writer:
+        writer.write_table(table)

@@ -84,6 +84,21 @@ def test_label_may_be_the_text_of_a_choice():
     assert [row.label for row in rows] == [1, None]
 
 
+@pytest.mark.parametrize(
+    ("label", "wanted"),
+    [("1", 1), (" 0", 0), ("", None), (" ", None), ("-1", None), (-1, None), ("y", 1)],
+)
+def test_label_is_read_as_lm_evaluation_harness_reads_it(label, wanted):
+    """HellaSwag's labels are digits as text, and empty where they are kept secret; others have -1."""
+    (row,) = read({"prompt": ["a"], "choices": [["x", "y"]], "label": [label]}, "choose")
+    assert row.label == wanted
+
+
+def test_label_that_is_a_choice_of_digits_is_that_choice_and_not_its_position():
+    rows = read({"prompt": ["a"] * 2, "choices": [["2", "1", "0"]] * 2, "label": ["2", "0"]}, "choose")
+    assert [row.label for row in rows] == [0, 2]
+
+
 def test_choice_after_a_chat_follows_its_generation_header_without_a_space():
     (row,) = read({"prompt": ["ab"], "choices": [["x"]]}, "choose", PromptTemplate())
     assert text_of(row.continuations[0]) == "x"
@@ -119,7 +134,10 @@ def test_rows_with_odd_choices_are_right_or_have_an_error():
 def test_label_that_is_none_of_the_choices_is_a_row_error():
     assert choose(["x", "y"], 1) is None
     assert choose(["x", "y"], 2) == "BAD_LABEL"
-    assert choose(["x", "y"], -1) == "BAD_LABEL"
+    assert choose(["x", "y"], -2) == "BAD_LABEL"
+    assert choose(["x", "y"], "2") == "BAD_LABEL"
+    assert choose(["x", "y"], "1.0") == "BAD_LABEL"
+    assert choose(["x", "y"], "9" * 30) == "BAD_LABEL"
     assert choose(["x", "y"], "z") == "BAD_LABEL"
     assert choose(["x", "x"], "x") == "BAD_LABEL"  # which of the two?
 
