@@ -36,15 +36,23 @@ class KVShape:
 
 @dataclass(eq=False, slots=True)
 class Tail:
-    """The tokens that a row has generated: how many there are, and for how many there is room."""
+    """The tokens that a row has generated: how many there are, for how many there is room, and how many may come."""
 
     capacity: int
     start: int = 0  # in a pool: the place of the first token
     length: int = 0
+    most: int = TAIL_CAPACITIES[-1]  # tokens that it will ever have
 
     @property
     def is_full(self) -> bool:
         return self.length >= self.capacity
+
+    @property
+    def next_capacity(self) -> int:
+        """Raises ValueError if it has all the tokens that it was to have."""
+        if self.capacity >= self.most:
+            raise ValueError(f"a tail for {self.most} tokens has no room for more")
+        return min(next_capacity(self.capacity), self.most)
 
 
 class KVMemory(ABC):
@@ -63,6 +71,10 @@ class KVMemory(ABC):
     def bytes_for(self, num_tokens: int) -> int:
         return num_tokens * self.shape.bytes_per_token
 
+    @property
+    def num_free_tokens(self) -> int:
+        return max(0, self.budget_bytes - self.allocated_bytes) // self.shape.bytes_per_token
+
     def has_room(self, num_tokens: int) -> bool:
         return self.allocated_bytes + self.bytes_for(num_tokens) <= self.budget_bytes
 
@@ -75,8 +87,8 @@ class KVMemory(ABC):
         """Give back what `allocate_node` gave, or one of the parts it was split into."""
 
     @abstractmethod
-    def open_tail(self) -> Tail:
-        """An empty tail. Raises KVMemoryExceeded."""
+    def open_tail(self, capacity: int = TAIL_CAPACITIES[0], most: int = TAIL_CAPACITIES[-1]) -> Tail:
+        """An empty tail that will have at most `most` tokens. Raises KVMemoryExceeded."""
 
     @abstractmethod
     def num_tokens_to_grow(self, tail: Tail) -> int:

@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from segue.attention.memory.budget import KVMemory, KVShape, Tail, next_capacity
+from segue.attention.memory.budget import TAIL_CAPACITIES, KVMemory, KVShape, Tail
 from segue.attention.memory.node_memory import NodeMemory
 
 
@@ -72,14 +72,14 @@ class KVPieces(KVMemory):
     def free_node(self, kv: NodeMemory) -> None:
         self.allocated_bytes -= kv.num_bytes
 
-    def open_tail(self) -> Tail:
-        tail = Tail(next_capacity(0))
+    def open_tail(self, capacity: int = TAIL_CAPACITIES[0], most: int = TAIL_CAPACITIES[-1]) -> Tail:
+        tail = Tail(capacity, most=most)
         self._pieces[tail] = [self._allocate(tail.capacity)]
         return tail
 
     def num_tokens_to_grow(self, tail: Tail) -> int:
         """The next piece's: what a tail has already stays where it is."""
-        return next_capacity(tail.capacity) - tail.capacity if tail.is_full else 0
+        return tail.next_capacity - tail.capacity if tail.is_full else 0
 
     def grow_tail(self, tail: Tail) -> None:
         if num_tokens := self.num_tokens_to_grow(tail):

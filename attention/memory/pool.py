@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segue.attention.memory.budget import KVMemory, KVMemoryExceeded, KVShape, Tail, next_capacity
+from segue.attention.memory.budget import TAIL_CAPACITIES, KVMemory, KVMemoryExceeded, KVShape, Tail
 from segue.attention.memory.extents import Extents
 from segue.attention.memory.node_memory import NodeMemory
 
@@ -91,15 +91,14 @@ class KVPool(KVMemory):
         self._nodes |= {upper: None, lower: None}
         return upper, lower
 
-    def open_tail(self) -> Tail:
-        capacity = next_capacity(0)
-        tail = Tail(capacity, self._allocate(capacity))
+    def open_tail(self, capacity: int = TAIL_CAPACITIES[0], most: int = TAIL_CAPACITIES[-1]) -> Tail:
+        tail = Tail(capacity, self._allocate(capacity), most=most)
         self._tails[tail] = None
         return tail
 
     def num_tokens_to_grow(self, tail: Tail) -> int:
         """The whole new tail's: it is allocated before the old one is copied and freed."""
-        return next_capacity(tail.capacity) if tail.is_full else 0
+        return tail.next_capacity if tail.is_full else 0
 
     def grow_tail(self, tail: Tail) -> None:
         capacity = self.num_tokens_to_grow(tail)

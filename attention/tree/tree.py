@@ -87,20 +87,26 @@ class SegmentTree:
     def insert_scored(self, context: Node, token_ids: tuple[int, ...]) -> Node:
         """The node at which a continuation of `context` ends whose tokens are to be scored; counts it on each node.
 
-        Tokens that were computed for a row that wanted no scores are computed again, in an unlisted node.
+        Tokens that were computed for a row that wanted no scores are computed again, in an unlisted node. Below an
+        unlisted context the continuation is unlisted, too: nobody would find it.
         """
-        end = self.insert((Segment(token_ids, False),), context) if token_ids else context
+        end = self._insert_below(context, token_ids) if token_ids else context
         below = [node for node in end.path() if node.start >= context.stop]
         for node in below:
             if node.is_computed and node.scores is None:
                 rest = below[below.index(node) :]
                 tokens = tuple(token for other in rest for token in other.token_ids)
                 end = Node(tokens, False, node.parent, node.start, is_listed=False)
-                self._prune_all(rest)  # those that were just made
+                self.prune(rest[-1])  # with those that were just made
                 break
         for node in end.path():
             node.num_scoring += node.start >= context.stop
         return end
+
+    def _insert_below(self, context: Node, token_ids: tuple[int, ...]) -> Node:
+        if context.is_listed:
+            return self.insert((Segment(token_ids, False),), context)
+        return Node(token_ids, False, context, context.stop, is_listed=False)
 
     def remove_scored(self, end: Node, num_context_tokens: int) -> None:
         """Uncount what `insert_scored` counted."""
@@ -119,16 +125,12 @@ class SegmentTree:
             node.num_rows -= 1
             self.prune(node)
 
-    def _prune_all(self, path: Sequence[Node]) -> None:
-        for node in reversed(path):
-            self.prune(node)
-
     def prune(self, node: Node) -> None:
-        """Unlink a node that has no rows, no children and no keys and values."""
-        if node.num_rows or node.children or node.kv is not None or node.parent is None:
-            return
-        if node.is_listed:
-            del node.parent.children[_child_key(node)]
+        """Unlink a node that has no rows, no children and no keys and values, and those above it that are left so."""
+        while not (node.num_rows or node.children or node.kv is not None or node.parent is None):
+            if node.is_listed and node.parent.children.get(_child_key(node)) is node:
+                del node.parent.children[_child_key(node)]
+            node = node.parent
 
     def __iter__(self) -> Iterator[Node]:
         """All listed nodes, depth-first."""

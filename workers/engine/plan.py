@@ -23,9 +23,14 @@ class Prefill:
 
     @property
     def num_tail_tokens(self) -> int:
-        """Memory to keep free for the first generated tokens."""
-        is_short = not self.request.is_generating or self.request.params.max_tokens == 1
-        return 0 if is_short else TAIL_CAPACITIES[0] * len(self.samples)
+        """Memory to keep free for the tails with which its samples begin, once each has drawn its next token."""
+        left = (sample.num_to_feed(len(sample.token_ids) + 1) for sample in self.samples)
+        return sum(min(TAIL_CAPACITIES[0], number) for number in left)
+
+    @property
+    def num_least_tokens(self) -> int:
+        """Memory without which not one of its samples gets any further."""
+        return self.end.stop + min(1, self.num_tail_tokens)
 
 
 @dataclass(frozen=True, slots=True)

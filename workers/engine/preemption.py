@@ -4,7 +4,6 @@ Knows the queues and what rows hold; no model.
 """
 
 from segue.attention.tree.cache import NodeCache
-from segue.workers.engine.plan import Prefill
 from segue.workers.engine.queues import RowQueues
 from segue.workers.engine.row_memory import RowMemory
 from segue.workers.sampling.sample import Sample
@@ -19,17 +18,11 @@ class Preemption:
         self._rows = rows
         self.num_preemptions = 0
 
-    def grow_tails(self) -> Prefill | None:
-        """Room for one more token of each running sample. Returns a row that does not fit even alone, if there is one.
-
-        That row waits then, and so do all others: nothing holds memory.
-        """
+    def grow_tails(self) -> None:
+        """Room for one more token of each running sample that is still running then."""
         for sample in sorted(self._queues.running, key=_age):
             while sample.tail is not None and not self._rows.grow_tail(sample):
                 self._preempt(self._latest())
-                if not self._queues.active:
-                    return next(prefill for prefill in self._queues.waiting if sample in prefill.samples)
-        return None
 
     def shrink_memory(self, budget_bytes: int) -> bool:
         """Have less KV memory from now on. False, with nothing changed, if the earliest sample alone needs more."""

@@ -49,18 +49,15 @@ class RowMemory:
             self._nodes.add_row(end)
         return Prefill(request, samples, end)
 
-    def hold(self, prefill: Prefill, num_promised: int) -> bool:
-        """Hold the nodes of a waiting row. False if there is not enough memory for them and its first tails.
-
-        `num_promised`: the tokens that rows admitted before need for their first tails.
-        """
+    def hold(self, prefill: Prefill, num_tail_tokens: int) -> bool:
+        """Hold the nodes of a waiting row. False if there is not enough memory for them and so many tokens more."""
         if prefill.end.is_computed and prefill.end.last_hidden is None:
             self._fork_end(prefill)
         try:
             num_cached = self._nodes.acquire(prefill.end)
         except KVMemoryExceeded:
             return False
-        if not self._nodes.make_room(num_promised + prefill.num_tail_tokens):
+        if not self._nodes.make_room(num_tail_tokens):
             self._nodes.release(prefill.end)
             return False
         for _ in prefill.samples[1:]:
@@ -103,12 +100,15 @@ class RowMemory:
         self._nodes.release(end, keep_idle=not request.root.is_private)
         self._nodes.remove_row(end)
 
-    def open_tail(self, sample: Sample) -> bool:
-        """False if there is no memory for it."""
-        has_room = self._nodes.make_room(TAIL_CAPACITIES[0])
-        if has_room:
-            sample.tail = self._memory.open_tail()
-        return has_room
+    def open_tail(self, sample: Sample, *, is_alone: bool) -> bool:
+        """False if there is no memory for it. A sample that is alone takes what there is."""
+        most = sample.num_to_feed(len(sample.token_ids))
+        capacity = min(TAIL_CAPACITIES[0], most)
+        if not self._nodes.make_room(capacity):
+            capacity = self._memory.num_free_tokens if is_alone else 0
+        if capacity:
+            sample.tail = self._memory.open_tail(capacity, most)
+        return capacity > 0
 
     def grow_tail(self, sample: Sample) -> bool:
         """Make room for one more token of a running sample. False if there is no memory for it."""

@@ -86,7 +86,7 @@ class Scheduler:
         for sample in prefill.samples:
             if sample.finish_reason:
                 self._rows.drop_sample(sample)
-            elif self._rows.open_tail(sample):
+            elif self._rows.open_tail(sample, is_alone=not self._queues.active):
                 self._queues.running.append(sample)
             else:
                 self._preemption.put_back(sample)
@@ -121,9 +121,8 @@ class Scheduler:
         for steps, all its samples leave."""
         if self._grow_memory(self._most_kv_bytes):
             return
-        wanted = prefill.end.stop + prefill.num_tail_tokens
         message = (
-            f"the row needs {wanted} tokens of KV memory, the limit is "
+            f"the row needs {prefill.num_least_tokens} tokens of KV memory or more, the limit is "
             f"{self.memory.budget_tokens} tokens (workers.kv_cache_memory_bytes)"
         )
         self._fail(prefill.request, message)
@@ -201,9 +200,7 @@ class Scheduler:
 
     def plan_step(self) -> StepPlan:
         """Grow tails, admit rows, fill the token budget. Rows that can never fit leave; see `take_failed`."""
-        too_large = self._preemption.grow_tails()
-        if too_large is not None:
-            self._fail_or_grow(too_large)
+        self._preemption.grow_tails()
         self._admit()
         is_short = self.step_tokens < self.max_num_batched_tokens
         decoding = tuple(self._queues.running[: self.step_tokens] if is_short else self._queues.running)
@@ -220,7 +217,9 @@ class Scheduler:
         num_pending, num_promised = queues.num_pending, queues.num_promised
         while queues.waiting and self._has_place(queues.waiting[0], num_pending):
             prefill = queues.waiting[0]
-            if not self._rows.hold(prefill, num_promised):
+            # Alone, a row that was preempted must find room wherever it would have had it before.
+            wanted = num_promised + prefill.num_tail_tokens if queues.active else min(1, prefill.num_tail_tokens)
+            if not self._rows.hold(prefill, wanted):
                 if queues.active:
                     return
                 self._fail_or_grow(prefill)

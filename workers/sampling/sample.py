@@ -112,6 +112,10 @@ class Sample:
     text: str | None = None  # set when a stop string cut it
     grammar: "Grammar | None" = None  # from its first token on, if the answer must have a form
 
+    def num_to_feed(self, num_drawn: int) -> int:
+        """Once it has drawn so many tokens, the most that are still to be fed: the last of an answer is not."""
+        return max(0, self.request.params.max_tokens - num_drawn) if self.request.is_generating else 0
+
     @property
     def num_tokens(self) -> int:
         """Prompt and generated tokens."""
