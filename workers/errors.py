@@ -40,8 +40,8 @@ class RowErrorCode(StrEnum):
     )
     BAD_MESSAGES = (
         "BAD_MESSAGES",
-        "a messages column is not a list of role and content, at most a thousand of them",
-        "bring the column into OpenAI's form",
+        "the messages are no list of role and content, at most a thousand, or tools or template arguments make no sense",
+        "bring the column into OpenAI's form, or ShareGPT's",
     )
     UNSUPPORTED_CONTENT = (
         "UNSUPPORTED_CONTENT",
