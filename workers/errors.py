@@ -40,7 +40,7 @@ class RowErrorCode(StrEnum):
     )
     BAD_MESSAGES = (
         "BAD_MESSAGES",
-        "the messages are no list of role and content, at most a thousand, or tools or template arguments make no sense",
+        "messages that are no list of role and content, at most a thousand, or wrong tools or template arguments",
         "bring the column into OpenAI's form, or ShareGPT's",
     )
     UNSUPPORTED_CONTENT = (

@@ -183,7 +183,7 @@ OTHER_CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content"
 
 def text_of(row: dict[str, Any]) -> str:
     tokens = [token for segment in decode_chain(row["chain"]) for token in segment.token_ids]
-    return encoder_of(render_spec())._hf_tokenizer.decode(tokens)
+    return str(encoder_of(render_spec())._hf_tokenizer.decode(tokens))
 
 
 def told(columns: dict[str, Any]) -> list[dict[str, Any]]:
