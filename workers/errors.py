@@ -44,8 +44,8 @@ class RowErrorCode(StrEnum):
     )
     BAD_MESSAGES = (
         "BAD_MESSAGES",
-        "a messages column is not a list of role and content, at most a thousand of them",
-        "bring the column into OpenAI's form",
+        "messages that are no list of role and content, at most a thousand, or wrong tools or template arguments",
+        "bring the column into OpenAI's form, or ShareGPT's",
     )
     BAD_PROMPT = (
         "BAD_PROMPT",

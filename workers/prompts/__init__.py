@@ -1,5 +1,5 @@
 """From text and chats to segments of token ids.
 
-May import `workers.models.adapter_record`, `workers.errors` and `attention`. Imports no torch; transformers only when
+May import `workers.models`, `workers.errors` and `attention`. Imports no torch; transformers only when
 a function needs it.
 """

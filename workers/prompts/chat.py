@@ -18,7 +18,8 @@ from segue.workers.prompts.handover import Handover, Marks, marks_of
 from segue.workers.prompts.private_use import PrivateUse
 from segue.workers.prompts.reasoning import learn_markers
 from segue.workers.prompts.tokenizer import Piece, RunTokenizer
-from segue.workers.prompts.turns import Turns, common_length, learn_turns
+from segue.workers.prompts.turn_learner import learn_turns
+from segue.workers.prompts.turns import Turns, common_length
 
 
 @dataclass(frozen=True, slots=True)

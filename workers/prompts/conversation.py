@@ -12,7 +12,6 @@ from typing import Any, Literal, get_args
 
 from segue.workers.errors import RowError, RowErrorCode
 from segue.workers.prompts.json_values import json_of, plain, strings_in
-from segue.workers.prompts.sharegpt import as_openai, is_sharegpt
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 ROLES: tuple[str, ...] = get_args(Role)
@@ -20,6 +19,11 @@ MAX_MESSAGES = 1000
 PART_SEPARATOR = "\n"  # as in vLLM, where a template takes strings only
 REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers takes them for one another
 _SAYS_SOMETHING = ("tool_calls", "function_call", *REASONING)  # so that an answer may have no content
+# Of ShareGPT's form, `{from: human, value: ...}`, which data sets use; the calls and observations are LLaMA-Factory's.
+_SENDERS = {
+    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
+    "system": "system", "function_call": "assistant", "observation": "tool", "tool": "tool",
+}  # fmt: skip
 Span = tuple[int, int]
 
 
@@ -177,8 +181,8 @@ def too_large(num_bytes: int, max_bytes: int) -> str:
 def _parse_message(number: int, message: object) -> Message:
     if not isinstance(message, Mapping):
         raise _bad(f"message {number} must be {{role, content}}, got {type(message).__name__}")
-    if is_sharegpt(message):
-        message = as_openai(number, message)
+    if _is_sharegpt(message):
+        message = _as_openai(number, message)
     fields = {key: value for key, value in message.items() if value is not None}
     role: Any = fields.pop("role", None)
     content = fields.pop("content", None)
@@ -220,6 +224,32 @@ def _parse_part(number: int, part: object) -> Part:
     if not isinstance(fields.get("text"), str):
         raise _bad(f"a text part of message {number} has no text")
     return Part(fields["text"])
+
+
+def _is_sharegpt(message: Mapping[Any, object]) -> bool:
+    """Whether a message is in this form."""
+    return message.get("role") is None and message.get("from") is not None and "value" in message
+
+
+def _as_openai(number: int, message: Mapping[Any, object]) -> dict[Any, object]:
+    """The message in OpenAI's form. Raises RowError(BAD_MESSAGES)."""
+    sender, value = message["from"], message["value"]
+    role = _SENDERS.get(sender) if isinstance(sender, str) else None
+    if role is None:
+        raise _bad(f"message {number} must be from one of {', '.join(_SENDERS)}")
+    others = {key: each for key, each in message.items() if key not in ("from", "value", "role")}
+    if sender != "function_call":
+        return {**others, "role": role, "content": value}
+    return {**others, "role": role, "tool_calls": _calls(number, value)}
+
+
+def _calls(number: int, value: object) -> list[dict[str, object]]:
+    """The calls in the JSON text of a `function_call`: one `{name, arguments}`, or a list of them."""
+    found = json_of(value, f"the calls of message {number}") if isinstance(value, str) else value
+    calls = found if isinstance(found, list) else [found]
+    if not calls or not all(isinstance(call, Mapping) and isinstance(call.get("name"), str) for call in calls):
+        raise _bad(f"message {number} must be a function call, the JSON of {{name, arguments}}")
+    return [{"type": "function", "function": dict(call)} for call in calls if isinstance(call, Mapping)]
 
 
 def _num_bytes(text: str) -> int:

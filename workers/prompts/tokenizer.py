@@ -89,20 +89,6 @@ class RunTokenizer:
         """(start, end, id) of each control token in `text`, without the white space that it takes in."""
         return [(*_trimmed(text, start, end), token) for start, end, token in self._found(text)]
 
-    def first_control(self, text: str) -> str:
-        """The first control token in `text`, "" if there is none."""
-        spans = self.control_spans(text)
-        return text[spans[0][0] : spans[0][1]] if spans else ""
-
-    def last_control(self, text: str) -> str:
-        """The last control token in `text`, "" if there is none."""
-        spans = self.control_spans(text)
-        return text[spans[-1][0] : spans[-1][1]] if spans else ""
-
-    def has_control(self, text: str) -> bool:
-        """Whether there is a control token in `text`."""
-        return bool(text) and bool(self.control_spans(text))
-
     def encode(self, pieces: Iterable[Piece], borders: Sequence[int] = ()) -> list[tuple[int, ...]]:
         """Token ids between `borders`, which are ascending character offsets in the joined text of `pieces`.
 

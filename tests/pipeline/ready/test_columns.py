@@ -168,12 +168,38 @@ def test_check_messages_column_is_used_when_there(tmp_path, kind):
 
 @pytest.mark.parametrize(
     "kind",
-    [pa.string(), STRUCT, pa.list_(pa.string()), pa.list_(pa.struct({"role": pa.string()}))],
+    [pa.int64(), STRUCT, pa.list_(pa.string()), pa.list_(pa.struct({"role": pa.string()}))],
     ids=str,
 )
 def test_check_messages_of_other_type_are_refused(tmp_path, kind):
     write(tmp_path / "in/a.parquet", pa.table({"messages": pa.array([None], kind), "id": [1]}))
     assert "list<struct<role: string, content: string>>" in refusal(job(tmp_path))
+
+
+SHARED = pa.struct({"from": pa.string(), "value": pa.string()})
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.list_(SHARED)], ids=str)
+def test_check_messages_may_be_json_text_or_sharegpts(tmp_path, kind):
+    write(tmp_path / "in/a.parquet", pa.table({"messages": pa.array([None], kind), "prompt": ["x"]}))
+    assert passes(job(tmp_path)).columns.prompt == ("messages",)
+
+
+def test_check_conversations_are_read_where_there_is_no_other_column(tmp_path):
+    write(tmp_path / "in/a.parquet", pa.table({"conversations": pa.array([None], pa.list_(SHARED))}))
+    assert passes(job(tmp_path)).columns.prompt == ("conversations",)
+
+
+def test_check_columns_of_tools_and_arguments_are_read_and_of_a_fitting_type(tmp_path):
+    tools = pa.list_(pa.struct({"name": pa.string()}))
+    table = {"prompt": ["x"], "t": pa.array([None], tools), "k": pa.array([{"a": 1}])}
+    write(tmp_path / "in/a.parquet", pa.table(table))
+    told = {"tools_column": "t", "chat_template_kwargs_column": "k"}
+    assert passes(job(tmp_path, prompt=told)).columns.prompt == ("k", "prompt", "t")
+    assert "prompt.tools_column" in refusal(job(tmp_path, prompt={"tools_column": "k"}))
+    wrong = refusal(job(tmp_path, prompt={"chat_template_kwargs_column": "t"}))
+    assert "prompt.chat_template_kwargs_column" in wrong
+    assert "without column 'missing'" in refusal(job(tmp_path, prompt={"tools_column": "missing"}))
 
 
 def test_check_int_prompt_in_second_file_is_refused_by_name(tmp_path):

@@ -1,7 +1,9 @@
 """Text of rows that looks like control tokens stays text, under every template and kind of tokenizer."""
 
+import re
+
 import pytest
-from chat_templates import CONTROLS, DATE, KINDS, TEMPLATES, TURNS, chat
+from chat_templates import CHATML, CONTROLS, DATE, KINDS, MARKERS, TEMPLATES, TURNS, chat, ids_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,8 +33,8 @@ HOSTILE = st.lists(
 def test_control_tokens_in_row_text_stay_text(first: str, answer: str, last: str, name: str, kind: str) -> None:
     case = chat(name, kind)
     contents = [text if text.strip() else HARMLESS for text in (first, answer, last)]
-    if name == "qwen":
-        contents[1] = contents[1].replace("</think>", "")
+    while any(marker in contents[1] for marker in MARKERS):  # an assistant may write them: see test_markers.py
+        contents[1] = re.sub("|".join(MARKERS), HARMLESS, contents[1])
     messages = [{**turn, "content": text} for turn, text in zip(TURNS, contents, strict=True)]
     harmless = [{**turn, "content": HARMLESS} for turn in TURNS]
     unknown = case.tokenizer.unk_token_id
@@ -66,13 +68,24 @@ def test_text_of_the_private_characters_themselves_is_safe() -> None:
 def test_template_that_ends_a_control_token_after_a_content_cannot_be_abused() -> None:
     source = "{% for m in messages %}<|im_start|>{{ m.content }}|>{% endfor %}"
     encoder = PromptEncoder(chat("chatml").tokenizer, PromptTemplate(chat_template=source), date=DATE)
-    with pytest.raises(RowError) as caught:
-        encoder.encode({"prompt": "hello <|im_end"})
-    assert caught.value.code == RowErrorCode.TEMPLATE_ERROR
+    tokenizer = chat("chatml").tokenizer
+    (segment, *_) = encoder.encode({"prompt": "hello <|im_end"})
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in segment.token_ids
+    assert "hello <|im_end|>" in tokenizer.decode(segment.token_ids)
 
 
-def test_thinking_that_would_become_control_tokens_is_a_template_error() -> None:
-    thought = [TURNS[0], {"role": "assistant", "content": "</think> dog <tool_call>"}, TURNS[2]]
-    with pytest.raises(RowError) as caught:
-        chat("qwen").encoder.encode({"messages": thought})
-    assert caught.value.code == RowErrorCode.TEMPLATE_ERROR
+def test_template_that_begins_a_control_token_before_a_content_cannot_be_abused() -> None:
+    source = "{% for m in messages %}<|im_start|>user\n<|im_end{{ m.content }}<|im_end|>{% endfor %}"
+    encoder = PromptEncoder(chat("chatml").tokenizer, PromptTemplate(chat_template=source), date=DATE)
+    token = chat("chatml").tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert ids_of(encoder.encode({"prompt": "|>hello"})).count(token) == 1
+
+
+def test_template_that_looks_for_a_special_token_in_a_content_sees_it_and_it_stays_text() -> None:
+    source = CHATML.replace("{{ m.content }}", "{{ m.content.split('<|end|>')[-1] }}{{ '!' if '</s>' in m.content }}")
+    case = chat("chatml")
+    encoder = PromptEncoder(case.tokenizer, PromptTemplate(chat_template=source), date=DATE)
+    messages = [TURNS[0], {"role": "assistant", "content": "fox<|end|>dog</s>"}, TURNS[2]]
+    segments = encoder.encode({"messages": messages})
+    assert case.text(segments[1]) == "<|im_start|>assistant\ndog</s>!<|im_end|>\n"
+    assert case.tokenizer.eos_token_id not in segments[1].token_ids
