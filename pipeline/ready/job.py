@@ -109,6 +109,7 @@ class ReadyJob:
             max_model_len=self.max_model_len,
             engine={**given, "seed": self.config.seed, "kv_memory_share": share},
             threads=threads,
+            drain_timeout_s=workers.drain_timeout_s,
             device="cuda" if num_gpus else "cpu",
             device_map="auto" if num_gpus > 1 else None,
         )
