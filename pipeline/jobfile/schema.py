@@ -189,6 +189,8 @@ class WorkersConfig(Section):
     enable_prefix_caching: bool = True  # false computes each row for itself: to compare
     threads: PositiveInt | None = None  # CPU threads a worker
     step_timeout_s: Annotated[float, Field(gt=0)] = 600.0  # a worker whose step takes longer is killed
+    # after a signal units in flight may go on for so long; what is not finished then is computed again
+    drain_timeout_s: Annotated[float, Field(ge=0)] = 10.0
 
     @model_validator(mode="after")
     def _check_sizes(self) -> "WorkersConfig":

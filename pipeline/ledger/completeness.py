@@ -5,6 +5,7 @@ What is missing is always the plan minus the listing, never a count of receipts.
 
 import hashlib
 import json
+from collections.abc import Container
 from concurrent.futures import ThreadPoolExecutor
 
 from segue.pipeline.ledger.manifest import SUCCESS, ForeignOutput, Manifest, load_windows, window_name
@@ -47,15 +48,20 @@ def check_complete(store: Store, manifest: Manifest) -> None:
         )
 
 
-def missing_units(store: Store, manifest: Manifest) -> list[UnitSpec]:
-    """The plan minus the listing. Raises ForeignOutput for a file that looks like data and is not in the plan."""
+def missing_units(store: Store, manifest: Manifest, published: Container[int] = ()) -> list[UnitSpec]:
+    """The plan minus the listing. Of units whose ordinals are in `published` the name itself is looked up, too: NFS may
+    list a folder as it was up to a minute ago.
+
+    Raises ForeignOutput for a file that looks like data and is not in the plan, OutputStorageError.
+    """
     present = set(store.data_names())
     strangers = present - _shard_names(manifest)
     if strangers and not manifest.is_complete:
         strangers -= _shard_names(load_windows(store, manifest))  # another run may have planned more
     if strangers:
         raise ForeignOutput(f"output.path: {store.path(min(strangers))} is not a shard of this job; move it away")
-    return [unit for unit in manifest.units if unit.shard_name not in present]
+    missing = [unit for unit in manifest.units if unit.shard_name not in present]
+    return [unit for unit in missing if unit.ordinal not in published or not store.exists(unit.shard_name)]
 
 
 def _shard_names(manifest: Manifest) -> set[str]:

@@ -4,7 +4,7 @@ Knows the plan and the store; no Ray.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -59,13 +59,21 @@ class RunSummary:
     rows_per_second: float = 0.0
 
 
-def summary_of(output: str, manifest: Manifest, status: str, *, num_rows: int, max_error_rate: float) -> RunSummary:
+def summary_of(
+    output: str,
+    manifest: Manifest,
+    status: str,
+    *,
+    num_rows: int,
+    max_error_rate: float,
+    published: Container[int] = (),
+) -> RunSummary:
     """The output as it is now. Over the error limit, the status is `too_many_errors` and the exit code 3. `num_rows`:
-    of the whole job, planned or not.
+    of the whole job, planned or not. `published`: as in `missing_units`.
 
     Raises ForeignShard, OutputStorageError.
     """
-    totals = totals_of(open_store(output), manifest)
+    totals = totals_of(open_store(output), manifest, published)
     num_errors = manifest.num_errors + totals.num_errors - totals.num_planned_errors
     is_over = is_over_limit(num_rows, num_errors, max_error_rate)
     requested, computed = totals.num_input_tokens, totals.num_computed_tokens
@@ -86,9 +94,9 @@ def summary_of(output: str, manifest: Manifest, status: str, *, num_rows: int, m
     )
 
 
-def totals_of(store: Store, manifest: Manifest) -> Totals:
+def totals_of(store: Store, manifest: Manifest, published: Container[int] = ()) -> Totals:
     """The sums over what is committed now. Raises ForeignShard, OutputStorageError."""
-    units = _committed_units(store, manifest)
+    units = _committed_units(store, manifest, published)
     footers = _footers(store, manifest, units)
     errors: Counter[str] = Counter()
     for footer in footers:
@@ -109,9 +117,13 @@ def committed_footers(store: Store, manifest: Manifest) -> list[ShardFooter]:
     return _footers(store, manifest, _committed_units(store, manifest))
 
 
-def _committed_units(store: Store, manifest: Manifest) -> list[UnitSpec]:
+def _committed_units(store: Store, manifest: Manifest, published: Container[int] = ()) -> list[UnitSpec]:
     present = set(store.names())
-    return [unit for unit in manifest.units if unit.shard_name in present]
+    return [
+        unit
+        for unit in manifest.units
+        if unit.shard_name in present or (unit.ordinal in published and store.exists(unit.shard_name))
+    ]
 
 
 def _footers(store: Store, manifest: Manifest, units: Sequence[UnitSpec]) -> list[ShardFooter]:

@@ -111,6 +111,7 @@ class ReadyJob:
             reasoning=self.reasoning,
             engine={**given, "seed": self.config.seed, "kv_memory_share": share},
             threads=threads,
+            drain_timeout_s=workers.drain_timeout_s,
             device="cuda" if num_gpus else "cpu",
             device_map="auto" if num_gpus > 1 else None,
         )

@@ -29,5 +29,6 @@ class WorkerSpec:
     reasoning: ReasoningMarkers | None = None  # by which it is split from answers; None: it is not
     engine: dict[str, Any] = field(default_factory=dict)  # EngineConfig fields
     threads: int | None = None
+    drain_timeout_s: float = 10.0  # how long units in flight may go on after a request to drain
     device: Device = "auto"
     device_map: DeviceMap = None  # auto: layers on all the GPUs that the worker has

@@ -15,6 +15,7 @@ import ray.exceptions
 from segue.pipeline.ledger.completeness import missing_units
 from segue.pipeline.ledger.manifest import Manifest
 from segue.pipeline.ledger.units import UnitDamaged, UnitSpec
+from segue.pipeline.ledger.verdicts import Verdicts
 from segue.pipeline.problems import WorkersFailed
 from segue.pipeline.processes import ray_session
 from segue.pipeline.processes.address import is_local
@@ -36,7 +37,6 @@ from segue.pipeline.run.receipt import Receipt
 from segue.pipeline.run.roster import Roster
 from segue.pipeline.run.tally import Tally
 from segue.pipeline.run.watchdog import Watchdog
-from segue.pipeline.run.worker import DRAIN_SECONDS
 from segue.pipeline.storage.store import OutputStorageError
 
 
@@ -62,6 +62,8 @@ class Passes:
         self._quiet = quiet
         self._failure: Exception | None = None  # that another attempt would meet again
         self._given_up: set[UnitSpec] = set()
+        self._verdicts = Verdicts(job.store, f"{self._spec.engine} {self._spec.threads} {self._workers.step_timeout_s}")
+        self.published: set[int] = set()  # ordinals of units that, as receipts say, have a shard
 
     def run(self, manifest: Manifest) -> None:
         """Compute the missing units of `manifest`. Raises the error of a unit that failed, and WorkersFailed if the
@@ -139,7 +141,9 @@ class Passes:
     def _quarantined(self, units: Sequence[UnitSpec]) -> Iterator[tuple[Quarantine, Any]]:
         with (
             self._watched(units) as (roster, watchdog),
-            closing(Quarantine(self._spec, roster, watchdog, self._reservation, self._may_convict)) as quarantine,
+            closing(
+                Quarantine(self._spec, roster, watchdog, self._reservation, self._may_convict, self._verdicts)
+            ) as quarantine,
         ):
             try:
                 yield quarantine, roster
@@ -171,6 +175,8 @@ class Passes:
 
     def _take(self, receipt: Receipt, roster: Any) -> None:
         self._tally.add(receipt)
+        if receipt.is_published:
+            self.published.add(receipt.ordinal)
         self._metrics.unit(
             receipt.status,
             rows=receipt.num_rows,
@@ -188,10 +194,11 @@ class Passes:
     def _drain(self, roster: Any) -> None:
         """Runs in a thread, since a signal handler may run while Ray holds its locks."""
         roster.drain.remote()
-        self._say(f"interrupted: units in flight have {DRAIN_SECONDS:.0f} s to finish; interrupt again to stop at once")
+        seconds = f"{self._workers.drain_timeout_s:g} s (workers.drain_timeout_s)"
+        self._say(f"interrupted: units in flight have {seconds} to finish; interrupt again to stop at once")
 
     def _missing(self) -> list[UnitSpec]:
-        missing = missing_units(self._job.store, self._manifest)
+        missing = missing_units(self._job.store, self._manifest, self.published)
         return [unit for unit in missing if unit not in self._given_up]
 
     def _may_convict(self, unit: UnitSpec, num_convicted: int) -> bool:

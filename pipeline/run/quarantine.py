@@ -12,6 +12,7 @@ import ray
 import ray.exceptions
 
 from segue.pipeline.ledger.units import UnitSpec
+from segue.pipeline.ledger.verdicts import Verdicts
 from segue.pipeline.processes.reservation import Reservation
 from segue.pipeline.ready.worker_spec import WorkerSpec
 from segue.pipeline.run.receipt import Receipt
@@ -38,29 +39,38 @@ class Quarantine:
         watchdog: Watchdog,
         reservation: Reservation,
         may_go_on: Callable[[UnitSpec, int], bool],
+        verdicts: Verdicts,
     ) -> None:
         self._spec = spec
         self._roster = roster
         self._watchdog = watchdog
         self._reservation = reservation
         self._may_go_on = may_go_on
+        self._verdicts = verdicts
         self._worker: Any = None
         self._num_failures = 0  # of those in the roster's health that were read here
 
     def settle(self, unit: UnitSpec) -> Receipt | None:
-        """Commit a unit whose worker died while the unit was alone in it; convicted rows get an error.
+        """Commit a unit whose worker died while the unit was alone in it; convicted rows get an error. An earlier run
+        may have convicted some or all of them.
 
         None if the worker still dies, or if the search was given up.
         """
-        convicted: dict[int, RowError] = {}
+        convicted = self._verdicts.load(unit)
+        is_searched = bool(convicted)
         for _ in range(MAX_ATTEMPTS):
             rest = [place for place in range(unit.num_rows) if place not in convicted]
-            if not self._search(unit, rest, convicted):
+            if not is_searched and not self._search(unit, rest, convicted):
                 return None
+            is_searched = False
             try:
-                return ray.get(self._living().receipt.remote(unit, convicted))
+                receipt: Any = ray.get(self._living().receipt.remote(unit, convicted))
             except ray.exceptions.RayError:
                 self._cause_of_death()
+                continue
+            if receipt.is_published:
+                self._verdicts.forget(unit)
+            return receipt
         return None
 
     def does_any_survive(self, units: Sequence[UnitSpec]) -> bool:
@@ -80,6 +90,7 @@ class Quarantine:
             outcome = self._try(unit, places)
             if isinstance(outcome, RowError):
                 convicted[places[0]] = outcome
+                self._verdicts.save(unit, convicted)
             return outcome != "drained" and self._may_go_on(unit, len(convicted))
         left, right = places[: len(places) // 2], places[len(places) // 2 :]
         has_left_survived = False

@@ -40,6 +40,11 @@ class Receipt:
         return cls(ordinal, "failed", failure=WorkersFailed.__name__, message=message)
 
     @property
+    def is_published(self) -> bool:
+        """Whether the unit's shard was there when the worker looked."""
+        return self.status in ("committed", "lost")
+
+    @property
     def exception(self) -> Exception | None:
         """The error that the unit failed with."""
         kinds = {kind.__name__: kind for kind in (*_EXPECTED, WorkersFailed)}

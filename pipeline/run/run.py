@@ -5,7 +5,7 @@ step is a module of its own.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 
@@ -98,17 +98,19 @@ def run_job(job: ReadyJob, say: Say, *, quiet: bool = False, child: LimitedProce
                 if not passes.may_go_on:
                     break
         seconds = time.monotonic() - started
-    return _finish(job, manifest, tally, interrupt, seconds)
+    return _finish(job, manifest, passes.published, tally, interrupt, seconds)
 
 
-def _finish(job: ReadyJob, manifest: Manifest, tally: Tally, interrupt: Interrupt, seconds: float) -> RunSummary:
-    is_done = manifest.is_complete and not missing_units(job.store, manifest)
+def _finish(
+    job: ReadyJob, manifest: Manifest, published: Container[int], tally: Tally, interrupt: Interrupt, seconds: float
+) -> RunSummary:
+    is_done = manifest.is_complete and not missing_units(job.store, manifest, published)
     if is_done:
         write_success(job.store, manifest)
     status, exit_code = "done", 0
     if not is_done:
         status, exit_code = ("interrupted", interrupt.exit_code) if interrupt.is_set else ("incomplete", 3)
-    summary = _summary_of(job, manifest, status)
+    summary = _summary_of(job, manifest, status, published)
     return replace(
         summary,
         exit_code=summary.exit_code or exit_code,
@@ -120,6 +122,8 @@ def _finish(job: ReadyJob, manifest: Manifest, tally: Tally, interrupt: Interrup
     )
 
 
-def _summary_of(job: ReadyJob, manifest: Manifest, status: str) -> RunSummary:
-    rate = job.config.limits.max_error_rate
-    return summary_of(job.config.output.path, manifest, status, num_rows=job.checked.num_rows, max_error_rate=rate)
+def _summary_of(job: ReadyJob, manifest: Manifest, status: str, published: Container[int] = ()) -> RunSummary:
+    rate, num_rows = job.config.limits.max_error_rate, job.checked.num_rows
+    return summary_of(
+        job.config.output.path, manifest, status, num_rows=num_rows, max_error_rate=rate, published=published
+    )

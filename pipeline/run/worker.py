@@ -42,8 +42,6 @@ from segue.workers.rows.request import GenerationRequest, RequestOutput
 from segue.workers.scoring.rows import requests_of
 from segue.workers.scoring.template import Task
 
-DRAIN_SECONDS = 10.0  # how long units in flight may go on after a request to drain
-
 
 class UnitWorker:
     """The class Ray Data runs in each actor of the pool."""
@@ -173,7 +171,7 @@ class UnitWorker:
 
     def _drain(self) -> None:
         if self._loop is not None:
-            timer = threading.Timer(DRAIN_SECONDS, self._loop.stop)
+            timer = threading.Timer(self._spec.drain_timeout_s, self._loop.stop)
             timer.daemon = True
             timer.start()
 

@@ -17,6 +17,7 @@ from bad.cases import OK, is_expected, outcome_of
 from bad.jobs import CASES
 from bad.parquet import BAD_FILES
 from bad.rows import DATASETS, SLOW_DATASETS, Dataset, errors_in
+from bad.score_rows import SCORE_DATASETS
 from in_process import run
 from rich.console import Console
 from rich.table import Table
@@ -56,7 +57,7 @@ def jobs(report: Report, folder: Path) -> None:
 
 def rows(report: Report, folder: Path) -> None:
     with ray_session(num_cpus=2):
-        for make in [*DATASETS, *SLOW_DATASETS]:
+        for make in [*DATASETS, *SCORE_DATASETS, *SLOW_DATASETS]:
             dataset = make()
             started = time.monotonic()
             run(dataset.write(folder / dataset.name))
@@ -65,7 +66,7 @@ def rows(report: Report, folder: Path) -> None:
 
 def _add_rows(report: Report, dataset: Dataset, output: Path, seconds: float) -> None:
     got = errors_in(output)
-    table = pq.read_table(output, columns=["src_row", "generated_text"])
+    table = pq.read_table(output, columns=["src_row", dataset.answer])
     answers = dict(zip(*(table[name].to_pylist() for name in table.column_names), strict=True))
     seen: set[tuple[str, str]] = set()
     for number, row in enumerate(dataset.rows):

@@ -12,6 +12,7 @@ from bad.cases import Case, is_expected, job, outcome_of
 from bad.jobs import CASES
 from bad.parquet import BAD_FILES, GOOD, GOOD_DICTIONARY, TEXTS
 from bad.rows import DATASETS, NEED_CHILDREN, SLOW_DATASETS, TEXT, errors_in, types
+from bad.score_rows import SCORE_DATASETS
 from in_process import run, run_here, without_ray
 from render_specs import render_spec
 
@@ -33,16 +34,16 @@ def test_bad_job_is_refused_by_name(each: Case, tmp_path):
 
 def test_every_number_of_the_jobs_matrix_has_a_case():
     elsewhere = {"C22"}  # buckets: tests/pipeline/run/test_run_s3.py, tests/pipeline/storage/test_object_store.py
-    assert {each.number for each in CASES} | elsewhere == {f"C{number}" for number in range(1, 34)}
+    assert {each.number for each in CASES} | elsewhere == {f"C{number}" for number in range(1, 37)}
 
 
 def test_every_number_of_the_rows_matrix_has_a_row():
     elsewhere = {"R25"}  # fewer rows than the footer says: ARROW-GH-41317 below
-    numbers = {row.number for make in [*DATASETS, *SLOW_DATASETS] for row in make().rows} - {"-"}
-    assert numbers | elsewhere == {f"R{number}" for number in range(1, 31)}
+    numbers = {row.number for make in [*DATASETS, *SCORE_DATASETS, *SLOW_DATASETS] for row in make().rows} - {"-"}
+    assert numbers | elsewhere == {f"R{number}" for number in range(1, 36)}
 
 
-@pytest.mark.parametrize("make", DATASETS, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [*DATASETS, *SCORE_DATASETS], ids=lambda make: make.__name__)
 def test_bad_rows_cost_themselves(make, tmp_path):
     dataset = make()
     with without_ray():
@@ -50,7 +51,7 @@ def test_bad_rows_cost_themselves(make, tmp_path):
     assert (summary.status, summary.exit_code) == ("done", 0)
     assert errors_in(tmp_path / "out") == dataset.codes
     table = pq.read_table(tmp_path / "out")
-    answers = dict(zip(table["src_row"].to_pylist(), table["generated_text"].to_pylist(), strict=True))
+    answers = dict(zip(table["src_row"].to_pylist(), table[dataset.answer].to_pylist(), strict=True))
     assert all((answers[number] is None) == (code is not None) for number, code in dataset.codes.items())
 
 
@@ -76,6 +77,14 @@ OUTCOMES = {
     "ARROW-GH-43605": [None] * 4,  # odd, and valid
     "ARROW-GH-45185": ["INPUT_CORRUPT"] * 4,
     "ARROW-GH-47662": [None, None, "INPUT_CORRUPT", "INPUT_CORRUPT"],
+    "an index": [None, None, "INPUT_CORRUPT", "INPUT_CORRUPT"],
+    "an unknown page": ["INPUT_CORRUPT"] * 4,
+    "an unknown encoding": ["INPUT_CORRUPT"] * 4,
+    "fewer than none": ["INPUT_CORRUPT"] * 4,
+    "a long text": ["INPUT_CORRUPT"] * 4,
+    "a negative text": ["INPUT_CORRUPT"] * 4,
+    "no pages": ["INPUT_CORRUPT"] * 4,
+    "more values": [None] * 4,
 }
 
 

@@ -102,6 +102,7 @@ WITHOUT_EFFECT: dict[str, Any] = {
     "workers.enable_prefix_caching": False,
     "workers.threads": 3,
     "workers.step_timeout_s": 5.0,
+    "workers.drain_timeout_s": 60.0,
     "limits.max_error_rate": 1.0,
     "limits.row_cpu_s": 5.0,
     "limits.row_memory_bytes": 2**30,

@@ -24,6 +24,7 @@ from in_process import run, run_here, without_children
 
 from segue.pipeline.ledger.columns import RESULT_COLUMNS
 from segue.pipeline.ledger.manifest import SUCCESS, ForeignOutput
+from segue.pipeline.storage.folder import LocalStore
 from segue.pipeline.storage.store import OutputStorageError
 
 
@@ -61,6 +62,16 @@ def test_run_result_columns_are_the_documented_ones(done):
     assert set(table["num_generated_tokens"].to_pylist()) == {6}
     for row in table.to_pylist():
         assert f"{row['prompt']}\nassistant\n".endswith(row["generated_text"])
+
+
+def test_run_is_done_although_its_folder_is_listed_as_it_was_a_minute_ago(tmp_path, monkeypatch):
+    """As NFS may list it: no shard that a worker elsewhere has published is in the listing yet."""
+    names = LocalStore.names
+    late = lambda store, folder="": [name for name in names(store, folder) if not name.startswith("part-")]  # noqa: E731
+    monkeypatch.setattr(LocalStore, "names", late)
+    summary = run_here(write_job(write_input(tmp_path)))
+    assert (summary.status, summary.rows, summary.rows_this_run) == ("done", NUM_ROWS, NUM_ROWS)
+    assert set(rows_of(tmp_path / "out")) == origins()
 
 
 def test_run_success_file_lists_every_shard_with_its_size(done):

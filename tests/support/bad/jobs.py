@@ -1,14 +1,17 @@
 """Jobs that must be refused before any work, by the numbers of the bad-input matrix: C1 to C7 here, the job file.
 
-The dataset and the output are in `bad.data`, the model and the prompt in `bad.models`.
+Values of its keys are in `bad.options`, the dataset and the output in `bad.data`, types of columns in `bad.columns`,
+the model and the prompt in `bad.models`.
 `make script RUN=tests/faults/bad_inputs.py` prints what was expected of each and what came.
 """
 
 from pathlib import Path
 
 from bad.cases import OK, Cases, text_job
+from bad.columns import COLUMNS
 from bad.data import DATA
 from bad.models import MODELS
+from bad.options import OPTIONS
 
 GOOD_TEXT = "name: job\nmodel: {source: echo}\ninput: {path: in}\noutput: {path: out}\n"
 JOB_FILES = Cases()
@@ -85,4 +88,4 @@ JOB_FILES.cases(
 )
 
 
-CASES = [*JOB_FILES, *DATA, *MODELS]
+CASES = [*JOB_FILES, *OPTIONS, *DATA, *COLUMNS, *MODELS]

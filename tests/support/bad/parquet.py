@@ -136,7 +136,7 @@ _INDICES = Page(b"\x02\x03" + b"\xe4\x00", 4, RLE_DICTIONARY)  # two bits each: 
 GOOD = File((Page(plain(TEXTS), 4),), 4)
 GOOD_DICTIONARY = File((_DICTIONARY, _INDICES), 4)
 
-# What is wrong, and the file. The names are those of apache/parquet-testing's files.
+# What is wrong, and the file. These names are those of apache/parquet-testing's files.
 BAD_FILES: dict[str, tuple[str, File]] = {
     "PARQUET-1481": ("the schema has a type that does not exist", replace(GOOD, physical=77)),
     "ARROW-RS-GH-6229-DICTHEADER": (
@@ -164,6 +164,24 @@ BAD_FILES: dict[str, tuple[str, File]] = {
         "a required column whose page holds fewer values than it says",
         File((Page(plain(TEXTS[:2]), 4),), 4),
     ),
+}
+
+# Others of the same kind.
+BAD_FILES |= {
+    "an index": (
+        "indices of values that the dictionary does not have",
+        replace(GOOD_DICTIONARY, pages=(Page(plain(TEXTS[:2]), 2, kind=DICTIONARY_PAGE), _INDICES)),
+    ),
+    "an unknown page": ("a page of a kind that does not exist", File((Page(plain(TEXTS), 4, kind=9),), 4)),
+    "an unknown encoding": ("a page of an encoding that does not exist", File((Page(plain(TEXTS), 4, 77),), 4)),
+    "fewer than none": ("a page of -1 values", File((Page(plain(TEXTS), -1),), 4)),
+    "a long text": ("a text whose length is said to be 2 GiB", File((Page(b"\xff\xff\xff\x7f" + plain(TEXTS), 4),), 4)),
+    "a negative text": (
+        "a text whose length is said to be -1",
+        File((Page(b"\xff\xff\xff\xff" + plain(TEXTS), 4),), 4),
+    ),
+    "no pages": ("a column without a page", File((Page(b"", 0),), 4)),
+    "more values": ("a column with more values than there are rows", File((Page(plain(TEXTS * 2), 8),), 4)),
 }
 
 

@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from bad.cases import job, write
 
+from segue.pipeline.dataset.columns import is_text
+
 MIB = 2**20
 ROLE, CONTENT = ("role", pa.string()), ("content", pa.string())
 CHAT = (
@@ -42,12 +44,14 @@ class Dataset:
     sections: dict[str, Any] = field(default_factory=dict)  # of the job file
     others: dict[str, list[Any] | pa.Array] = field(default_factory=dict)  # columns
     options: dict[str, Any] = field(default_factory=dict)  # of the Parquet writer
+    answer: str = "generated_text"  # a column of the output that is null in rows with an error
 
     def write(self, folder: Path) -> Path:
         """The job file, beside its data."""
         values = [row.value for row in self.rows]
-        if self.kind == pa.string():  # which takes bytes that are no text
-            column = pa.array([v.encode() if isinstance(v, str) else v for v in values], pa.binary()).view(pa.string())
+        if self.kind is not None and is_text(self.kind):  # of bytes, as some are no text
+            binary = pa.array([v.encode() if isinstance(v, str) else v for v in values], pa.binary())
+            column = binary.view(pa.string()).cast(self.kind)
         else:
             column = pa.array(values, self.kind)
         write(folder / "in" / "a.parquet", pa.table({self.column: column} | self.others), **self.options)
