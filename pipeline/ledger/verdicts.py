@@ -1,5 +1,5 @@
-"""Which rows ended their worker, kept while a unit is searched for them: after a run that ended meanwhile they would all
-be convicted again, and each conviction costs processes.
+"""Which rows ended their worker, kept while a unit is searched for them: after a run that ended meanwhile they would
+all be convicted again, and each conviction costs processes.
 
 A verdict holds under the circumstances that it was found in, such as the limit of a step's time; under others it is not
 read. Knows the store and row errors; not how rows are convicted.
