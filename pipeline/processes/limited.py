@@ -23,7 +23,8 @@ from typing import Any, Literal
 
 import psutil
 
-TICK_SECONDS = 0.5
+from segue.pipeline.processes.to_parent import TICK_SECONDS, ToParent
+
 LOOK_SECONDS = 0.1
 IDLE_FACTOR = 20  # a child may take this many times its CPU time by the clock
 START_SECONDS = 300.0  # CPU time for imports, on a busy machine
@@ -33,7 +34,7 @@ PR_SET_PDEATHSIG = 1  # of prctl(2)
 _SERVE = "from segue.pipeline.processes.limited import serve; serve({descriptor})"
 
 Death = Literal["crash", "time", "memory"]
-_to_parent: "_ToParent | None" = None  # in a child only
+_to_parent: ToParent | None = None  # in a child only
 
 
 class ChildDied(Exception):
@@ -249,52 +250,11 @@ def clock_paused() -> Iterator[None]:
         _to_parent.end_wait()
 
 
-class _ToParent:
-    """A child's connection to its parent; may be used from any thread.
-
-    A wait is told to the parent only if it lasts, by a thread: most reads of a file are over before.
-    """
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._lock = threading.RLock()
-        self._last = 0.0
-        self._waiting_since: float | None = None
-        self._is_paused = False
-
-    def send(self, kind: str, value: object = None) -> None:
-        with self._lock:
-            self._connection.send((kind, value))
-            self._last = time.monotonic()
-
-    def begin_wait(self) -> None:
-        self._waiting_since = time.monotonic()
-
-    def end_wait(self) -> None:
-        with self._lock:
-            self._waiting_since = None
-            if self._is_paused:
-                self._is_paused = False
-                self.send("tick")
-
-    def tell_long_wait(self) -> None:
-        """Stop the clock if the wait that there is has lasted for a while."""
-        with self._lock:
-            since = self._waiting_since
-            if since is not None and not self._is_paused and time.monotonic() - since > TICK_SECONDS:
-                self._is_paused = True
-                self.send("pause")
-
-    def tick(self) -> None:
-        if time.monotonic() - self._last > TICK_SECONDS:
-            self.send("tick")
-
-
 def serve(descriptor: int) -> None:
     """The child's main function: runs the calls of its parent one after the other."""
     global _to_parent
     connection = Connection(descriptor)
-    _to_parent = _ToParent(connection)
+    _to_parent = ToParent(connection)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with suppress(EOFError, OSError):  # the parent is gone
         parent, memory_bytes, prepare = connection.recv()
@@ -319,7 +279,7 @@ def _settled(prepare: Callable[[], object], memory_bytes: int) -> Iterator[None]
     yield from ()
 
 
-def _answer(to_parent: _ToParent, function: Callable[..., Iterator[Any]], arguments: tuple[Any, ...]) -> None:
+def _answer(to_parent: ToParent, function: Callable[..., Iterator[Any]], arguments: tuple[Any, ...]) -> None:
     try:
         for value in function(*arguments):
             to_parent.send("value", value)
@@ -340,7 +300,7 @@ def _ask_to_end_with_parent() -> None:
             ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _watch(parent: int, to_parent: _ToParent) -> None:
+def _watch(parent: int, to_parent: ToParent) -> None:
     """From a thread: the parent, as it may have ended before the kernel was asked, and waits of the main thread."""
     with suppress(OSError):  # the parent is gone
         while os.getppid() == parent:

@@ -104,7 +104,9 @@ def test_batch_file_of_the_client_runs_and_its_results_load_as_the_clients_types
     assert choice.logprobs is not None
     tokens = choice.logprobs.content or []
     assert (
-        bytes(byte for token in tokens for byte in token.bytes or ()).decode("utf-8", "replace")
+        bytes(byte for token in tokens for byte in token.bytes or ()).decode(
+            "utf-8", "ignore"
+        )  # the last may be half a character
         == choice.message.content
     )
     assert all(len(token.top_logprobs) == 2 for token in tokens)

@@ -121,7 +121,6 @@ IMAGE = {"type": "image_url", "image_url": {"url": "https://SECRET"}}
         ({"logprobs": 2}, "logprobs: wanted true or false at /v1/chat/completions; top_logprobs is the number"),
         ({"top_logprobs": 2}, "top_logprobs: needs logprobs: true"),
         ({"logprobs": True, "top_logprobs": 21}, "logprobs: Input should be less than or equal to 20"),
-        ({"truncate_prompt_tokens": -1}, "truncate_prompt_tokens: not supported"),
         ({"chat_template": "SECRET"}, "chat_template: not supported"),
         ({"guided_grammar": "SECRET"}, "guided_grammar: not supported"),
         ({"guided_json": SCHEMA, "guided_regex": "SECRET"}, "guided_json, guided_regex: wanted only one of them"),

@@ -171,7 +171,8 @@ def test_shard_schema_is_the_same_when_all_rows_failed(params, extra):
     answered = shard_of([answer(params.n, params.logprobs is not None)] * 3, params)
     assert failed.schema == answered.schema
     own = [name for name in failed.column_names if name not in PASSED_TABLE.column_names]
-    assert set(own) == set(RESULT_COLUMNS["generate"]) - {"num_truncated_tokens", "logprobs", "samples"} | extra
+    optional = {"num_truncated_tokens", "logprobs", "reasoning_text", "samples"}
+    assert set(own) == set(RESULT_COLUMNS["generate"]) - optional | extra
     assert failed["generated_text"].null_count == 3
     assert answered["error"].null_count == 3
 

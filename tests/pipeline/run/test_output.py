@@ -57,7 +57,8 @@ def test_run_input_columns_come_out_bit_equal_with_their_types(done):
 def test_run_result_columns_are_the_documented_ones(done):
     table = pq.read_table(shards_in(done / "out")[0])
     own = [name for name in table.column_names if name not in awkward_table(0, 1).column_names]
-    assert set(own) == set(RESULT_COLUMNS["generate"]) - {"num_truncated_tokens", "logprobs", "samples"}
+    optional = {"num_truncated_tokens", "logprobs", "reasoning_text", "samples"}
+    assert set(own) == set(RESULT_COLUMNS["generate"]) - optional
     assert set(table["finish_reason"].to_pylist()) == {"length"}
     assert set(table["num_generated_tokens"].to_pylist()) == {6}
     for row in table.to_pylist():
