@@ -63,7 +63,7 @@ def to_parquet(source: str, folder: str, rows_per_file: int, options: ReadOption
         files.close()
     stored = files.stored_schema()
     kinds = tuple(str(each.type) for each in stored)
-    return Converted(folder, files.num_rows, files.num_files, tuple(stored.names), kinds, found.notes)
+    return Converted(folder, files.num_added, files.num_files, tuple(stored.names), kinds, found.notes)
 
 
 @dataclass(frozen=True, slots=True)

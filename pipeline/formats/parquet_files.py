@@ -23,7 +23,7 @@ class ParquetFiles:
     def __init__(self, folder: Path, schema: pa.Schema, rows_per_file: int) -> None:
         """Raises JobRefused if Parquet cannot store a type of the schema."""
         _check_storable(schema)
-        self.num_rows = 0
+        self.num_added = 0  # rows
         self._folder, self._schema, self._rows_per_file = folder, schema, rows_per_file
         self._parts: list[Path] = []
         self._writer: pq.ParquetWriter | None = None
@@ -48,7 +48,7 @@ class ParquetFiles:
             table = table.slice(piece.num_rows)
             self._group.append(piece)
             self._file_rows += piece.num_rows
-            self.num_rows += piece.num_rows
+            self.num_added += piece.num_rows
             is_full = self._file_rows == self._rows_per_file
             if is_full or _is_large(self._group):
                 self._write(is_last=is_full)

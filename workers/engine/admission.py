@@ -60,7 +60,7 @@ class Admission:
                 message = f"sampling_params.{name}: wanted ids from 0 to {self._vocab_size - 1}, which the model has"
                 return RowError(RowErrorCode.BAD_PARAMS, message)
         try:
-            request.bad_words = self._bad_words.token_ids(request.params.bad_words)
+            request.bad_words = self._bad_words.ids_of(request.params.bad_words)
             if request.params.structured_outputs is not None:
                 self._grammars.begin(request.params.structured_outputs)
         except RowError as error:

@@ -16,7 +16,7 @@ class BadWords:
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self.token_ids = functools.lru_cache(KEPT_LISTS)(self._token_ids)
+        self.ids_of = functools.lru_cache(KEPT_LISTS)(self._token_ids)
 
     def _token_ids(self, words: tuple[str, ...]) -> tuple[TokenIds, ...]:
         """Each word as at the beginning of a text, and as in the middle if it is another first token there.

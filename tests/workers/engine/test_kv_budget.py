@@ -67,7 +67,7 @@ def test_engine_takes_its_share_of_what_is_free_and_refuses_a_row_that_needs_mor
     error = outputs[0].error
     assert error is not None
     assert error.code == RowErrorCode.ROW_OOM
-    assert "needs 76 tokens of KV memory, the limit is 50 tokens" in error.message
+    assert "needs 61 tokens of KV memory or more, the limit is 50 tokens" in error.message
     assert outputs[1].error is None
     told = Engine(model, EngineConfig(kv_cache_memory_bytes=12345))
     assert memory_of(told).budget_bytes == 12345
