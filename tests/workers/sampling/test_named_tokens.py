@@ -93,8 +93,8 @@ def test_bad_word_in_the_middle_of_a_text_is_bad_too_where_a_space_makes_it_anot
     backend = Tokenizer(models.WordLevel({"war": 0, "Ġwar": 1, "[UNK]": 2}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     words = BadWords(PreTrainedTokenizerFast(tokenizer_object=backend), 3)
-    assert words.token_ids(("war",)) == ((0,), (1,))
-    assert words.token_ids((" war", "war")) == ((0,), (1,))
+    assert words.ids_of(("war",)) == ((0,), (1,))
+    assert words.ids_of((" war", "war")) == ((0,), (1,))
 
 
 @pytest.mark.parametrize("num_samples", [2, 4])
