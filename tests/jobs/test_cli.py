@@ -24,7 +24,7 @@ def test_cli_validate_good_job_says_so_and_ends_in_json(tmp_path):
         "mask": "causal",
         "dtype": "float32",
         "planned": False,
-        "sample": {"rows": 32, "errors": 0},
+        "sample": {"rows": NUM_ROWS, "errors": 0},
     }
     assert "valid" in err
     assert "warning" not in err
