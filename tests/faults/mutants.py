@@ -157,6 +157,29 @@ ACROSS_THE_PACKAGES = (
         "2 * tail / 2**total", "tail / 2**total", "tests/jobs/test_evaluate.py",
     ),
     Mutant(
+        "a window has one token more", "attention/cpu/layer_tables.py",
+        "position - self._window + 1 - key", "position - self._window - key", "tests/attention/test_layer_attention.py",
+    ),
+    Mutant(
+        "a clipped square on GPUs begins one key late", "attention/cuda/clipped.py",
+        "keys.place + first_seen, num_rest", "keys.place + first_seen + 1, num_rest",
+        "tests/attention/test_layer_attention.py",
+    ),
+    Mutant(
+        "all rows of a longrope model are short", "workers/models/tree_model.py",
+        "num_tokens > self.long_rope.most_short", "False", "tests/workers/models/test_rope.py",
+    ),
+    Mutant(
+        "a tail takes more than the tokens to come", "workers/engine/row_memory.py",
+        "capacity = min(TAIL_CAPACITIES[0], most)", "capacity = TAIL_CAPACITIES[0]",
+        "tests/workers/engine/test_memory.py",
+    ),
+    Mutant(
+        "totals of logits are summed in fp32", "attention/cpu/cpp/small.cpp",
+        "constexpr int64_t kSummedAtOnce = 16 * kLanes;", "constexpr int64_t kSummedAtOnce = int64_t{1} << 40;",
+        "tests/attention/test_kernels.py",
+    ),
+    Mutant(
         "perplexity of words is that of tokens", "jobs/analysis/evaluate.py",
         '-logprob / _total(rows["num_words"])', '-logprob / _total(rows["num_tokens"])', "tests/jobs/test_evaluate.py",
     ),

@@ -62,6 +62,20 @@ def test_row_that_can_never_fit_costs_only_itself():
     assert token_ids(outputs)[0] == token_ids(tiny_engine().generate(rows[:1], SamplingParams(max_tokens=4)))[0]
 
 
+@pytest.mark.parametrize(("length", "max_tokens"), [(40, 1), (40, 5), (7, 16), (7, 17), (7, 30), (3, 70)])
+def test_row_runs_in_just_the_memory_of_the_tokens_that_it_feeds(length, max_tokens):
+    """The last token of an answer is not fed. In one token less it is ROW_OOM."""
+    row = [Segment(tuple(range(10, 10 + length)), True)]
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    (wanted,) = tiny_engine().generate([row], params)
+    needed = length + max_tokens - 1
+    (got,) = tiny_engine(kv_cache_memory_bytes=kv_bytes(needed)).generate([row], params)
+    assert token_ids([got]) == token_ids([wanted])
+    (refused,) = tiny_engine(kv_cache_memory_bytes=kv_bytes(needed - 1)).generate([row], params)
+    assert refused.error is not None
+    assert refused.error.code == "ROW_OOM"
+
+
 @pytest.mark.parametrize("budget", range(60, 140, 4))
 def test_row_of_two_samples_that_outgrows_memory_is_answered_once(budget):
     subject = tiny_engine(kv_cache_memory_bytes=kv_bytes(budget))
