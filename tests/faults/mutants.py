@@ -170,11 +170,6 @@ ACROSS_THE_PACKAGES = (
         "num_tokens > self.long_rope.most_short", "False", "tests/workers/models/test_rope.py",
     ),
     Mutant(
-        "a tail takes more than the tokens to come", "workers/engine/row_memory.py",
-        "capacity = min(TAIL_CAPACITIES[0], most)", "capacity = TAIL_CAPACITIES[0]",
-        "tests/workers/engine/test_memory.py",
-    ),
-    Mutant(
         "totals of logits are summed in fp32", "attention/cpu/cpp/small.cpp",
         "constexpr int64_t kSummedAtOnce = 16 * kLanes;", "constexpr int64_t kSummedAtOnce = int64_t{1} << 40;",
         "tests/attention/test_kernels.py",
