@@ -1,6 +1,6 @@
 """The attention of one row's prompt under both masks. The prompt is rendered as a run renders it. Draws nothing."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -43,7 +43,7 @@ def attention_of_row(job: ReadyJob, number: int, layer: int | None) -> RowAttent
 
 def _prompt_of_row(job: ReadyJob, number: int) -> tuple[str, list[Segment], list[str]]:
     """(origin, segments, texts) of a RowAttention. Raises JobRefused."""
-    encoder = checked_encoder(job.render_spec(today()))
+    encoder = checked_encoder(replace(job.render_spec(today()), mask="segment"))  # which finds the borders
     start = 0
     for file in job.checked.inputs:
         if start <= number < start + file.num_rows:
